@@ -1,0 +1,61 @@
+"""distal: find the few thousand images worth labelling in a pool of millions.
+
+One loop, in the words used everywhere::
+
+    pool -> score -> assignments -> reduce -> scores -> select -> label -> ledger -> train -> checkpoints -> (score)
+
+While a classifier trains on what is labelled so far, the class of every unlabelled image of the pool is
+predicted at every checkpoint. An image whose predicted class keeps changing has a high label dispersion:
+the network is unsure of it, whatever its softmax says. The most dispersed images are labelled next.
+
+Imports point down one ladder: cli > driver > stages (score, reduce, acquire, labels, train) > artifacts
+(pool, assignments, checkpoints, ledger, ...) > vocabulary (config, records, errors, storage, hashing).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from distal.assignments import Assignments
+    from distal.config import Config, load
+    from distal.driver import run
+    from distal.pool import Pool
+    from distal.pool.build import build
+    from distal.runs import Run
+    from distal.scores import Scores
+    from distal.selection import Selection
+
+# Names are imported when they are first used: `import distal` costs nothing.
+_HOMES = {
+    "Assignments": "distal.assignments",
+    "Config": "distal.config",
+    "Pool": "distal.pool",
+    "Run": "distal.runs",
+    "Scores": "distal.scores",
+    "Selection": "distal.selection",
+    "build": "distal.pool.build",
+    "load": "distal.config",
+    "run": "distal.driver",
+}
+
+__all__ = [
+    "Assignments",
+    "Config",
+    "Pool",
+    "Run",
+    "Scores",
+    "Selection",
+    "build",
+    "load",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distal' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Choose the samples of a cycle from their scores."""

@@ -1,0 +1,75 @@
+"""Scores in, selection out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from distal.acquire.topk import Candidates, TopK
+from distal.assignments import Assignments
+from distal.config import SelectConfig
+from distal.hashing import mix64
+from distal.pool import Pool
+from distal.records import split_blocks
+from distal.scores import Scores
+from distal.selection import Selection
+
+STRIPE_SAMPLES = 2**20
+
+
+def select(
+    scores: Scores,
+    assignments: Assignments,
+    pool: Pool,
+    config: SelectConfig,
+    dest: Path,
+    *,
+    budget: int,
+    seed: int,
+    cycle: int,
+) -> Selection:
+    """Choose the `budget` samples with the largest scores, and write `selection.parquet`.
+
+    With fewer samples that have a score, all of them are chosen.
+
+    Args:
+        assignments: supplies the margin of the last checkpoint when ties are broken by it.
+        dest: `selection.parquet`.
+    """
+    top = TopK(budget)
+    blocks_per_stripe = max(1, STRIPE_SAMPLES // assignments.block_size)
+    for stripe in split_blocks(assignments.n_samples, blocks_per_stripe * assignments.block_size):
+        span = (stripe.start, stripe.stop)
+        score = scores.read(config.measure, *span)
+        (keys,) = pool.columns(*span, "sample_key")
+        if config.tie_break == "margin":
+            margin = assignments.read_recorded("margin", assignments.n_rows - 1, *span)
+        else:
+            margin = np.zeros(len(stripe), dtype=np.float16)
+        top.add(Candidates(np.arange(*span), score, margin, mix64("tie", seed, cycle, keys)))
+    chosen, decided_by = top.result()
+
+    samples = pool.take_samples(chosen.index, ["sample_id", "uri"])
+    columns = {
+        "rank": pa.array(range(len(chosen)), pa.int64()),
+        "sample_index": pa.array(chosen.index, pa.int64()),
+        "sample_id": samples["sample_id"],
+        "uri": samples["uri"],
+        **{name: pa.array(_gather(scores, name, chosen.index)) for name in scores.measures},
+        "measure": pa.array([config.measure] * len(chosen), pa.string()),
+        "decided_by": pa.array(decided_by, pa.string()),
+    }
+    return Selection.write(dest, pa.table(columns))
+
+
+def _gather(scores: Scores, name: str, index: np.ndarray) -> np.ndarray:
+    """The scores of some samples, reading each chunk that holds one of them once."""
+    values = np.empty(len(index), dtype=np.float32)
+    stripes = index // STRIPE_SAMPLES
+    for stripe in np.unique(stripes):
+        at = np.flatnonzero(stripes == stripe)
+        first, last = index[at].min(), index[at].max()
+        values[at] = scores.read(name, int(first), int(last) + 1)[index[at] - first]
+    return values

@@ -1,0 +1,108 @@
+"""Published weights. The folder is the queue between training and scoring.
+
+::
+
+    checkpoints/0007/weights-<sha12>.pt    a state_dict, plain tensors
+    checkpoints/0007/manifest.json         the commit: index, epoch, file, sha256, metrics
+
+The manifest is created exclusively: the first commit of an index wins, and a late writer of an attempt that
+was killed cannot change it.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distal.errors import Damage
+from distal.records import CheckpointRef
+from distal.storage import create_json, names_in, read_json, sha256, write_bytes
+
+if TYPE_CHECKING:  # torch takes seconds to import, and looking at a queue does not need it
+    import torch
+
+    StateDict = dict[str, torch.Tensor]
+
+MANIFEST = "manifest.json"
+
+
+def commit(
+    folder: Path, index: int, epoch: int, state_dict: StateDict, metrics: dict[str, float] | None = None
+) -> CheckpointRef:
+    """Publish weights under an index, unless that index is committed already.
+
+    Args:
+        folder: the `checkpoints` folder of a cycle.
+        index: the row these weights get in the assignments.
+        epoch: epochs completed, from 1.
+
+    Returns:
+        The committed checkpoint: this one, or the one that came first.
+    """
+    data = serialize(state_dict)
+    checksum = sha256(data)
+    place = folder / f"{index:04d}"
+    file = f"weights-{checksum[:12]}.pt"
+    write_bytes(place / file, data)
+    record = {"index": index, "epoch": epoch, "file": file, "sha256": checksum, "metrics": metrics or {}}
+    create_json(place / MANIFEST, record)
+    return read(folder, index)
+
+
+def read(folder: Path, index: int) -> CheckpointRef:
+    """The committed checkpoint with this index; raises FileNotFoundError when there is none."""
+    place = folder / f"{index:04d}"
+    record = read_json(place / MANIFEST)
+    return CheckpointRef(record["index"], record["epoch"], place / record["file"], record["sha256"], record["metrics"])
+
+
+def committed(folder: Path) -> list[int]:
+    """Indices of the committed checkpoints, in order."""
+    return [int(name) for name in names_in(folder) if (folder / name / MANIFEST).exists()]
+
+
+def load(checkpoint: CheckpointRef) -> StateDict:
+    """The weights of a checkpoint, on the CPU.
+
+    Raises:
+        Damage: the file is missing, or its bytes are not those that were committed.
+    """
+    try:
+        data = checkpoint.path.read_bytes()
+    except FileNotFoundError:
+        raise Damage(f"{checkpoint.path}: the weights of checkpoint {checkpoint.index} are missing") from None
+    if sha256(data) != checkpoint.sha256:
+        raise Damage(f"{checkpoint.path}: the bytes of checkpoint {checkpoint.index} have changed")
+    return deserialize(data)
+
+
+def serialize(value: Any) -> bytes:
+    """Tensors and plain values as bytes; equal values give equal bytes in every process.
+
+    Tensors are made contiguous first: their memory format is not part of what they are.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(_contiguous(value), buffer)
+    return buffer.getvalue()
+
+
+def deserialize(data: bytes) -> Any:
+    """The inverse of `serialize`, on the CPU. Only tensors and plain values are accepted, never code."""
+    import torch
+
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _contiguous(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().contiguous()
+    if isinstance(value, dict):
+        return {key: _contiguous(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_contiguous(item) for item in value]
+    return value

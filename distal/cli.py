@@ -1,0 +1,226 @@
+"""The command line: parsing and printing, nothing else. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from distal import __version__
+from distal.errors import ConfigError, DistalError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(
+    name="distal",
+    help="Find the few thousand images worth labelling in a pool of millions.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+pool_app = typer.Typer(help="Pack images into a pool, and look at one.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(pool_app, name="pool")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Channels = Literal["auto", "grey", "rgb"]
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to stop; the argument is its number."""
+
+
+def main() -> None:
+    """Entry point of the `distal` command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("distal.yaml")) -> None:
+    """Write a commented configuration with every key."""
+    from distal.config import commented_yaml
+
+    def work() -> dict[str, Any]:
+        if path.exists():
+            raise ConfigError(f"{path}: there is a file already; remove it or choose another name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(commented_yaml())
+        return {"path": str(path)}
+
+    _answer(work, False, lambda result: f"wrote {result['path']}; next: distal run {result['path']}")
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file; see docs/config.md.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", metavar="[KEY=VALUE]...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the whole loop. The same command again continues where it stopped."""
+    from distal import cluster
+    from distal.config import load
+    from distal.monitor import Terminal, summary_table
+
+    def work() -> dict[str, Any]:
+        loaded = load(config, overrides or [])
+        cluster.secure(loaded.ray.address)
+        with Terminal() as terminal:
+            import distal.driver
+
+            return distal.driver.run(loaded, terminal)
+
+    _answer(work, as_json, summary_table, resume=True)
+
+
+@app.command()
+def status(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    as_json: Json = False,
+) -> None:
+    """Tell from storage alone how far a run is."""
+    from distal.monitor import status_table
+    from distal.status import status as status_of
+
+    _answer(lambda: status_of(run_directory), as_json, status_table)
+
+
+@pool_app.command("build")
+def pool_build(
+    source: Annotated[str, typer.Argument(help="Parquet file or folder, image folder, or builtin:NAME.")],
+    dest: Annotated[Path, typer.Argument(help="Folder of the pool.")],
+    size: Annotated[str | None, typer.Option(help="Resize all images to WIDTHxHEIGHT pixels.")] = None,
+    channels: Annotated[Channels, typer.Option(help="auto: grey when the first images are.")] = "auto",
+    image_column: Annotated[str, typer.Option(help="Column of encoded images, or of bytes and path.")] = "image",
+    id_column: Annotated[str, typer.Option(help="Column of stable names.")] = "sample_id",
+    label_column: Annotated[str, typer.Option(help="Column of labels, if any.")] = "label",
+    class_column: Annotated[str, typer.Option(help="Column of class names, if any.")] = "class_name",
+    group_column: Annotated[str, typer.Option(help="Column of groups, if any.")] = "group_id",
+    ray_address: Annotated[str, typer.Option(help="local, auto or host:port.")] = "local",
+    as_json: Json = False,
+) -> None:
+    """Pack a source into a pool, once, in parallel."""
+    from distal import cluster
+    from distal.monitor import Terminal, pool_table
+
+    def work() -> dict[str, Any]:
+        from distal.config import BUILTIN
+        from distal.storage import local_path
+
+        where = source if source.startswith(BUILTIN) else str(local_path(source, "SOURCE"))
+        folder = local_path(dest, "DEST")
+        shape = _size(size)
+        cluster.secure(ray_address)
+        with Terminal() as terminal:
+            from distal.pool.build import build
+            from distal.pool.sources import Columns
+            from distal.records import Progress
+
+            columns = Columns(image_column, id_column, label_column, class_column, group_column)
+            with cluster.connect(ray_address):
+                pool = build(
+                    where,
+                    folder,
+                    columns=columns,
+                    size=shape,
+                    channels=channels,
+                    on_progress=lambda done, total: terminal.progress(
+                        Progress(-1, "packing", images_scored=done, images=total)
+                    ),
+                )
+        return pool.describe()
+
+    _answer(work, as_json, pool_table)
+
+
+@pool_app.command("info")
+def pool_info(pool: Annotated[Path, typer.Argument(help="Folder of the pool.")], as_json: Json = False) -> None:
+    """Describe a pool."""
+    from distal.monitor import pool_table
+
+    def work() -> dict[str, Any]:
+        from distal.pool import Pool
+        from distal.storage import local_path
+
+        return Pool.open(local_path(pool, "POOL")).describe()
+
+    _answer(work, as_json, pool_table)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Interrupted` inside the block."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """(H, W) from WIDTHxHEIGHT, or from one number for a square."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if not all(part.isdigit() and int(part) for part in parts) or len(parts) > 2:
+        raise ConfigError(f"--size must be WIDTHxHEIGHT or one number, in pixels, got {text!r}")
+    return int(parts[-1]), int(parts[0])
+
+
+def _answer(
+    work: Callable[[], dict[str, Any]],
+    as_json: bool,
+    render: Callable[[dict[str, Any]], Table | str],
+    resume: bool = False,
+) -> None:
+    """Run a command's work and print what it returns; every exit code is decided here."""
+    code = 0
+    try:
+        with _signals():
+            result = work()
+        if as_json:
+            print(json.dumps(result))
+        else:
+            from rich.console import Console
+
+            Console(soft_wrap=True).print(render(result), highlight=False)
+    except DistalError as error:
+        code = error.exit_code
+        _complain(str(error), code, as_json)
+    except Interrupted as error:
+        code = 128 + error.args[0]
+        again = f"; continue with: distal {' '.join(sys.argv[1:])}" if resume else ""
+        _complain(f"stopped by {signal.Signals(error.args[0]).name}{again}", code, as_json)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code > 128:
+        os._exit(code)  # training may still run in its thread; whoever asked to stop does not wait for it
+    raise typer.Exit(code)
+
+
+def _complain(text: str, code: int, as_json: bool) -> None:
+    line = " ".join(text.split())
+    print(f"distal: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"state": "stopped" if code > 128 else "error", "error": line, "exit_code": code}))

@@ -1,0 +1,491 @@
+"""The configuration: YAML in, frozen models out, every key documented in its one place.
+
+`docs/config.md` is generated from here (`python -m distal.config > docs/config.md`), and so is what
+`distal init` writes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from distal.errors import ConfigError, RunConflict
+from distal.records import JsonObject
+from distal.storage import local_path
+
+Measure = Literal["dispersion", "vote_entropy", "flips", "margin", "entropy", "random"]
+Recorded = Literal["margin", "entropy"]
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+
+BUILTIN = "builtin:"
+
+# When a key may change. It says what a change can do to a run that exists already.
+NEVER = "never"  # part of what the run is
+NEXT_CYCLE = "next cycle"  # affects results: fixed once a cycle has begun
+ANY_TIME = "any time"  # affects speed, length or place, never a result
+
+
+def key(default: Any, description: str, changes: str = NEXT_CYCLE, **constraints: Any) -> Any:
+    """A configuration key: default, description (with the unit), when it may change, bounds."""
+    return Field(default, description=description, json_schema_extra={"changes": changes}, **constraints)
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class PoolConfig(Section):
+    """All images, read-only."""
+
+    path: str = key(..., "Folder of the packed pool.", ANY_TIME)
+    source: str | None = key(
+        None,
+        "What the pool is built from when `path` does not exist yet: a Parquet file or a folder of them, an "
+        "image folder, or `builtin:fashion-mnist-12k`. null: the pool must exist.",
+        ANY_TIME,
+    )
+    test: str | None = key(
+        None,
+        "Images and labels for the test accuracy: a packed pool, or a source, which is then packed beside the "
+        "pool as `<path>-test`. Classes are matched by name. null: no test accuracy.",
+        ANY_TIME,
+    )
+    limit: Count | None = key(
+        None,
+        "Number of images to use: a seeded random subset; the others are not eligible. null: all.",
+        NEVER,
+    )
+    block_size: Count | Auto = key(
+        "auto", "Samples in a block. auto: about n/64, a multiple of 128 in [128, 65536].", NEVER
+    )
+
+
+class RayConfig(Section):
+    """Where the work runs."""
+
+    address: str = key(
+        "local",
+        "`local` starts Ray here, unless the environment sets RAY_ADDRESS; `auto` joins the cluster of this "
+        "machine; or `host:port`.",
+        ANY_TIME,
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in ("local", "auto") and not re.fullmatch(r"[\w.\-\[\]:]+:\d+", value):
+            raise ValueError("must be local, auto or host:port")
+        return value
+
+
+class ModelConfig(Section):
+    """The classifier."""
+
+    name: str = key(
+        "small_cnn",
+        "`small_cnn` (about 0.1 M parameters), a torchvision classifier such as `resnet18`, or a function of "
+        "yours as `package.module:function`, called with num_classes and image_shape=(C, H, W).",
+    )
+    weights: str | None = key(
+        None,
+        "Pretrained weights to start from: a state_dict file, or a name that torchvision knows for this model "
+        "(`DEFAULT`, `IMAGENET1K_V1`). A head for other classes is left out. null: random.",
+    )
+    stem: Literal["auto", "small", "standard"] = key(
+        "auto",
+        "First layers of a torchvision ResNet. small: 3x3 stride 1 and no max-pool. auto: small for images "
+        "under 64 pixels.",
+    )
+    normalize: Literal["pool", "imagenet"] = key(
+        "pool", "Mean and standard deviation taken from the pool's pixels, or those of ImageNet."
+    )
+
+
+class LoopConfig(Section):
+    """Cycles and what is bought in each."""
+
+    cycles: int = key(3, "Cycles to run; may grow. The last one selects but does not label.", ANY_TIME, ge=1)
+    initial: int = key(300, "Labelled samples to start from, balanced over the classes.", NEVER, ge=1)
+    budget: int = key(300, "Samples to label per cycle.", ge=1)
+
+
+class TrainConfig(Section):
+    """DDP training on the labelled samples."""
+
+    epochs: int = key(15, "Passes over the labelled samples.", ge=1)
+    checkpoint_every: int = key(1, "Epochs between checkpoints; the last epoch always gives one.", ge=1)
+    batch_size: int = key(64, "Images per optimizer step, over all ranks together.", ge=1)
+    lr: float = key(0.05, "Initial learning rate of SGD with Nesterov momentum.", gt=0)
+    momentum: float = key(0.9, "Momentum.", gt=0, lt=1)
+    weight_decay: float = key(5e-4, "L2 penalty on all parameters.", ge=0)
+    schedule: Literal["cosine", "milestones", "constant"] = key(
+        "cosine", "Learning rate per epoch: cosine to 0, multiplied by `gamma` at `milestones`, or constant."
+    )
+    milestones: tuple[Count, ...] = key((), "Epochs at which the learning rate is multiplied by `gamma`.")
+    gamma: float = key(0.5, "Factor at each milestone.", gt=0)
+    augment: Literal["none", "crop_flip"] = key(
+        "crop_flip",
+        "crop_flip: a random crop after padding by an eighth of the side, and a horizontal flip.",
+    )
+    init: Literal["scratch", "warm"] = key(
+        "scratch", "Weights a cycle starts from: new ones, or the last checkpoint of the cycle before."
+    )
+    workers: int = key(1, "DDP ranks (gloo on CPU, NCCL on GPU). Part of the answer: sums are ordered by it.", ge=1)
+    threads: Count | Auto = key(
+        "auto", "CPU threads of a rank. auto: half of the CPU slots over all ranks, the rest score."
+    )
+    max_failures: int = key(
+        3,
+        "Times that ranks may die in a row without finishing an epoch before the run stops.",
+        ANY_TIME,
+        ge=0,
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of workers {self.workers}")
+        if (self.schedule == "milestones") != bool(self.milestones):
+            raise ValueError("schedule: milestones and a list of milestones go together")
+        return self
+
+    @property
+    def checkpoint_epochs(self) -> list[int]:
+        """The epochs (from 1) that publish a checkpoint, in order: row t belongs to entry t."""
+        epochs = range(1, self.epochs + 1)
+        return [e for e in epochs if e % self.checkpoint_every == 0 or e == self.epochs]
+
+
+class ScoreConfig(Section):
+    """Predicting the class of every eligible sample at every checkpoint."""
+
+    actors: Count | Auto = key("auto", "Scoring actors. auto: one per free CPU slot, or per GPU.", ANY_TIME)
+    precision: Literal["auto", "fp32", "bf16"] = key("auto", "Arithmetic of the forward pass. auto: fp32.")
+    batch_size: Count | Auto = key("auto", "Images per forward pass. auto: 128 on a CPU, 512 on a GPU.")
+    record: tuple[Recorded, ...] = key(
+        ("margin",), "Float16 arrays kept beside the assignments: margin p1 - p2, entropy in nats."
+    )
+    record_rows: Literal["last", "all"] = key("last", "Checkpoints at which they are kept.")
+    mixed_hardware: Literal["refuse", "allow"] = key(
+        "refuse",
+        "What to do with an actor on another kind of processor, or another torch, than the cycle began with.",
+        ANY_TIME,
+    )
+    cache_gb: float = key(1.0, "Decoded images that one actor keeps in memory, in GiB.", ANY_TIME, ge=0)
+
+
+class SelectConfig(Section):
+    """Which samples to label next."""
+
+    measure: Measure = key("dispersion", "The score to rank by; larger is always more uncertain.")
+    tie_break: Literal["margin", "hash"] = key(
+        "margin",
+        "Order of equal scores: margin of the last checkpoint, then a seeded hash; or the hash alone.",
+    )
+
+
+class LabelConfig(Section):
+    """Who answers."""
+
+    oracle: Literal["pool"] = key("pool", "pool: the labels that the pool itself carries (experiments).")
+
+
+class Config(Section):
+    """One active-learning run."""
+
+    run: str = key(..., "Run directory.", ANY_TIME)
+    seed: int = key(0, "Seed of every random draw.", NEVER, ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = key(
+        "auto", "Where training and scoring run. auto: cuda when the cluster has a GPU."
+    )
+    pool: PoolConfig
+    ray: RayConfig = RayConfig()
+    model: ModelConfig = ModelConfig()
+    loop: LoopConfig = LoopConfig()
+    train: TrainConfig = TrainConfig()
+    score: ScoreConfig = ScoreConfig()
+    select: SelectConfig = SelectConfig()
+    label: LabelConfig = LabelConfig()
+
+    @model_validator(mode="after")
+    def _recorded(self) -> Self:
+        if self.select.measure in get_args(Recorded) and self.select.measure not in self.score.record:
+            raise ValueError(f"select.measure: {self.select.measure} needs score.record to contain it")
+        if self.select.tie_break == "margin" and "margin" not in self.score.record:
+            raise ValueError("select.tie_break: margin needs score.record to contain it; or set tie_break: hash")
+        return self
+
+    def absolute(self) -> Self:
+        """The same configuration with absolute paths; relative ones start at the working directory."""
+        pool = {"path": str(local_path(self.pool.path, "pool.path"))}
+        for name, value in (("source", self.pool.source), ("test", self.pool.test)):
+            if value is not None and not value.startswith(BUILTIN):
+                pool[name] = str(local_path(value, f"pool.{name}"))
+        weights = self.model.weights
+        if weights is not None and (os.sep in weights or Path(weights).suffix):
+            weights = str(local_path(weights, "model.weights"))
+        return self.model_copy(
+            update={
+                "run": str(local_path(self.run, "run")),
+                "pool": self.pool.model_copy(update=pool),
+                "model": self.model.model_copy(update={"weights": weights}),
+            }
+        )
+
+    def leaves(self) -> dict[str, Any]:
+        """Every key with its value, as `{"train.lr": 0.05, ...}`, in order."""
+        return {name: _value(self, name) for name, _ in documented_keys()}
+
+    def decisive(self) -> dict[str, Any]:
+        """The keys that can change a bit of the answer, with their values."""
+        fields = dict(documented_keys())
+        return {name: value for name, value in self.leaves().items() if _changes(fields[name]) != ANY_TIME}
+
+    def autos(self) -> list[str]:
+        """The decisive keys that say `auto`."""
+        return [name for name, value in self.decisive().items() if value == "auto" and name != "model.stem"]
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """A copy with some keys set, named as in `leaves`; validated again."""
+        return type(self).model_validate(_merged(self.model_dump(), values))
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, or a value out of its bounds.
+    """
+    file = Path(path)
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise ConfigError(f"{file}: no such file; `distal init {file}` writes a commented one") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: a mapping of keys to values was expected")
+    return parse(tree, overrides)
+
+
+def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A `Config` from nested keys and values; raises `ConfigError` with one line."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"{override!r}: an override is written key.sub=value")
+        try:
+            values[name] = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            raise ConfigError(f"{override!r}: {text!r} is not a valid YAML value") from None
+    try:
+        return Config.model_validate(_merged(tree, values)).absolute()
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def check_unchanged(old: Config, new: Config, cycle: int, *, finished: bool) -> None:
+    """Refuse a change that a run cannot take.
+
+    Args:
+        old: the resolved configuration of `cycle`, the last one that has begun.
+        finished: whether that cycle is finished, so that the change would apply to the next one.
+
+    Raises:
+        RunConflict: naming the key, both values and the first cycle the change may apply to.
+    """
+    before, after = old.leaves(), new.leaves()
+    for name, field in documented_keys():
+        may = _changes(field)
+        if before[name] == after[name] or may == ANY_TIME or (may == NEXT_CYCLE and finished):
+            continue
+        change = f"{name}: {_yaml(before[name])} -> {_yaml(after[name])}"
+        if may == NEVER:
+            raise RunConflict(f"{change}: it is part of what this run is; give another run directory (run=...)")
+        raise RunConflict(
+            f"{change}: cycle {cycle} has begun with the old value; the new one may apply from cycle "
+            f"{cycle + 1}; finish cycle {cycle} with the old value, or give another run directory (run=...)"
+        )
+
+
+def documented_keys(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the configuration with its field, depth first: ("train.lr", ...)."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from documented_keys(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _changes(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["changes"])
+
+
+def _value(section: BaseModel, name: str) -> Any:
+    value: Any = section
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _merged(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested `tree` with dotted `values` set."""
+    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+    for name, value in values.items():
+        section, _, rest = name.partition(".")
+        if rest:
+            inner = merged.get(section)
+            merged[section] = _merged(inner if isinstance(inner, Mapping) else {}, {rest: value})
+        else:
+            merged[section] = value
+    return merged
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first complaint, as: key, the value, what is allowed, what to do."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    # A union reports its members as extra path parts ("block_size.int"): keep the parts that are keys.
+    known = {part for name, _ in documented_keys() for part in name.split(".")}
+    parts = [str(part) for part in first["loc"]]
+    name = ".".join(part for i, part in enumerate(parts) if part in known or i == 0 or part.isdigit())
+    if first["type"] == "extra_forbidden":
+        *outer, last = parts
+        prefix = "".join(f"{part}." for part in outer)
+        siblings = {n[len(prefix) :].partition(".")[0] for n, _ in documented_keys() if n.startswith(prefix)}
+        text = f"unknown key {prefix}{last}; known keys: {', '.join(sorted(prefix + s for s in siblings))}"
+    elif first["type"] == "missing":
+        text = f"{name} is missing; set it in the file or as {name}=..."
+    elif first["type"] == "value_error":
+        text = f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
+        text += f", got {first['input']!r}" if isinstance(first["input"], str) else ""
+    else:
+        allowed = " or ".join(
+            dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in errors if e["loc"][:2] == first["loc"][:2])
+        )
+        text = f"{name} must be {allowed}, got {first['input']!r}"
+    others = len({e["loc"][:2] for e in errors}) - 1
+    return text + (f" (and {others} more)" if others else "")
+
+
+def _yaml(value: Any) -> str:
+    """A value as one would type it in the file."""
+    if isinstance(value, tuple):
+        value = list(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+
+
+def commented_yaml(run: str = "runs/quickstart") -> str:
+    """A configuration file with every key, its default and its description."""
+    values = {
+        "run": run,
+        "pool.path": "pools/fmnist",
+        "pool.source": "builtin:fashion-mnist-12k",
+        "pool.test": "builtin:fashion-mnist-12k/test",
+    }
+    lines = ["# One active-learning run: `distal run THIS_FILE`. Paths start at the working directory."]
+    section = ""
+    for name, field in documented_keys():
+        outer, _, last = name.rpartition(".")
+        if outer and outer != section:
+            lines += ["", f"{outer}:  # {Config.model_fields[outer].annotation.__doc__}"]
+            section = outer
+        indent = "  " if outer else ""
+        lines += [f"{indent}# {line}" for line in _wrapped(field.description or "", 100)]
+        lines += [f"{indent}{last}: {_yaml(values.get(name, _default(field)))}"]
+    return "\n".join(lines) + "\n"
+
+
+def markdown() -> str:
+    """The reference of all keys, as kept in docs/config.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated by `python -m distal.config > docs/config.md`; a test keeps it current.",
+        "",
+        "A run is described by one YAML file. Any key can be set on the command line as `key.sub=value`, where",
+        "the value is YAML (`train.lr=0.1`, `pool.test=null`, `score.record=[margin, entropy]`). Unknown keys are",
+        "refused. Relative paths start at the working directory. `distal init` writes a file with every key.",
+        "",
+        "*May change* says what a run that exists accepts. **never**: the key is part of what the run is.",
+        "**next cycle**: fixed once a cycle has begun, free for the cycles after it. **any time**: it affects",
+        "speed, length or place, never a result.",
+    ]
+    section = None
+    for name, field in documented_keys():
+        outer, _, last = name.rpartition(".")
+        if outer != section:
+            about = Config.model_fields[outer].annotation.__doc__ if outer else Config.__doc__
+            lines += ["", f"## {outer or 'Top level'}", "", f"{about}", ""]
+            lines += ["| key | values | default | may change | meaning |", "|---|---|---|---|---|"]
+            section = outer
+        default = "required" if field.is_required() else f"`{_yaml(_default(field))}`"
+        cells = [f"`{last}`", _allowed(field), default, _changes(field), field.description or ""]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: FieldInfo) -> Any:
+    return None if field.default is PydanticUndefined else field.default
+
+
+def _allowed(field: FieldInfo) -> str:
+    """The values a field takes, in words, from its annotation and its bounds."""
+    return ", ".join(_kinds(field.annotation)) + _bounds(field.metadata)
+
+
+def _kinds(kind: Any) -> list[str]:
+    words = {int: "integer", float: "number", str: "text", type(None): "null"}
+    members = get_args(kind)
+    if kind in words:
+        return [words[kind]]
+    if get_origin(kind) is Annotated:
+        return [", ".join(_kinds(members[0])) + _bounds(kind.__metadata__[0].metadata)]
+    if get_origin(kind) is tuple:
+        return [f"list of {' or '.join(_kinds(members[0]))}"]
+    if get_origin(kind) is Literal:
+        return [f"`{member}`" for member in members]
+    return [word for member in members for word in _kinds(member)]
+
+
+def _bounds(metadata: Sequence[object]) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = [
+        f"{sign} {getattr(bound, name):g}" for bound in metadata for name, sign in signs.items() if hasattr(bound, name)
+    ]
+    return f" {', '.join(limits)}" if limits else ""
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width)
+
+
+def to_record(config: Config) -> JsonObject:
+    """Plain nested values, as written to `cycle.yaml`."""
+    return config.model_dump(mode="json")
+
+
+def from_record(record: Mapping[str, Any]) -> Config:
+    """The inverse of `to_record`."""
+    return Config.model_validate(record)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,72 @@
+"""Which samples count: readable, inside `pool.limit`, and not labelled when the cycle starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distal.hashing import mix64
+from distal.ledger import Ledger
+from distal.pool import Pool
+from distal.pool.images import OK
+from distal.records import split_blocks
+
+STRIPE_SAMPLES = 2**20
+
+
+@dataclass(frozen=True)
+class Eligibility:
+    """A view on the pool and the ledger; nothing of it is kept in memory.
+
+    Attributes:
+        largest_draw: samples whose seeded draw is larger are outside `pool.limit`; None: no limit.
+        ledger: the labelled samples; None: nothing is labelled yet.
+    """
+
+    pool: Pool
+    seed: int
+    largest_draw: int | None
+    ledger: Ledger | None = None
+
+    @classmethod
+    def of(cls, pool: Pool, limit: int | None, seed: int) -> Self:
+        """The eligible samples while nothing is labelled: the readable ones with the `limit` smallest draws."""
+        everything = cls(pool, seed, None)
+        if limit is None:
+            return everything
+        draws = []
+        for start, stop, flags in everything.stripes():
+            (keys,) = pool.columns(start, stop, "sample_key")
+            draws.append(mix64("limit", seed, keys[flags]))
+        all_draws = np.concatenate(draws)
+        if limit >= len(all_draws):
+            return everything
+        all_draws.partition(limit - 1)
+        return cls(pool, seed, int(all_draws[limit - 1]))
+
+    def without(self, ledger: Ledger) -> Self:
+        """The eligible samples when those of the ledger are labelled."""
+        return replace(self, ledger=ledger)
+
+    def read(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Which of the samples [start, stop) are eligible: (stop - start,) bool."""
+        status, keys = self.pool.columns(start, stop, "status", "sample_key")
+        flags: NDArray[np.bool_] = status == OK
+        if self.largest_draw is not None:
+            flags = flags & (mix64("limit", self.seed, keys) <= np.uint64(self.largest_draw))
+        if self.ledger is not None:
+            flags = flags & ~self.ledger.labeled(start, stop)
+        return flags
+
+    def stripes(self, n_samples: int = STRIPE_SAMPLES) -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
+        """(start, stop, flags) over the whole pool, `n_samples` at a time."""
+        for stripe in split_blocks(self.pool.n_samples, n_samples):
+            yield stripe.start, stripe.stop, self.read(stripe.start, stripe.stop)
+
+    def count(self) -> int:
+        """How many samples are eligible."""
+        return sum(int(flags.sum()) for _, _, flags in self.stripes())

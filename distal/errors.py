@@ -1,0 +1,80 @@
+"""What can go wrong, by whose doing.
+
+::
+
+    DistalError                  exit 1: our fault, or the machine's
+    ├── UserError                exit 2: the user's mistake; one line says what to do
+    │   ├── ConfigError          a key or a value of the configuration
+    │   ├── SourceError          what a pool is built from
+    │   ├── PoolError            a packed pool that is missing, unfinished or does not fit
+    │   ├── RunConflict          a run directory that belongs to other inputs
+    │   ├── ModelError           a model or weights that do not fit the pool
+    │   ├── UnknownFormat        a file written by another version of distal
+    │   ├── Diverged             a loss or a logit that is not finite
+    │   └── DiskFull             no space left; what was committed stays valid
+    ├── BlockFailed              a block of the pool failed again and again
+    ├── TrainingFailed           the ranks died again and again without finishing an epoch
+    └── Damage                   exit 4: stored bytes are not what was written
+
+Errors cross Ray processes, so each takes one message and survives pickling.
+"""
+
+from __future__ import annotations
+
+
+class DistalError(Exception):
+    """Base of every error that distal raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(DistalError, ValueError):
+    """The user can mend this; the message says what, the value, what is allowed and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A key or a value of the configuration is wrong."""
+
+
+class SourceError(UserError):
+    """A pool cannot be built from this source."""
+
+
+class PoolError(UserError):
+    """A packed pool is missing, unfinished, or does not fit the run."""
+
+
+class RunConflict(UserError):
+    """The run directory was made from other inputs than those given now."""
+
+
+class ModelError(UserError):
+    """The model or its weights do not fit the pool."""
+
+
+class UnknownFormat(UserError):
+    """A file has a format version that this version of distal does not read."""
+
+
+class Diverged(UserError):
+    """Training or prediction gave a value that is not finite."""
+
+
+class DiskFull(UserError):
+    """No space is left on the device; everything committed before stays valid."""
+
+
+class BlockFailed(DistalError):
+    """A block of the pool could not be scored within the allowed number of attempts."""
+
+
+class TrainingFailed(DistalError):
+    """The training ranks died repeatedly without finishing an epoch."""
+
+
+class Damage(DistalError):
+    """Stored bytes are not what was written."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""Get labels: the first set, and the answers for a selection."""

@@ -1,0 +1,81 @@
+"""The pool's own labels as the oracle, for experiments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distal.eligibility import Eligibility
+from distal.errors import PoolError, UserError
+from distal.hashing import mix64
+from distal.ledger import write_labels
+from distal.pool import Pool
+
+ANNOTATOR = "pool"
+
+
+def label_from_pool(pool: Pool, indices: NDArray[np.int64], dest: Path) -> None:
+    """Write the pool's labels of some samples to `dest`.
+
+    Raises:
+        PoolError: one of them has no label in the pool.
+    """
+    samples = pool.take_samples(indices, ["sample_id", "label"])
+    labels = samples["label"].fill_null(-1).to_numpy()
+    unknown = np.flatnonzero(labels < 0)
+    if len(unknown):
+        raise PoolError(
+            f"{pool.path}: sample {samples['sample_id'][int(unknown[0])].as_py()} has no label in the pool; "
+            "label.oracle: pool needs a label for every image"
+        )
+    write_labels(dest, indices, samples["sample_id"].to_pylist(), labels, ANNOTATOR)
+
+
+def choose_initial(eligibility: Eligibility, n: int, seed: int) -> NDArray[np.int64]:
+    """The samples to start from: seeded, and balanced over the classes as far as they reach.
+
+    Each class gives n/C samples; what a class lacks, and the remainder, comes from the others. Balancing reads
+    labels that have not been paid for, so it is for experiments.
+
+    Returns:
+        (n,) int64 sample indices, ascending.
+
+    Raises:
+        UserError: fewer than n + 1 eligible samples.
+    """
+    available = eligibility.count()
+    if available < n + 1:
+        raise UserError(
+            f"loop.initial: {n} labelled samples and at least one more to select need {n + 1} readable images; "
+            f"the pool has {available}"
+        )
+    index, label, draw = _best_of_each_class(eligibility, n, seed)
+    order = np.lexsort((draw, _rank_in_class(label, draw)))  # every class's first, then every class's second, ...
+    return np.sort(index[order][:n])
+
+
+def _best_of_each_class(
+    eligibility: Eligibility, n: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+    """Of every class the (up to) `n` eligible samples with the smallest draw: index, label, draw."""
+    index, label, draw = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64)
+    for start, stop, eligible in eligibility.stripes():
+        labels, keys = eligibility.pool.columns(start, stop, "label", "sample_key")
+        keep = np.flatnonzero(eligible & (labels >= 0))
+        index = np.concatenate([index, start + keep])
+        label = np.concatenate([label, labels[keep].astype(np.int64)])
+        draw = np.concatenate([draw, mix64("initial", seed, keys[keep])])
+        best = _rank_in_class(label, draw) < n
+        index, label, draw = index[best], label[best], draw[best]
+    return index, label, draw
+
+
+def _rank_in_class(label: NDArray[np.int64], draw: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The place of each sample among those of its class, by draw: 0 for the smallest."""
+    order = np.lexsort((draw, label))
+    _, first, counts = np.unique(label[order], return_index=True, return_counts=True)
+    rank = np.empty(len(label), dtype=np.int64)
+    rank[order] = np.arange(len(label)) - np.repeat(first, counts)
+    return rank

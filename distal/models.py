@@ -1,0 +1,255 @@
+"""Names to networks, and uint8 images to their inputs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distal.checkpoints import deserialize
+from distal.config import ModelConfig
+from distal.errors import ModelError
+from distal.hashing import seed_for
+
+SMALL_CNN = "small_cnn"
+SMALL_SIDE = 64  # pixels; below it the first layers of a ResNet throw away most of the image
+
+StateDict = dict[str, Tensor]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that decides what a network is and what it sees; picklable.
+
+    Attributes:
+        config: the `model` section.
+        n_classes: length of its output.
+        image_shape: (C, H, W) of the pool.
+        mean, std: per channel of the pool, of pixels scaled to [0, 1].
+    """
+
+    config: ModelConfig
+    n_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def build(self) -> nn.Module:
+        """The network with its initial weights, in (B, C, H, W) float32 out (B, n_classes).
+
+        The random initial weights are those of torch's default generator, which the caller seeds.
+
+        Raises:
+            ModelError: unknown name, weights that do not fit, or an output of another shape.
+        """
+        net = _build(self.config, self.n_classes, self.image_shape)
+        if self.config.weights is not None:
+            load_pretrained(net, _weights(self.config), self.config.weights)
+        return net.to(memory_format=torch.channels_last)
+
+    def preprocess(self) -> Preprocess:
+        """The module that turns uint8 images of the pool into the network's input."""
+        channels = 3 if _is_torchvision(self.config.name) else self.image_shape[0]
+        if self.config.normalize == "pool":
+            return Preprocess(self.mean, self.std, channels)
+        if channels != 3:
+            raise ModelError("model.normalize: imagenet is for three channels, the pool is grey; set it to pool")
+        return Preprocess(IMAGENET_MEAN, IMAGENET_STD, channels)
+
+    def check(self) -> None:
+        """Build the network once and push two images through it, in both modes.
+
+        Raises:
+            ModelError: the network cannot be built, or does not take the pool's images, or its output is
+                not one row of `n_classes` logits per image.
+        """
+        torch.manual_seed(0)
+        net, preprocess = self.build(), self.preprocess()
+        images = torch.zeros((2, *self.image_shape), dtype=torch.uint8)
+        for mode in (False, True):
+            try:
+                with torch.no_grad():
+                    output = net.train(mode)(preprocess(images))
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                raise ModelError(
+                    f"model.name: {self.config.name} does not take images of shape {self.image_shape} ({reason})"
+                ) from error
+            if not isinstance(output, Tensor) or output.shape != (2, self.n_classes):
+                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ModelError(
+                    f"model.name: {self.config.name} returned {got} for 2 images; "
+                    f"a tensor (2, {self.n_classes}) of logits is needed"
+                )
+
+
+class Preprocess(nn.Module):
+    """uint8 (B, C, H, W) to normalised float32 (B, C', H, W), keeping the memory format.
+
+    Grey images are repeated to three channels when the network wants three.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1) * 255)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scale and shift; see the class."""
+        inputs = (images.float() - self.mean) / self.std
+        if inputs.shape[1] == 1 and self.channels > 1:
+            inputs = inputs.expand(-1, self.channels, -1, -1).contiguous(memory_format=torch.channels_last)
+        return inputs
+
+
+class SmallCNN(nn.Sequential):
+    """Three convolutions with batch norm, global average pooling: 0.1 M parameters.
+
+    Made for images of 28 to 64 pixels; any size of at least 8 pixels and any number of channels work.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        layers: list[nn.Module] = []
+        for width in (32, 64, 128):
+            layers += [
+                nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+                nn.MaxPool2d(2),
+            ]
+            in_channels = width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
+
+
+def _is_torchvision(name: str) -> bool:
+    return name != SMALL_CNN and ":" not in name
+
+
+def _build(config: ModelConfig, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    if config.name == SMALL_CNN:
+        return SmallCNN(n_classes, image_shape[0])
+    if ":" in config.name:
+        net = _import(config.name)(num_classes=n_classes, image_shape=image_shape)
+        if not isinstance(net, nn.Module):
+            raise ModelError(f"model.name: {config.name} returned {type(net).__name__}; a torch.nn.Module is needed")
+        return net
+    net = _torchvision(config.name, n_classes)
+    small = min(image_shape[1:]) < SMALL_SIDE
+    if config.stem == "small" or (config.stem == "auto" and small and _has_resnet_stem(net)):
+        _shrink_stem(net, config.name)
+    return net
+
+
+def _torchvision(name: str, n_classes: int) -> nn.Module:
+    import torchvision
+
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    if name not in classifiers:
+        near = [known for known in classifiers if known[:4] == name[:4]] or classifiers
+        raise ModelError(
+            f"model.name: {name!r} is unknown; give {SMALL_CNN}, package.module:function, or a torchvision "
+            f"classifier such as {', '.join(near[:8])}"
+        )
+    return torchvision.models.get_model(name, weights=None, num_classes=n_classes)
+
+
+def _has_resnet_stem(net: nn.Module) -> bool:
+    return isinstance(getattr(net, "conv1", None), nn.Conv2d) and hasattr(net, "maxpool") and hasattr(net, "layer1")
+
+
+def _shrink_stem(net: nn.Module, name: str) -> None:
+    """The CIFAR stem: a 3x3 convolution of stride 1 and no max-pool; all keys stay as in torchvision."""
+    if not _has_resnet_stem(net):
+        raise ModelError(f"model.stem: small is known for ResNets only, not for {name}; set model.stem=standard")
+    conv = nn.Conv2d(3, net.conv1.out_channels, 3, stride=1, padding=1, bias=False)  # type: ignore[union-attr,arg-type]
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    net.conv1, net.maxpool = conv, nn.Identity()
+
+
+def _import(name: str) -> Callable[..., Any]:
+    module_name, _, function_name = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a model beside the configuration, as `python -m` would find it
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ModelError(f"model.name: module {module_name!r} cannot be imported ({error})") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ModelError(f"model.name: module {module_name!r} has no function {function_name!r}")
+    return function
+
+
+def _weights(config: ModelConfig) -> StateDict:
+    """Read pretrained weights from a file, or from torchvision's collection."""
+    assert config.weights is not None
+    path = Path(config.weights)
+    if path.is_absolute():
+        try:
+            state = deserialize(path.read_bytes())
+        except FileNotFoundError:
+            raise ModelError(f"model.weights: {path}: no such file") from None
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"model.weights: {path} is not a file of plain tensors ({reason})") from error
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ModelError(f"model.weights: {path} is not a state_dict; save model.state_dict() alone")
+        return state
+
+    import torchvision
+
+    try:
+        weights = torchvision.models.get_model_weights(config.name)[config.weights]
+    except (KeyError, ValueError):
+        raise ModelError(
+            f"model.weights: torchvision has no weights {config.weights!r} for {config.name}; "
+            "give one of its names, such as DEFAULT, or a path"
+        ) from None
+    try:
+        return dict(weights.get_state_dict(progress=False))
+    except OSError as error:
+        raise ModelError(f"model.weights: {config.weights} cannot be downloaded ({error}); give a path") from error
+
+
+def load_pretrained(net: nn.Module, state: StateDict, name: str) -> None:
+    """Load weights of the same network, leaving out a head that was made for other classes.
+
+    The head is what differs in shape and comes last; everything else must fit, name by name.
+
+    Raises:
+        ModelError: naming the first key that is missing, unexpected or of another shape.
+    """
+    own = net.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    if missing or unexpected:
+        found = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
+        raise ModelError(f"model.weights: {name} does not fit the network: {found}")
+    other_shape = [key for key in own if own[key].shape != state[key].shape]
+    head = set(list(own)[-2:])
+    for key in other_shape:
+        if key not in head or own[key].shape[1:] != state[key].shape[1:]:
+            hint = "; set model.stem=standard" if key.startswith("conv1.") else ""
+            raise ModelError(
+                f"model.weights: {name}: {key} has shape {tuple(state[key].shape)}, "
+                f"the network needs {tuple(own[key].shape)}{hint}"
+            )
+    net.load_state_dict({key: value for key, value in state.items() if key not in other_shape}, strict=False)
+
+
+def seeded_build(spec: ModelSpec, seed: int, cycle: int) -> nn.Module:
+    """The network as a cycle starts from scratch: initial weights are a function of (seed, cycle)."""
+    torch.manual_seed(seed_for("init", seed, cycle))
+    return spec.build()

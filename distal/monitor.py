@@ -1,0 +1,166 @@
+"""Progress for people: bars on a terminal, a line now and then elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from distal.records import JsonObject, Progress
+
+LINE_EVERY_S = 10.0
+
+
+class Display(Protocol):
+    """What the driver tells while it works."""
+
+    def progress(self, state: Progress) -> None:
+        """The present state of a cycle."""
+        ...
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def progress(self, state: Progress) -> None:
+        """Ignore it."""
+
+    def say(self, line: str) -> None:
+        """Ignore it."""
+
+
+class Terminal:
+    """Shows progress on stderr; use as a context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self._shown_at = 0.0
+        self._shown: tuple[int, str] | None = None
+        self._task: TaskID | None = None
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def progress(self, state: Progress) -> None:
+        """Redraw the bar; without a terminal, print a line when the stage changes and every ten seconds."""
+        if self.console.is_terminal:
+            self._draw(state)
+            return
+        now = time.monotonic()
+        if (state.cycle, state.stage) != self._shown or now - self._shown_at >= LINE_EVERY_S:
+            self._shown, self._shown_at = (state.cycle, state.stage), now
+            self.say(f"{_title(state)}  {state.images_scored:,}/{state.images:,}  {_detail(state)}".rstrip())
+
+    def _draw(self, state: Progress) -> None:
+        if self._shown != (state.cycle, state.stage):
+            self._shown = (state.cycle, state.stage)
+            if self._task is not None:
+                self._bars.remove_task(self._task)
+            self._task = self._bars.add_task("", detail="")
+        assert self._task is not None
+        self._bars.update(
+            self._task,
+            description=_title(state),
+            completed=state.images_scored,
+            total=state.images or None,
+            detail=_detail(state),
+        )
+
+
+def _title(state: Progress) -> str:
+    return f"cycle {state.cycle}  {state.stage}" if state.cycle >= 0 else state.stage
+
+
+def _detail(state: Progress) -> str:
+    parts = []
+    if state.epochs:
+        parts += [
+            f"epoch {state.epoch}/{state.epochs}",
+            f"checkpoints {state.rows_scored} scored of {state.published} published",
+        ]
+    if state.images_per_s:
+        parts.append(f"{state.images_per_s:,.0f} images/s")
+    if state.seconds_left is not None:
+        parts.append(f"{state.seconds_left:.0f} s left")
+    if state.epochs and not state.actors:
+        parts.append("scoring waits for a free slot")
+    return "  ".join(parts)
+
+
+def summary_table(summary: JsonObject) -> Table:
+    """The closing table of a run."""
+    table = Table(title=summary["run"], title_justify="left")
+    stages = list(dict.fromkeys(stage for cycle in summary["cycles"] for stage in cycle["seconds"]))
+    for heading in ("cycle", "labelled", "test accuracy", *(f"{stage} s" for stage in stages)):
+        table.add_column(heading, justify="right")
+    for heading in ("images scored", "selected", "by tie-break"):
+        table.add_column(heading, justify="right")
+    for cycle in summary["cycles"]:
+        accuracy = cycle["test_accuracy"]
+        table.add_row(
+            str(cycle["cycle"]),
+            f"{cycle['n_labeled']:,}",
+            "-" if accuracy is None else f"{accuracy:.4f}",
+            *(f"{cycle['seconds'][s]:.1f}" if s in cycle["seconds"] else "-" for s in stages),
+            f"{cycle['images_scored']:,}",
+            f"{cycle['n_selected']:,}",
+            f"{cycle['tie_share']:.0%}",
+        )
+    return table
+
+
+def status_table(status: JsonObject) -> Table:
+    """How far each cycle is."""
+    table = Table(title=f"{status['run']}: {status['state']}", title_justify="left")
+    for heading in ("cycle", "complete", "next", "checkpoints", "blocks scored", "labelled", "test accuracy"):
+        table.add_column(heading)
+    for cycle in status["cycles"]:
+        accuracy = cycle["test_accuracy"]
+        table.add_row(
+            str(cycle["cycle"]),
+            " ".join(cycle["complete"]) or "-",
+            cycle["next"] or "-",
+            f"{cycle['checkpoints_published']}/{cycle['checkpoints']}",
+            f"{cycle['blocks_scored']:,}/{cycle['blocks']:,}",
+            "-" if cycle["n_labeled"] is None else f"{cycle['n_labeled']:,}",
+            "-" if accuracy is None else f"{accuracy:.4f}",
+        )
+    return table
+
+
+def pool_table(pool: JsonObject) -> Table:
+    """What a pool is."""
+    table = Table(show_header=False)
+    for name, value in pool.items():
+        text = ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+        table.add_row(name, text)
+    return table

@@ -1,0 +1,271 @@
+"""Pack a source into a pool: decode once, in parallel, one Ray task per image chunk.
+
+The order of samples is the order of the source, whatever the number of tasks. `pool.json` is written last,
+so a build that was interrupted leaves no pool behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from distal.errors import PoolError, SourceError
+from distal.hashing import sample_keys
+from distal.pool.decode import Channels, Unreadable, decode, is_grey, pixels
+from distal.pool.images import IMAGES, MANIFEST, OK, SAMPLES, SCHEMA, UNREADABLE, Pool
+from distal.pool.sources import Columns, Row, Source, open_source
+from distal.records import Block, auto_block_size, split_blocks
+from distal.storage import disk_errors, names_in, parquet_writer, remove_tree, write_json
+
+MAX_CHUNK_BYTES = 16 * 2**20
+MAX_CLASSES = 2**32 - 1
+_MAX_SAMPLED = 128  # images looked at to learn the size and the channels
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Shape of every image in a pool: (H, W) in pixels, and one or three channels."""
+
+    size: tuple[int, int]
+    channels: Channels
+    resize: bool
+    """Whether images of another size are resized to it; otherwise one of them stops the build."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return (*self.size, 1 if self.channels == "grey" else 3)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a build task returns for one chunk; its images are in the array already."""
+
+    table: pa.Table
+    histogram: NDArray[np.int64]  # (C, 256): how often each value occurs in the readable images
+    sha256: bytes
+
+
+def build(
+    source: str,
+    dest: Path,
+    *,
+    columns: Columns | None = None,
+    size: tuple[int, int] | None = None,
+    channels: Literal["auto", "grey", "rgb"] = "auto",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Pool:
+    """Pack `source` into a pool at `dest`. Ray must be running.
+
+    Args:
+        source: a Parquet file or a folder of them, an image folder, or `builtin:...`.
+        dest: a folder that does not exist, is empty, or holds an interrupted build, which is started over.
+        columns: names of the columns in Parquet.
+        size: (H, W) to resize to. None: all images must have one size.
+        channels: auto: grey when the first images are all grey, else rgb.
+        on_progress: called with (samples done, samples).
+
+    Raises:
+        SourceError: the source is not there, contradicts itself, has no readable image, or has images of
+            several sizes and no `size` was given.
+        PoolError: `dest` holds something else.
+        DiskFull: no space left; `dest` is removed.
+    """
+    opened = open_source(source, columns)
+    if opened.classes is not None and len(opened.classes) > MAX_CLASSES:
+        raise SourceError(f"{source}: {len(opened.classes)} classes; at most {MAX_CLASSES} fit an assignment")
+    _clear(dest)
+    try:
+        return _build(opened, source, dest, _layout(opened, source, size, channels), on_progress)
+    except BaseException:
+        remove_tree(dest)
+        raise
+
+
+def _clear(dest: Path) -> None:
+    found = names_in(dest)
+    if MANIFEST in found:
+        raise PoolError(f"{dest}: there is a pool already; remove it first or choose another folder")
+    if set(found) - {SAMPLES, IMAGES}:
+        raise PoolError(f"{dest}: not an empty folder (it holds {found[0]}); choose another")
+    remove_tree(dest)
+
+
+def _layout(
+    source: Source, name: str, size: tuple[int, int] | None, channels: Literal["auto", "grey", "rgb"]
+) -> Layout:
+    """Learn the shape from the first readable images."""
+    grey = True
+    first: tuple[int, int] | None = None
+    looked = 0
+    for row in source.rows(0, len(source)):
+        try:
+            image = decode(_data(row))
+        except Unreadable:
+            continue
+        first = first or (image.height, image.width)
+        grey = grey and is_grey(image)
+        looked += 1
+        if looked == _MAX_SAMPLED or not grey or channels != "auto":
+            break
+    if first is None:
+        raise SourceError(f"{name}: none of its {len(source)} images can be decoded")
+    if channels == "auto":
+        channels = "grey" if grey else "rgb"
+    return Layout(size or first, channels, resize=size is not None)
+
+
+def _build(source: Source, name: str, dest: Path, layout: Layout, on_progress: Callable[[int, int], None]) -> Pool:
+    n_samples = len(source)
+    chunk = _chunk_size(n_samples, layout)
+    with disk_errors(dest):
+        dest.mkdir(parents=True)
+        zarr.create_array(
+            dest / IMAGES,
+            shape=(n_samples, *layout.shape),
+            chunks=(chunk, *layout.shape),
+            dtype="uint8",
+            fill_value=0,
+            compressors=[ZstdCodec(level=0), Crc32cCodec()],
+            dimension_names=("sample", "height", "width", "channel"),
+        )
+
+    histogram = np.zeros((layout.shape[2], 256), dtype=np.int64)
+    content = hashlib.sha256(repr((n_samples, layout.shape, source.classes)).encode())
+    counts = {"unreadable": 0, "labeled": 0}
+    rows_per_group = auto_block_size(n_samples)
+    with parquet_writer(dest / SAMPLES, SCHEMA) as writer:
+        pending: list[pa.Table] = []
+        for block, part in _in_order(source, split_blocks(n_samples, chunk), dest, layout):
+            histogram += part.histogram
+            content.update(part.sha256)
+            readable = part.table.filter(pc.field("status") == OK)
+            counts["unreadable"] += len(part.table) - len(readable)
+            counts["labeled"] += len(readable) - readable["label"].null_count
+            pending.append(part.table)
+            if block.stop % rows_per_group == 0 or block.stop == n_samples:
+                writer.write_table(pa.concat_tables(pending), row_group_size=rows_per_group)
+                pending.clear()
+            on_progress(block.stop, n_samples)
+    if counts["unreadable"] == n_samples:
+        raise SourceError(f"{name}: none of its {n_samples} images can be decoded")
+
+    mean, std = _statistics(histogram)
+    write_json(
+        dest / MANIFEST,
+        {
+            "source": name,
+            "n_samples": n_samples,
+            "n_labeled": counts["labeled"],
+            "n_unreadable": counts["unreadable"],
+            "channels": layout.shape[2],
+            "height": layout.size[0],
+            "width": layout.size[1],
+            "resized": layout.resize,
+            "classes": None if source.classes is None else list(source.classes),
+            "mean": mean,
+            "std": std,
+            "content_sha256": content.hexdigest(),
+        },
+    )
+    return Pool.open(dest)
+
+
+def _chunk_size(n_samples: int, layout: Layout) -> int:
+    """Samples in an image chunk: the block size, halved until a chunk is at most 16 MiB."""
+    height, width, channels = layout.shape
+    chunk = auto_block_size(n_samples)
+    while chunk > 1 and chunk * height * width * channels > MAX_CHUNK_BYTES:
+        chunk //= 2
+    return chunk
+
+
+def _in_order(source: Source, blocks: list[Block], dest: Path, layout: Layout) -> Iterator[tuple[Block, _Part]]:
+    """Run one task per block, a bounded number at a time, and yield the results in block order."""
+    task = ray.remote(num_cpus=1, max_retries=2)(_pack_block)
+    source_ref = ray.put(source)
+    window = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    running: dict[int, ray.ObjectRef[Any]] = {}
+    submitted = 0
+    try:
+        for block in blocks:
+            while submitted < len(blocks) and submitted < block.index + window:
+                running[submitted] = task.remote(source_ref, blocks[submitted], dest, layout)
+                submitted += 1
+            yield block, ray.get(running.pop(block.index))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    finally:
+        # Nothing may write into the folder of a failed build after it has been removed.
+        for ref in running.values():
+            ray.cancel(ref)
+        ray.wait(list(running.values()), num_returns=len(running)) if running else None
+
+
+def _pack_block(source: Source, block: Block, dest: Path, layout: Layout) -> _Part:
+    """Decode one block and write its chunk. Doing it twice writes the same bytes, so a retry is safe."""
+    images = np.zeros((len(block), *layout.shape), dtype=np.uint8)
+    rows: list[Row] = []
+    statuses: list[str] = []
+    for i, row in enumerate(source.rows(block.start, block.stop)):
+        rows.append(Row(row.sample_id, row.uri, None, row.label, row.group_id))  # without the bytes
+        try:
+            image = decode(_data(row))
+            if not layout.resize and (image.height, image.width) != layout.size:
+                (height, width), (h, w) = layout.size, (image.height, image.width)
+                raise SourceError(
+                    f"{row.sample_id} is {w}x{h} pixels and the first image {width}x{height}; "
+                    f"state the size to resize to: --size {width}x{height}"
+                )
+            images[i] = pixels(image, layout.channels, layout.size)
+            statuses.append(OK)
+        except Unreadable as error:
+            statuses.append(UNREADABLE + str(error))
+    with disk_errors(dest):
+        array = zarr.open_array(dest / IMAGES, mode="r+").with_config({"write_empty_chunks": True})
+        array[block.start : block.stop] = images
+    table = pa.table(
+        {
+            "sample_index": np.arange(block.start, block.stop),
+            "sample_id": [row.sample_id for row in rows],
+            "sample_key": sample_keys(row.sample_id for row in rows),
+            "uri": [row.uri for row in rows],
+            "status": statuses,
+            "label": [row.label for row in rows],
+            "group_id": [row.group_id for row in rows],
+        },
+        schema=SCHEMA,
+    )
+    described = [(row.sample_id, row.label, row.group_id, status) for row, status in zip(rows, statuses, strict=True)]
+    digest = hashlib.sha256(images.tobytes())
+    digest.update(repr(described).encode())
+    readable = images[[status == OK for status in statuses]]
+    histogram = [np.bincount(readable[..., c].ravel(), minlength=256) for c in range(layout.shape[2])]
+    return _Part(table, np.array(histogram, dtype=np.int64), digest.digest())
+
+
+def _data(row: Row) -> bytes:
+    if row.data is None:
+        raise Unreadable("no bytes")
+    return row.data
+
+
+def _statistics(histogram: NDArray[np.int64]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, scaled to [0, 1], from exact counts of the 256 values."""
+    values = np.arange(256) / 255
+    weights = histogram / histogram.sum(axis=1, keepdims=True)
+    mean = weights @ values
+    std = np.sqrt(np.maximum(weights @ values**2 - mean**2, 0))
+    # A constant channel carries nothing; dividing by 1 leaves it at zero.
+    return mean.tolist(), np.where(std > 0, std, 1.0).tolist()

@@ -1,0 +1,218 @@
+"""A packed pool on disk, opened for reading.
+
+::
+
+    POOL/
+      pool.json         written last: without it the pool does not exist
+      samples.parquet   one row per sample, in the order of `sample_index`
+      images.zarr       (n_samples, H, W, C) uint8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from numpy.typing import NDArray
+
+from distal.errors import Damage, PoolError
+from distal.records import JsonObject
+from distal.storage import names_in, read_json
+
+MANIFEST, SAMPLES, IMAGES = "pool.json", "samples.parquet", "images.zarr"
+
+OK = "ok"
+UNREADABLE = "unreadable: "
+
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_index", pa.int64(), nullable=False),
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("sample_key", pa.uint64(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("group_id", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All images, read-only.
+
+    Attributes:
+        path: folder of the pool.
+        source: what it was built from.
+        n_samples: samples, readable or not.
+        image_shape: (C, H, W).
+        classes: class names in the order of their labels; None when the pool has no labels.
+        mean, std: per channel, of the readable pixels scaled to [0, 1].
+        content_sha256: of all pixels, ids, labels and statuses; equal pools have equal hashes.
+        n_unreadable, n_labeled: samples in quarantine, and readable samples that carry a label.
+    """
+
+    path: Path
+    source: str
+    n_samples: int
+    image_shape: tuple[int, int, int]
+    classes: tuple[str, ...] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    content_sha256: str
+    n_unreadable: int
+    n_labeled: int
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a packed pool.
+
+        Raises:
+            PoolError: there is no pool, or its build was interrupted.
+            Damage: its record is not valid.
+        """
+        try:
+            record = read_json(path / MANIFEST)
+        except (FileNotFoundError, NotADirectoryError):
+            raise PoolError(_missing(path)) from None
+        return cls(
+            path=path,
+            source=record["source"],
+            n_samples=record["n_samples"],
+            image_shape=(record["channels"], record["height"], record["width"]),
+            classes=None if record["classes"] is None else tuple(record["classes"]),
+            mean=tuple(record["mean"]),
+            std=tuple(record["std"]),
+            content_sha256=record["content_sha256"],
+            n_unreadable=record["n_unreadable"],
+            n_labeled=record["n_labeled"],
+        )
+
+    def describe(self) -> JsonObject:
+        """What `distal pool info` prints."""
+        channels, height, width = self.image_shape
+        return {
+            "path": str(self.path),
+            "source": self.source,
+            "n_samples": self.n_samples,
+            "n_labeled": self.n_labeled,
+            "n_unreadable": self.n_unreadable,
+            "image_shape": [channels, height, width],
+            "classes": None if self.classes is None else list(self.classes),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "bytes_decoded": self.n_samples * channels * height * width,
+            "image_chunk": self._images.chunks[0],
+            "content_sha256": self.content_sha256,
+        }
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Images of the samples [start, stop): (n, C, H, W) uint8; unreadable ones are zero.
+
+        The memory behind the view is (n, H, W, C), which torch takes as channels-last without a copy.
+
+        Raises:
+            IndexError: the range is not inside [0, n_samples].
+            Damage: a chunk is missing or fails its checksum.
+        """
+        if not 0 <= start <= stop <= self.n_samples:
+            raise IndexError(f"samples [{start}, {stop}) are not inside [0, {self.n_samples})")
+        chunk = self._images.chunks[0]
+        for index in range(start // chunk, -(-stop // chunk)):
+            # Zarr reads a chunk that is not there as zeros, and black images look like data.
+            if not (self.path / IMAGES / f"c/{index}/0/0/0").exists():
+                raise Damage(f"{self.path / IMAGES}: chunk {index} is missing; build the pool again")
+        try:
+            images = np.asarray(self._images[start:stop])
+        except Exception as error:
+            raise Damage(f"{self.path / IMAGES}: samples [{start}, {stop}) cannot be read ({error})") from error
+        return images.transpose(0, 3, 1, 2)
+
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images of the given samples, in the given order: (n, C, H, W) uint8, channels-last in memory.
+
+        Each chunk is read once, whatever the order of `indices`.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        channels, height, width = self.image_shape
+        images = np.empty((len(wanted), height, width, channels), dtype=np.uint8)
+        chunk = self._images.chunks[0]
+        for positions, start, stop in _grouped(wanted, chunk, self.n_samples):
+            images[positions] = self.read(start, stop).transpose(0, 2, 3, 1)[wanted[positions] - start]
+        return images.transpose(0, 3, 1, 2)
+
+    def samples(self, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
+        """Rows [start, stop) of samples.parquet."""
+        first = int(np.searchsorted(self._row_group_starts, start, side="right")) - 1
+        last = int(np.searchsorted(self._row_group_starts, stop, side="left"))
+        offset = start - int(self._row_group_starts[first])
+        table = self._samples.read_row_groups(range(first, last), columns=columns)
+        return table.slice(offset, stop - start)
+
+    def take_samples(self, indices: Sequence[int] | NDArray[np.int64], columns: list[str] | None = None) -> pa.Table:
+        """Rows of samples.parquet for the given samples, in the given order."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        order, tables = [], []
+        for row_group in np.unique(np.searchsorted(self._row_group_starts, wanted, side="right") - 1):
+            start, stop = self._row_group_starts[row_group], self._row_group_starts[row_group + 1]
+            positions = np.flatnonzero((wanted >= start) & (wanted < stop))
+            table = self._samples.read_row_group(int(row_group), columns=columns)
+            tables.append(table.take(pa.array(wanted[positions] - start)))
+            order.append(positions)
+        if not tables:
+            return self.samples(0, 0, columns)
+        return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(order))))
+
+    def columns(self, start: int, stop: int, *names: str) -> list[NDArray[Any]]:
+        """Columns of samples.parquet as arrays; a null label is -1."""
+        table = self.samples(start, stop, list(names))
+        return [table[n].fill_null(-1).to_numpy() if n == "label" else table[n].to_numpy() for n in names]
+
+    @cached_property
+    def _images(self) -> zarr.Array[Any]:
+        try:
+            return zarr.open_array(self.path / IMAGES, mode="r")
+        except Exception as error:
+            raise Damage(f"{self.path / IMAGES}: cannot be opened ({error})") from error
+
+    @cached_property
+    def _samples(self) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self.path / SAMPLES, memory_map=True)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise Damage(f"{self.path / SAMPLES}: cannot be opened ({error})") from error
+
+    @cached_property
+    def _row_group_starts(self) -> NDArray[np.int64]:
+        metadata = self._samples.metadata
+        rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        return np.cumsum([0, *rows])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without open handles."""
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+
+
+def _grouped(wanted: NDArray[np.int64], chunk: int, n_samples: int) -> Iterator[tuple[NDArray[np.int64], int, int]]:
+    """Positions in `wanted` that fall in one chunk, with the chunk's range, chunk by chunk."""
+    if len(wanted) and not (wanted.min() >= 0 and wanted.max() < n_samples):
+        raise IndexError(f"sample indices must be inside [0, {n_samples}), got {wanted.min()}..{wanted.max()}")
+    order = np.argsort(wanted, kind="stable")
+    borders = np.flatnonzero(np.diff(wanted[order] // chunk)) + 1
+    for positions in np.split(order, borders):
+        if len(positions):
+            start = int(wanted[positions[0]] // chunk * chunk)
+            yield positions, start, min(start + chunk, n_samples)
+
+
+def _missing(path: Path) -> str:
+    if SAMPLES in names_in(path) or IMAGES in names_in(path):
+        return f"{path}: the build of this pool was interrupted; run `distal pool build SOURCE {path}` again"
+    return f"{path}: no such pool; make it with `distal pool build SOURCE {path}`"

@@ -1,0 +1,95 @@
+"""Small values that cross module borders."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SAMPLES_PER_BLOCK_STEP = 128
+MAX_BLOCK_SIZE = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A half-open range [start, stop) of sample indices: the unit of work, of retry and of a Zarr chunk."""
+
+    index: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def split_blocks(n_samples: int, block_size: int) -> list[Block]:
+    """Cut [0, n_samples) into blocks of `block_size`; the last one may be shorter."""
+    return [
+        Block(index, start, min(start + block_size, n_samples))
+        for index, start in enumerate(range(0, n_samples, block_size))
+    ]
+
+
+def auto_block_size(n_samples: int) -> int:
+    """The block size for a pool of `n_samples`: the power-of-two multiple of 128 nearest to n/64.
+
+    It depends on n alone, so every machine cuts a pool alike, and being a power of two it nests: image
+    chunks, row groups and assignment chunks always share their borders. Within [128, 65536].
+    """
+    steps = max(1.0, n_samples / 64 / SAMPLES_PER_BLOCK_STEP)
+    return min(MAX_BLOCK_SIZE, SAMPLES_PER_BLOCK_STEP * 2 ** round(math.log2(steps)))
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """Published weights: the row they have in the assignments, and where and what they are.
+
+    Attributes:
+        index: `checkpoint_index`, the row in the assignments array.
+        epoch: epochs completed when the weights were taken, from 1.
+        path: the weights file.
+        sha256: of the file's bytes (hex).
+        metrics: what the trainer measured, such as the mean training loss.
+    """
+
+    index: int
+    epoch: int
+    path: Path
+    sha256: str
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a person watching a cycle wants to know.
+
+    Attributes:
+        stage: what is being done.
+        epoch, epochs: the last epoch a checkpoint was published for, and the number of epochs.
+        published, rows_scored: checkpoints published, and scored for every eligible sample.
+        images_scored, images: predictions committed so far, and expected in all.
+        images_per_s: predictions per second over the last seconds.
+        actors: scoring actors at work.
+    """
+
+    cycle: int
+    stage: str
+    epoch: int = 0
+    epochs: int = 0
+    published: int = 0
+    rows_scored: int = 0
+    images_scored: int = 0
+    images: int = 0
+    images_per_s: float = 0.0
+    actors: int = 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the images of this cycle are scored at the present rate; None when unknown."""
+        if not self.images_per_s:
+            return None
+        return (self.images - self.images_scored) / self.images_per_s
+
+
+JsonObject = dict[str, Any]

@@ -1,0 +1,1 @@
+"""Reduce the assignments of a cycle to one score per sample and measure."""

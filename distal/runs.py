@@ -1,0 +1,258 @@
+"""The run directory: where everything is, and which stages are complete.
+
+::
+
+    RUN/
+      run.yaml            what the run is: pool, classes, seed, resolved constants; written once
+      initial.parquet     the first labelled set
+      summary.json        what each finished cycle came to
+      events/<attempt>.jsonl   what happened when; for people, no decision reads it
+      cycles/003/
+        cycle.yaml        the resolved configuration of the cycle
+        checkpoints/  assignments.zarr  test.zarr  scores.zarr  selection.parquet  labels.parquet
+        <stage>.json      the stage is complete: what it was made from, and what it came to
+
+Storage is the only truth: a run is resumed from these files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from distal import storage
+from distal.config import Config, from_record, to_record
+from distal.errors import Damage, RunConflict
+from distal.hashing import digest
+from distal.ledger import Ledger, label_files
+from distal.records import JsonObject
+
+STAGES = ("train", "score", "test", "reduce", "select", "label")
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One cycle's folder.
+
+    Attributes:
+        index: from 0.
+        folder: `cycles/<index>`.
+    """
+
+    index: int
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the published weights."""
+        return self.folder / "checkpoints"
+
+    @property
+    def assignments(self) -> Path:
+        """Assignments of the pool at every checkpoint."""
+        return self.folder / "assignments.zarr"
+
+    @property
+    def test_assignments(self) -> Path:
+        """Assignments of the test images at the last checkpoint."""
+        return self.folder / "test.zarr"
+
+    @property
+    def scores(self) -> Path:
+        """One array per measure."""
+        return self.folder / "scores.zarr"
+
+    @property
+    def selection(self) -> Path:
+        """The samples to label."""
+        return self.folder / "selection.parquet"
+
+    @property
+    def labels(self) -> Path:
+        """What the oracle answered."""
+        return self.folder / "labels.parquet"
+
+    @cached_property
+    def config(self) -> Config | None:
+        """The resolved configuration the cycle began with; None when it has not begun."""
+        try:
+            return from_record(storage.read_yaml(self.folder / "cycle.yaml"))
+        except FileNotFoundError:
+            return None
+
+    def begin(self, config: Config) -> None:
+        """Write `cycle.yaml`; from here on the configuration of this cycle is fixed."""
+        storage.write_yaml(self.folder / "cycle.yaml", to_record(config))
+        vars(self).pop("config", None)  # it was None until now
+
+    def marker(self, stage: str) -> JsonObject | None:
+        """The completion marker of a stage; None when it is not complete."""
+        try:
+            return storage.read_json(self.folder / f"{stage}.json")
+        except FileNotFoundError:
+            return None
+
+    def complete(self, stage: str, inputs: dict[str, str], outputs: JsonObject, seconds: float) -> JsonObject:
+        """Write the completion marker of a stage."""
+        marker = {
+            "inputs": inputs,
+            "inputs_sha256": digest([stage, inputs]),
+            "seconds": round(seconds, 3),
+            **outputs,
+        }
+        storage.write_json(self.folder / f"{stage}.json", marker)
+        return marker
+
+    def run_stage(self, stage: str, inputs: Callable[[], dict[str, str]], work: Callable[[], JsonObject]) -> JsonObject:
+        """Do `work` unless the stage is complete; either way return its marker.
+
+        Args:
+            inputs: names and hashes of what the stage is made from. Called after the work, because training
+                publishes what scoring reads while both run.
+            work: does the stage and returns what to keep in the marker.
+
+        Raises:
+            Damage: the stage is complete, and one of its inputs has changed since.
+        """
+        marker = self.marker(stage)
+        if marker is None:
+            started = time.monotonic()
+            outputs = work()
+            return self.complete(stage, inputs(), outputs, time.monotonic() - started)
+        now = inputs()
+        changed = sorted(name for name in {*now, *marker["inputs"]} if now.get(name) != marker["inputs"].get(name))
+        if changed:
+            raise Damage(
+                f"{self.folder / stage}.json: {', '.join(changed)} changed after this stage was completed; "
+                "put back what was there, or start another run directory"
+            )
+        return marker
+
+
+class Run:
+    """A run directory.
+
+    Attributes:
+        path: the directory.
+        attempt: names this process's attempt; part of the names of its actors and of its event file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.attempt = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open an existing run.
+
+        Raises:
+            RunConflict: there is no run.
+        """
+        run = cls(Path(path).absolute())
+        if run.identity is None:
+            raise RunConflict(f"{path}: no run here (run.yaml is missing); start one with `distal run CONFIG`")
+        return run
+
+    @cached_property
+    def identity(self) -> JsonObject | None:
+        """What `run.yaml` says; None when the run has not begun."""
+        try:
+            return storage.read_yaml(self.path / "run.yaml")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def begin(self, identity: JsonObject, notes: JsonObject) -> JsonObject:
+        """Write `run.yaml`, or check that the existing one says the same; returns what it says.
+
+        Args:
+            identity: what must be the same for as long as the run exists.
+            notes: what was true when it began, such as the constants that `auto` came to.
+
+        Raises:
+            RunConflict: the run was begun with something else.
+        """
+        if self.identity is None:
+            found = storage.names_in(self.path)
+            if set(found) - {"events"}:
+                raise RunConflict(f"{self.path}: not an empty folder and not a run (it holds {found[0]})")
+            storage.write_yaml(self.path / "run.yaml", {**identity, **notes})
+            del self.identity
+        kept = self.identity
+        assert kept is not None
+        for name, value in identity.items():
+            if kept.get(name) != value:
+                raise RunConflict(
+                    f"{self.path}: the run was begun with {name} {_short(kept.get(name))}, "
+                    f"now it is {_short(value)}; give another run directory (run=...)"
+                )
+        return kept
+
+    @property
+    def initial(self) -> Path:
+        """The first labelled set."""
+        return self.path / "initial.parquet"
+
+    def cycle(self, index: int) -> Cycle:
+        """A cycle, begun or not."""
+        return Cycle(index, self.path / "cycles" / f"{index:03d}")
+
+    def begun_cycles(self) -> list[Cycle]:
+        """The cycles that have a `cycle.yaml`, in order."""
+        cycles = [self.cycle(int(name)) for name in storage.names_in(self.path / "cycles") if name.isdigit()]
+        return [cycle for cycle in cycles if cycle.config is not None]
+
+    def label_files(self, before: int) -> list[Path]:
+        """The files that make up the ledger at the start of cycle `before`."""
+        later = [file for index in range(before) for file in label_files(self.cycle(index).folder)]
+        return [self.initial, *later]
+
+    def ledger(self, before: int) -> Ledger:
+        """What is labelled at the start of cycle `before`."""
+        return Ledger.read(self.label_files(before))
+
+    def summary(self) -> JsonObject:
+        """What each cycle with a selection came to, from the markers."""
+        return {"cycles": [_summarize(cycle) for cycle in self.begun_cycles() if cycle.marker("select")]}
+
+    def write_summary(self) -> JsonObject:
+        """Write `summary.json` and return it."""
+        summary = self.summary()
+        storage.write_json(self.path / "summary.json", summary)
+        return summary
+
+    def event(self, name: str, **values: Any) -> None:
+        """Add a line to this attempt's event file. A log grows, so it is the one file that is appended to."""
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **values})
+        with self._lock, storage.disk_errors(self.path):
+            folder = self.path / "events"
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f"{self.attempt}.jsonl").open("a") as log:
+                log.write(line + "\n")
+
+
+def _summarize(cycle: Cycle) -> JsonObject:
+    markers = {stage: cycle.marker(stage) or {} for stage in STAGES}
+    return {
+        "cycle": cycle.index,
+        "n_labeled": markers["train"]["n_labeled"],
+        "test_accuracy": markers["test"].get("test_accuracy"),
+        "seconds": {stage: marker["seconds"] for stage, marker in markers.items() if marker},
+        "images_scored": markers["score"]["images_scored"],
+        "n_selected": markers["select"]["n_selected"],
+        "tie_share": markers["select"]["tie_share"],
+        "selection_sha256": markers["select"]["selection_sha256"],
+    }
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

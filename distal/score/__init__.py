@@ -1,0 +1,1 @@
+"""Predict the class of every eligible sample at every checkpoint."""

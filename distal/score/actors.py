@@ -1,0 +1,401 @@
+"""Scoring actors, and the loop that obeys the plan.
+
+An actor keeps its blocks decoded, loads the weights of a checkpoint, predicts, and writes its own chunks.
+The driver only ever sees numbers: images scored, seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.exceptions import RayActorError, RayTaskError
+
+from distal import checkpoints
+from distal.assignments import Assignments, unassigned
+from distal.errors import DistalError, Diverged, RunConflict
+from distal.models import ModelSpec
+from distal.pool import Pool
+from distal.records import Block, CheckpointRef, Progress
+from distal.score.plan import MAX_ROWS, Plan, Work, actors_allowed
+from distal.score.predict import NotFinite, Precision, Predictor, fingerprint
+
+POLL_S = 0.2
+RATE_WINDOW_S = 5.0
+MAX_FAILED_STARTS = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One array of assignments to fill: these images, at these checkpoints, by this network.
+
+    Attributes:
+        pool, assignments: folders to read images from and to write to.
+        checkpoints: the folder where checkpoints appear.
+        first_index: the checkpoint that row 0 belongs to.
+        recorded_from: first row whose recorded arrays are kept.
+    """
+
+    pool: Path
+    assignments: Path
+    checkpoints: Path
+    model: ModelSpec
+    precision: Precision
+    batch_size: int
+    device: str
+    first_index: int = 0
+    recorded_from: int = 0
+
+
+class Producer(Protocol):
+    """What publishes checkpoints while they are scored."""
+
+    def slots_held(self) -> int:
+        """Slots it holds now, 0 when it has finished; raises what went wrong with it."""
+        ...
+
+
+class Scorer:
+    """One scoring actor. It runs with one CPU thread, or on one GPU.
+
+    Args:
+        name: shown in the dashboard and in logs.
+        cache_bytes: decoded images to keep.
+        threads: torch threads.
+    """
+
+    def __init__(self, name: str, cache_bytes: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._name = name
+        self._cache_bytes = cache_bytes
+        self._job: Job | None = None
+        self._pool: Pool
+        self._assignments: Assignments
+        self._template: Predictor
+        self._images: dict[int, NDArray[np.uint8]] = {}
+        self._predictors: OrderedDict[str, Predictor] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"Scorer({self._name})"
+
+    def fingerprint(self, job: Job) -> dict[str, str]:
+        """What this actor's predictions depend on besides weights and images."""
+        return fingerprint(torch.device(job.device), job.precision, job.batch_size)
+
+    def score(self, job: Job, block: Block, refs: Sequence[CheckpointRef]) -> int:
+        """Score one block at some checkpoints and commit each; returns the number of images predicted.
+
+        A block that is committed already is left alone, so a retry does only what is missing.
+
+        Raises:
+            Diverged: a logit is not finite.
+            Damage: images or weights are not what was written.
+        """
+        self._begin(job)
+        eligible = self._assignments.eligible(block.start, block.stop)
+        n_predicted = 0
+        for ref in refs:
+            row = ref.index - job.first_index
+            if self._assignments.has(row, block):
+                continue
+            labels = np.full(len(block), unassigned(self._assignments.dtype), self._assignments.dtype)
+            recorded = {
+                name: np.full(len(block), np.nan, np.float32)
+                for name in self._assignments.recorded
+                if row >= job.recorded_from
+            }
+            if eligible.any():
+                images = self._eligible_images(block, eligible)
+                try:
+                    prediction = self._load(ref)(images)
+                except NotFinite as error:
+                    raise Diverged(self._not_finite(ref, block, eligible, error.args[0])) from error
+                labels[eligible] = prediction.labels
+                for name, values in recorded.items():
+                    values[eligible] = getattr(prediction, name)
+                n_predicted += len(images)
+            self._assignments.write(row, block, labels, recorded)
+        return n_predicted
+
+    def _begin(self, job: Job) -> None:
+        if job == self._job:
+            return
+        self._images.clear()
+        self._predictors.clear()
+        self._pool = Pool.open(job.pool)
+        self._assignments = Assignments.open(job.assignments)
+        self._template = Predictor(
+            job.model.build(),
+            job.model.preprocess(),
+            batch_size=job.batch_size,
+            precision=job.precision,
+            device=job.device,
+        )
+        self._job = job
+
+    def _eligible_images(self, block: Block, eligible: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """The eligible images of a block, in index order: kept decoded while the budget lasts.
+
+        When the budget is spent nothing is thrown out: blocks come round in turns, so the one used longest
+        ago is the one needed next.
+        """
+        images = self._images.get(block.index)
+        if images is None:
+            images = self._pool.read(block.start, block.stop).transpose(0, 2, 3, 1)[eligible].transpose(0, 3, 1, 2)
+            if sum(kept.nbytes for kept in self._images.values()) + images.nbytes <= self._cache_bytes:
+                self._images[block.index] = images
+        return images
+
+    def _load(self, ref: CheckpointRef) -> Predictor:
+        """A predictor with the weights of a checkpoint; the last few are kept."""
+        predictor = self._predictors.pop(ref.sha256, None)
+        if predictor is None:
+            full = len(self._predictors) == MAX_ROWS
+            predictor = self._predictors.popitem(last=False)[1] if full else deepcopy(self._template)
+            predictor.net.load_state_dict(checkpoints.load(ref))
+        self._predictors[ref.sha256] = predictor
+        return predictor
+
+    def _not_finite(self, ref: CheckpointRef, block: Block, eligible: NDArray[np.bool_], position: int) -> str:
+        index = block.start + int(np.flatnonzero(eligible)[position])
+        sample_id = self._pool.take_samples([index], ["sample_id"])["sample_id"][0].as_py()
+        return (
+            f"checkpoint {ref.index} gives a logit that is not finite for sample {sample_id}; "
+            "training diverged: lower train.lr"
+        )
+
+
+class Scorers:
+    """The scoring actors of a run. They live from cycle to cycle; their number follows the free slots.
+
+    Args:
+        prefix: makes the actors' names unique to this attempt.
+        options: Ray options of an actor, such as the resources it takes.
+        asked: `score.actors`, None for auto.
+        slots: CPU slots, or GPUs, of the cluster.
+        cache_bytes, threads: see `Scorer`.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        options: dict[str, Any],
+        *,
+        asked: int | None,
+        slots: int,
+        cache_bytes: int,
+        threads: int,
+    ) -> None:
+        self._prefix = prefix
+        self._options = options
+        self._arguments = (cache_bytes, threads)
+        self._next = 0
+        self.asked = asked
+        self.slots = slots
+        self.actors: dict[int, Any] = {}
+
+    def shrink(self, n: int) -> None:
+        """Stop actors until there are at most `n`."""
+        while len(self.actors) > n:
+            self.drop(next(reversed(self.actors)))
+
+    def grow(self, n: int) -> list[int]:
+        """Start actors until there are at least `n`; returns the new ones, which are not ready yet."""
+        started = []
+        while len(self.actors) < n:
+            name = f"{self._prefix}-{self._next}"
+            actor = ray.remote(Scorer).options(name=name, namespace="distal", **self._options)
+            self.actors[self._next] = actor.remote(name, *self._arguments)
+            started.append(self._next)
+            self._next += 1
+        return started
+
+    def drop(self, actor: int) -> None:
+        """Stop one actor, and free its slot."""
+        ray.kill(self.actors.pop(actor))
+
+
+def score(
+    job: Job,
+    assignments: Assignments,
+    scorers: Scorers,
+    producer: Producer,
+    *,
+    mixed_hardware: bool = False,
+    progress: Progress,
+    on_progress: Callable[[Progress], None],
+    on_event: Callable[..., None] = lambda name, **values: None,
+) -> int:
+    """Score all eligible samples at all checkpoints, those still to come included.
+
+    Blocks that are committed already are not touched.
+
+    Args:
+        producer: publishes the checkpoints; its slots are left to it.
+        mixed_hardware: whether actors with another fingerprint than the first may join.
+        progress: what is known of the cycle; `on_progress` is called with it, brought up to date.
+        on_event: called with the name and the values of what happened.
+
+    Returns:
+        Predictions in the array: eligible samples x rows.
+
+    Raises:
+        BlockFailed, DistalError: a block, or every new actor, failed again and again.
+        RunConflict: an actor has another fingerprint.
+    """
+    return _Pass(job, assignments, scorers, producer, mixed_hardware, progress, on_progress, on_event).run()
+
+
+class _Pass:
+    """One run of the scoring loop."""
+
+    def __init__(
+        self,
+        job: Job,
+        assignments: Assignments,
+        scorers: Scorers,
+        producer: Producer,
+        mixed_hardware: bool,
+        progress: Progress,
+        on_progress: Callable[[Progress], None],
+        on_event: Callable[..., None],
+    ) -> None:
+        self.job = job
+        self.assignments = assignments
+        self.scorers = scorers
+        self.producer = producer
+        self.mixed_hardware = mixed_hardware
+        self.progress = progress
+        self.on_progress = on_progress
+        self.on_event = on_event
+        self.blocks = assignments.blocks
+        self.eligible = [int(assignments.eligible(b.start, b.stop).sum()) for b in self.blocks]
+        done = [(row, b) for row in range(assignments.n_rows) for b in assignments.committed(row)]
+        self.images = sum(self.eligible[block] for _, block in done)
+        self.plan = Plan(assignments.n_rows, len(self.blocks), done)
+        self.refs: dict[int, CheckpointRef] = {}
+        self.joining: dict[Any, int] = {}
+        self.working: dict[Any, Work] = {}
+        self.failed_starts = 0
+        self.recent: deque[tuple[float, int]] = deque()
+
+    def run(self) -> int:
+        # Training takes its slots first; it has not got them while actors of the cycle before sit there.
+        self.scorers.shrink(self._allowed())
+        for actor in self.scorers.actors:
+            self._greet(actor)
+        polled = -POLL_S
+        while not self.plan.finished:
+            if time.monotonic() - polled >= POLL_S:
+                polled = time.monotonic()
+                self._look_for_checkpoints()
+                for actor in self.scorers.grow(min(self._allowed(), self.plan.n_unfinished_blocks)):
+                    self._greet(actor)
+                self._report()
+            for work in self.plan.next_work():
+                handle = self.scorers.actors[work.actor]
+                refs = [self.refs[row] for row in work.rows]
+                self.working[handle.score.remote(self.job, self.blocks[work.block], refs)] = work
+            self._wait()
+        self._report()
+        return self.images
+
+    def _allowed(self) -> int:
+        return actors_allowed(self.scorers.asked, self.scorers.slots, self.producer.slots_held())
+
+    def _look_for_checkpoints(self) -> None:
+        for index in checkpoints.committed(self.job.checkpoints):
+            row = index - self.job.first_index
+            if row >= 0 and row not in self.refs:
+                self.refs[row] = checkpoints.read(self.job.checkpoints, index)
+                self.plan.published(row)
+                self.on_event("checkpoint", index=index, epoch=self.refs[row].epoch, **self.refs[row].metrics)
+
+    def _greet(self, actor: int) -> None:
+        self.joining[self.scorers.actors[actor].fingerprint.remote(self.job)] = actor
+
+    def _wait(self) -> None:
+        pending = [*self.joining, *self.working]
+        if not pending:
+            time.sleep(POLL_S)
+            return
+        ready, _ = ray.wait(pending, timeout=POLL_S)
+        for ref in ready:
+            actor = self.joining[ref] if ref in self.joining else self.working[ref].actor
+            try:
+                result = ray.get(ref)
+            except RayActorError as error:
+                self._lost(actor, error)
+            except RayTaskError as error:
+                self._failed(ref, error)
+            else:
+                self._join(ref, result) if ref in self.joining else self._commit(ref, result)
+
+    def _join(self, ref: Any, found: dict[str, str]) -> None:
+        actor = self.joining.pop(ref)
+        begun = self.assignments.adopt_fingerprint(found)
+        if found != begun and not self.mixed_hardware:
+            differing = next(name for name in begun if begun[name] != found.get(name))
+            raise RunConflict(
+                f"{self.job.assignments}: begun with {differing} {begun[differing]!r}, this actor has "
+                f"{found.get(differing)!r}, which can change the answer; use the same kind of machine, "
+                "or set score.mixed_hardware=allow"
+            )
+        self.failed_starts = 0
+        self.plan.actor_joined(actor)
+        self.on_event("actor_joined", actor=actor)
+
+    def _commit(self, ref: Any, n_predicted: int) -> None:
+        work = self.working.pop(ref)
+        self.plan.done(work)
+        self.images += self.eligible[work.block] * len(work.rows)
+        self.recent.append((time.monotonic(), n_predicted))
+
+    def _lost(self, actor: int, error: RayActorError) -> None:
+        self.on_event("actor_lost", actor=actor, reason=" ".join(str(error).split())[:300])
+        joined = actor not in self.joining.values()
+        self.joining = {ref: a for ref, a in self.joining.items() if a != actor}
+        self.working = {ref: work for ref, work in self.working.items() if work.actor != actor}
+        self.scorers.drop(actor)
+        if joined:
+            self.plan.actor_lost(actor)
+            return
+        self.failed_starts += 1
+        if self.failed_starts == MAX_FAILED_STARTS:
+            raise DistalError(f"{MAX_FAILED_STARTS} scoring actors in a row died while starting: {error}")
+
+    def _failed(self, ref: Any, error: RayTaskError) -> None:
+        if isinstance(error.cause, DistalError) or ref in self.joining:
+            raise error.cause from None
+        work = self.working.pop(ref)
+        reason = f"{type(error.cause).__name__}: {error.cause}"
+        self.on_event("block_failed", block=work.block, rows=list(work.rows), reason=reason)
+        self.plan.failed(work, reason)
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        while self.recent and self.recent[0][0] < now - RATE_WINDOW_S:
+            self.recent.popleft()
+        window = max(now - self.recent[0][0], POLL_S) if self.recent else 1.0
+        rate = sum(n for _, n in self.recent) / window
+        self.on_progress(
+            replace(
+                self.progress,
+                epoch=max((checkpoint.epoch for checkpoint in self.refs.values()), default=0),
+                published=len(self.refs),
+                rows_scored=self.plan.n_rows_done,
+                images_scored=self.images,
+                images=sum(self.eligible) * self.assignments.n_rows,
+                images_per_s=rate,
+                actors=len(self.scorers.actors) - len(self.joining),
+            )
+        )

@@ -1,0 +1,178 @@
+"""Which (block, checkpoints) goes to which actor next. Decisions only: no Ray, no disk, no clock.
+
+Events go in (`published`, `actor_joined`, `done`, `failed`, `actor_lost`), and `next_work` says what to hand
+out. The same events always give the same decisions, so the tests are scripts of events.
+
+A block sticks to the actor that has it decoded. When several checkpoints wait, one hand-out carries up to
+`MAX_ROWS` of them, so the block is read and decoded once for all. An actor without work of its own takes a
+block from the actor that has most left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from distal.errors import BlockFailed
+
+MAX_ROWS = 8  # checkpoints in one hand-out: an actor keeps as many sets of weights in memory
+IN_FLIGHT = 2  # hand-outs per actor: the next one waits at the actor while the first is scored
+MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One hand-out: a block, and the rows (checkpoint indices, ascending) to score it at."""
+
+    actor: int
+    block: int
+    rows: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Actor:
+    work: list[Work] = field(default_factory=list)
+    blocks: set[int] = field(default_factory=set)  # those it has scored before, and may have decoded
+
+
+class Plan:
+    """The state of one scoring pass over `n_rows` checkpoints and `n_blocks` blocks.
+
+    Args:
+        done: (row, block) pairs that are committed already.
+    """
+
+    def __init__(self, n_rows: int, n_blocks: int, done: Iterable[tuple[int, int]] = ()) -> None:
+        self._n_rows = n_rows
+        self._waiting: list[set[int]] = [set() for _ in range(n_blocks)]  # published rows not handed out
+        self._done: set[tuple[int, int]] = set(done)
+        self._left = [n_rows] * n_blocks  # rows not committed yet, per block
+        self._missing = [n_blocks] * n_rows  # blocks not committed yet, per row
+        for row, block in self._done:
+            self._left[block] -= 1
+            self._missing[row] -= 1
+        self._published: set[int] = set()
+        self._attempts: dict[int, int] = {}
+        self._owner: dict[int, int] = {}
+        self._actors: dict[int, _Actor] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether every block is committed at every row."""
+        return len(self._done) == self._n_rows * len(self._waiting)
+
+    @property
+    def n_rows_done(self) -> int:
+        """Rows at which every block is committed."""
+        return self._missing.count(0)
+
+    @property
+    def n_unfinished_blocks(self) -> int:
+        """Blocks that lack a row, published or not: more actors than that are of no use."""
+        return sum(left > 0 for left in self._left)
+
+    def published(self, row: int) -> None:
+        """A checkpoint can be scored; saying so twice changes nothing."""
+        if row in self._published:
+            return
+        self._published.add(row)
+        for block, rows in enumerate(self._waiting):
+            if (row, block) not in self._done:
+                rows.add(row)
+
+    def actor_joined(self, actor: int) -> None:
+        """An actor is ready for work."""
+        self._actors[actor] = _Actor()
+
+    def actor_lost(self, actor: int) -> None:
+        """An actor is gone; what it had in hand waits again.
+
+        Raises:
+            BlockFailed: the block it was working on has been lost too often.
+        """
+        lost = self._actors.pop(actor)
+        for block in lost.blocks:
+            self._owner.pop(block, None)
+        for position, work in enumerate(lost.work):
+            self._waiting[work.block].update(work.rows)
+            if position == 0:  # the others were only queued behind it
+                self._count_failure(work.block, "the actor died")
+
+    def done(self, work: Work) -> None:
+        """A hand-out is committed."""
+        self._actors[work.actor].work.remove(work)
+        self._done.update((row, work.block) for row in work.rows)
+        self._left[work.block] -= len(work.rows)
+        for row in work.rows:
+            self._missing[row] -= 1
+        self._attempts.pop(work.block, None)
+
+    def failed(self, work: Work, reason: str) -> None:
+        """A hand-out failed without taking its actor down; it waits again.
+
+        Raises:
+            BlockFailed: it has failed too often.
+        """
+        self._actors[work.actor].work.remove(work)
+        self._waiting[work.block].update(work.rows)
+        self._count_failure(work.block, reason)
+
+    def next_work(self) -> list[Work]:
+        """Everything that can be handed out now; the plan takes it as handed out."""
+        handed_out = []
+        for depth in range(IN_FLIGHT):  # one each before a second one
+            for name, actor in self._actors.items():
+                if len(actor.work) > depth:
+                    continue
+                block = self._choose(name)
+                if block is None:
+                    continue
+                rows = tuple(sorted(self._waiting[block])[:MAX_ROWS])
+                self._waiting[block].difference_update(rows)
+                self._move(block, name)
+                work = Work(name, block, rows)
+                actor.work.append(work)
+                handed_out.append(work)
+        return handed_out
+
+    def _choose(self, actor: int) -> int | None:
+        """The block whose oldest row is the most behind: own blocks first, then free ones, then others'."""
+        busy = {work.block for other in self._actors.values() for work in other.work}
+        candidates = [b for b, rows in enumerate(self._waiting) if rows and b not in busy]
+        if not candidates:
+            return None
+        own = [b for b in candidates if self._owner.get(b) == actor]
+        free = [b for b in candidates if b not in self._owner]
+        pick = own or free or self._richest(candidates)
+        return min(pick, key=lambda b: (min(self._waiting[b]), b))
+
+    def _richest(self, candidates: list[int]) -> list[int]:
+        """The candidates of the actor that has most of them."""
+        by_owner: dict[int, list[int]] = {}
+        for block in candidates:
+            by_owner.setdefault(self._owner[block], []).append(block)
+        return max(by_owner.values(), key=len)
+
+    def _move(self, block: int, actor: int) -> None:
+        previous = self._owner.get(block)
+        if previous is not None and previous != actor:
+            self._actors[previous].blocks.discard(block)
+        self._owner[block] = actor
+        self._actors[actor].blocks.add(block)
+
+    def _count_failure(self, block: int, reason: str) -> None:
+        self._attempts[block] = self._attempts.get(block, 0) + 1
+        if self._attempts[block] >= MAX_ATTEMPTS:
+            raise BlockFailed(f"block {block} failed {MAX_ATTEMPTS} times; the last reason: {reason}")
+
+
+def actors_allowed(asked: int | None, slots: int, training_slots: int) -> int:
+    """How many scoring actors there may be now, so that no slot is used twice.
+
+    Args:
+        asked: `score.actors`, None for auto.
+        slots: CPU slots, or GPUs, of the cluster.
+        training_slots: how many of them training holds at the moment.
+    """
+    free = max(0, slots - training_slots)
+    return free if asked is None else min(asked, free)

@@ -1,0 +1,61 @@
+"""`selection.parquet`: the samples that a cycle asks labels for, in rank order."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from distal.storage import read_table, write_table
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen samples.
+
+    Attributes:
+        table: rank, sample_index, sample_id, uri, one column per score, measure, and decided_by: whether the
+            score alone ("score") or a tie-break ("margin", "hash") put the sample into the batch.
+    """
+
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @classmethod
+    def write(cls, path: Path, table: pa.Table) -> Self:
+        """Write the file and return what it holds."""
+        write_table(path, table)
+        return cls(table)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a selection; raises FileNotFoundError when there is none."""
+        return cls(read_table(path))
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """sample_index in rank order: (k,) int64."""
+        return self.table["sample_index"].to_numpy()
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """sample_id in rank order."""
+        return self.table["sample_id"].to_pylist()
+
+    @property
+    def sha256(self) -> str:
+        """Of the sample ids in rank order, one per line (hex): equal batches have equal hashes."""
+        return hashlib.sha256("".join(f"{sample_id}\n" for sample_id in self.sample_ids).encode()).hexdigest()
+
+    @property
+    def tie_share(self) -> float:
+        """The share of the batch that a tie-break decided, in [0, 1]."""
+        ties = sum(decided != "score" for decided in self.table["decided_by"].to_pylist())
+        return ties / max(1, len(self))

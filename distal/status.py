@@ -1,0 +1,47 @@
+"""How far a run is, told from storage alone: no Ray, nothing is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distal import checkpoints
+from distal.assignments import Assignments
+from distal.records import JsonObject
+from distal.runs import STAGES, Cycle, Run
+
+
+def status(path: Path) -> JsonObject:
+    """The state of every cycle that has begun; raises RunConflict when there is no run.
+
+    `state` is "complete" when no stage is due in the cycles that the configuration of the last one asks for.
+    """
+    run = Run.open(path)
+    begun = run.begun_cycles()
+    n_cycles = begun[-1].config.loop.cycles if begun and begun[-1].config else 0
+    cycles = [_cycle(cycle, last=cycle.index + 1 >= n_cycles) for cycle in begun]
+    complete = 0 < n_cycles <= len(cycles) and all(cycle["next"] is None for cycle in cycles)
+    return {"run": str(run.path), "state": "complete" if complete else "unfinished", "cycles": cycles}
+
+
+def _cycle(cycle: Cycle, last: bool) -> JsonObject:
+    assert cycle.config is not None
+    due = [stage for stage in STAGES if not (last and stage == "label")]  # the last cycle does not label
+    markers = {stage: cycle.marker(stage) for stage in STAGES}
+    try:
+        assignments = Assignments.open(cycle.assignments)
+        done = sum(len(assignments.committed(row)) for row in range(assignments.n_rows))
+        total = assignments.n_rows * len(assignments.blocks)
+    except FileNotFoundError:
+        done = total = 0
+    return {
+        "cycle": cycle.index,
+        "complete": [stage for stage, marker in markers.items() if marker],
+        "next": next((stage for stage in due if not markers[stage]), None),
+        "checkpoints_published": len(checkpoints.committed(cycle.checkpoints)),
+        "checkpoints": len(cycle.config.train.checkpoint_epochs),
+        "blocks_scored": done,
+        "blocks": total,
+        "n_labeled": (markers["train"] or {}).get("n_labeled"),
+        "test_accuracy": (markers["test"] or {}).get("test_accuracy"),
+        "selection_sha256": (markers["select"] or {}).get("selection_sha256"),
+    }

@@ -1,0 +1,1 @@
+"""Train a network on the labelled samples and publish its checkpoints."""

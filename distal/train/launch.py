@@ -1,0 +1,127 @@
+"""Start the ranks with Ray Train, and start them again when they die.
+
+Ray Train only places and starts ranks: nothing is reported to it, and what survives a failure is `state.pt`.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from distal.errors import DistalError, TrainingFailed
+from distal.storage import remove_tree
+from distal.train.loop import TrainJob, train_rank
+
+# Read by Ray Train's controller when `fit` starts it.
+RAY_TRAIN_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s is how late a finished rank is noticed
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a rank keeps the working directory, so a user's module is found
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+}
+CONTROLLER_FAILURES = 3  # placements that may time out before `fit` gives up: its default is to wait for ever
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How the ranks are placed.
+
+    Attributes:
+        use_gpu: one GPU per rank, and NCCL; else gloo.
+        label_selector: nodes they may run on, None for any.
+    """
+
+    workers: int
+    threads: int
+    use_gpu: bool
+    label_selector: dict[str, str] | None
+
+
+def train(job: TrainJob, ranks: Ranks, *, on_event: Callable[..., None] = lambda name, **values: None) -> None:
+    """Train all epochs of a cycle; returns when the last checkpoint is committed.
+
+    Ranks that die are started again, with the same world size, from the last finished epoch.
+
+    Raises:
+        Diverged, Damage, DiskFull: as a rank raised it.
+        TrainingFailed: ranks died more than `train.max_failures` times in a row without finishing an epoch.
+    """
+    failures = 0
+    while True:
+        before = _state_version(job)
+        try:
+            _fit(job, ranks)
+        except Exception as error:
+            ours = _find(error, DistalError)
+            if ours is not None:
+                raise ours from None
+            failures = failures + 1 if _state_version(job) == before else 1
+            reason = _last_line(error)
+            on_event("training_failed", failures=failures, reason=reason)
+            if failures > job.config.max_failures:
+                raise TrainingFailed(
+                    f"cycle {job.cycle}: training failed {failures} times in a row without finishing an epoch; "
+                    f"the last reason: {reason}"
+                ) from error
+        else:
+            return
+
+
+def _fit(job: TrainJob, ranks: Ranks) -> None:
+    """One attempt, under a name of its own, with Ray Train's files inside the cycle."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_TRAIN_ENV.items()})
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    storage = job.folder / "train" / "ray"
+    resources = {"CPU": float(ranks.threads)} | ({"GPU": 1.0} if ranks.use_gpu else {})
+    try:
+        TorchTrainer(
+            _entry,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=ranks.workers,
+                use_gpu=ranks.use_gpu,
+                resources_per_worker=resources,
+                label_selector=ranks.label_selector,
+            ),
+            run_config=RunConfig(
+                name=f"cycle-{job.cycle:03d}-{uuid.uuid4().hex[:8]}",
+                storage_path=str(storage),
+                # A rank that dies ends this attempt; `train` looks at the reason and starts the next.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
+            ),
+        ).fit()
+    finally:
+        remove_tree(storage)
+
+
+def _entry(config: dict[str, Any]) -> None:
+    train_rank(config["job"])
+
+
+def _state_version(job: TrainJob) -> int | None:
+    """Something that changes whenever an epoch is finished."""
+    try:
+        return job.state_path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _find(error: BaseException, kind: type[DistalError]) -> DistalError | None:
+    """The error that a rank raised on purpose, inside what Ray Train makes of it."""
+    seen: list[Any] = [error]
+    for candidate in seen:  # grows while it is walked
+        if isinstance(candidate, kind):
+            return candidate
+        inner = [getattr(candidate, name, None) for name in ("__cause__", "cause", "controller_failure")]
+        inner += getattr(candidate, "worker_failures", {}).values()
+        seen += [other for other in inner if isinstance(other, BaseException) and other not in seen]
+    return None
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,288 @@
+"""What one DDP rank does. The same code runs with one rank and with many, on CPU and on GPU.
+
+Nothing depends on what ran before: the initial weights, the order of the samples and every augmentation are
+functions of (seed, cycle, epoch, rank, sample). `state.pt` is what a restarted rank needs; rank 0 replaces it
+after every epoch and then commits the checkpoint, so no committed epoch is ever trained again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from torch.optim import SGD
+from torch.utils.data import DistributedSampler
+
+from distal import checkpoints
+from distal.config import TrainConfig
+from distal.errors import Damage, Diverged
+from distal.hashing import mix64, seed_for
+from distal.ledger import Ledger
+from distal.models import ModelSpec, seeded_build
+from distal.pool import Pool
+from distal.records import CheckpointRef
+from distal.storage import write_bytes
+
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training run; picklable.
+
+    Attributes:
+        folder: `cycles/<cycle>`: checkpoints and state go there.
+        labels: the label files of the ledger.
+        threads: torch threads of a rank.
+        warm_from: the checkpoint to start from, None for scratch.
+        inputs: hash of everything that decides the result; a state with another is not resumed.
+    """
+
+    pool: Path
+    folder: Path
+    labels: tuple[Path, ...]
+    model: ModelSpec
+    config: TrainConfig
+    seed: int
+    cycle: int
+    threads: int
+    warm_from: CheckpointRef | None
+    inputs: str
+
+    @property
+    def state_path(self) -> Path:
+        """Where the state of the last finished epoch is."""
+        return self.folder / "train" / STATE
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are published."""
+        return self.folder / "checkpoints"
+
+
+def train_rank(job: TrainJob) -> None:
+    """Train all epochs that are still to do. Called on every rank by Ray Train.
+
+    Raises:
+        Diverged: the mean loss of an epoch is not finite.
+        Damage: `state.pt` cannot be read.
+    """
+    import ray.train.torch as ray_torch
+
+    device = ray_torch.get_device()
+    torch.set_num_threads(job.threads)
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    pool = Pool.open(job.pool)
+    ledger = Ledger.read(job.labels)
+    images = torch.from_numpy(pool.take(ledger.indices))
+    labels = torch.from_numpy(ledger.labels)
+
+    net = initial_network(job)
+    model = ray_torch.prepare_model(net)
+    rank = _Rank(job, model, device, images, labels, ledger.indices)
+    rank.warm_up()
+    finished = rank.restore()
+    for epoch in range(finished + 1, job.config.epochs + 1):
+        loss = rank.train_epoch(epoch)
+        rank.save(epoch, loss)
+
+
+def initial_network(job: TrainJob) -> nn.Module:
+    """The network before the first epoch: new weights, or those the job warm-starts from."""
+    net = seeded_build(job.model, job.seed, job.cycle)
+    if job.warm_from is not None:
+        net.load_state_dict(checkpoints.load(job.warm_from))
+    return net
+
+
+class _Rank:
+    """One rank: its network, optimizer and samples.
+
+    Args:
+        images: (n, C, H, W) uint8, all labelled samples. labels: (n,) int64.
+        indices: (n,) their `sample_index`.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        model: nn.Module,
+        device: torch.device,
+        images: Tensor,
+        labels: Tensor,
+        indices: NDArray[np.int64],
+    ) -> None:
+        self.job = job
+        self.config = job.config
+        self.model = model
+        # There is no DDP wrapper at world size 1.
+        self.net: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.device = device
+        self.images, self.labels, self.indices = images, labels, indices
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.preprocess = job.model.preprocess().to(device)
+        self.optimizer = SGD(
+            self.net.parameters(),
+            lr=self.config.lr,
+            momentum=self.config.momentum,
+            weight_decay=self.config.weight_decay,
+            nesterov=True,
+        )
+
+    def warm_up(self) -> None:
+        """One forward and backward pass whose results are thrown away.
+
+        DDP rebuilds its gradient buckets after the first backward pass, which changes the order of sums. With
+        this pass every epoch of every attempt runs with rebuilt buckets, so a resumed run gives the same bits.
+        """
+        before = {key: value.clone() for key, value in self.net.state_dict().items()}
+        positions = np.arange(min(len(self.labels), self.config.batch_size // self.world_size))
+        inputs = self.preprocess(self.images[positions].to(self.device))
+        self.model.train()
+        cross_entropy(self.model(inputs), self.labels[positions].to(self.device)).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.net.load_state_dict(before)
+
+    def restore(self) -> int:
+        """Take up the state of the last finished epoch, and commit its checkpoint if that is missing.
+
+        Rank 0 reads and the others are told, so all start from one state even while an attempt that was
+        killed still writes.
+
+        Returns:
+            The number of finished epochs.
+        """
+        box: list[Any] = [_read_state(self.job) if self.rank == 0 else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        if box[0] is None:
+            return 0
+        state = checkpoints.deserialize(box[0])
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._commit(state["epoch"], state["loss"])
+        return int(state["epoch"])
+
+    def train_epoch(self, epoch: int) -> float:
+        """One pass over the labelled samples; returns the mean loss over all ranks."""
+        # Layers that draw themselves, such as dropout, start every epoch from a state of their own.
+        torch.manual_seed(seed_for("epoch", self.job.seed, self.job.cycle, epoch, self.rank))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, epoch)
+        self.model.train()
+        total = torch.zeros(2, dtype=torch.float64)
+        for positions in self._batches(epoch):
+            inputs = self.preprocess(self._augmented(positions, epoch).to(self.device))
+            loss = cross_entropy(self.model(inputs), self.labels[positions].to(self.device))
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            total += torch.tensor([loss.item() * len(positions), len(positions)])
+        if self.world_size > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        mean = float(total[0] / total[1])
+        if not math.isfinite(mean):  # the sum is over all ranks, so all of them stop here
+            raise Diverged(f"the loss of epoch {epoch} is {mean}: training diverged; lower train.lr")
+        return mean
+
+    def save(self, epoch: int, loss: float) -> None:
+        """Replace the state, then commit the checkpoint. Rank 0 only."""
+        if self.rank == 0:
+            state = {
+                "inputs": self.job.inputs,
+                "epoch": epoch,
+                "loss": loss,
+                "model": self.net.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+            write_bytes(self.job.state_path, checkpoints.serialize(state))
+            self._commit(epoch, loss)
+
+    def _commit(self, epoch: int, loss: float) -> None:
+        epochs = self.config.checkpoint_epochs
+        if self.rank == 0 and epoch in epochs:
+            index = epochs.index(epoch)
+            checkpoints.commit(self.job.checkpoints, index, epoch, self.net.state_dict(), {"train_loss": loss})
+
+    def _batches(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        """Positions of this rank's samples, batch by batch: a share of every batch goes to each rank."""
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            range(len(self.labels)),  # type: ignore[arg-type]
+            num_replicas=self.world_size,
+            rank=self.rank,
+            shuffle=True,
+            seed=seed_for("order", self.job.seed, self.job.cycle, epoch),
+        )
+        positions = np.fromiter(sampler, dtype=np.int64)
+        share = self.config.batch_size // self.world_size
+        borders = list(range(share, len(positions), share))
+        if borders and len(positions) - borders[-1] == 1:
+            borders.pop()  # batch norm cannot learn from a batch of one image: it joins the batch before
+        return iter(np.split(positions, borders))
+
+    def _augmented(self, positions: NDArray[np.int64], epoch: int) -> Tensor:
+        images = self.images[positions]
+        if self.config.augment == "none":
+            return images
+        draws = mix64("augment", self.job.seed, self.job.cycle, epoch, self.indices[positions])
+        return crop_flip(images, draws)
+
+
+def crop_flip(images: Tensor, draws: NDArray[np.uint64]) -> Tensor:
+    """Random crop after padding by an eighth of the side (at least one pixel), and a horizontal flip.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        draws: (B,) uniform 64-bit integers, one per image: they alone decide what happens to it.
+
+    Returns:
+        (B, C, H, W) uint8; channels-last in memory.
+    """
+    _, _, height, width = images.shape
+    border_y, border_x = max(1, height // 8), max(1, width // 8)
+    padded = pad(images, (border_x, border_x, border_y, border_y))
+    bits = draws.copy()
+    offsets = []
+    for choices in (2 * border_y + 1, 2 * border_x + 1, 2):
+        bits, drawn = bits // np.uint64(choices), bits % np.uint64(choices)
+        offsets.append(torch.from_numpy(drawn.astype(np.int64)))
+    dy, dx, flip = offsets
+    rows = dy[:, None] + torch.arange(height)
+    columns = torch.arange(width).expand(len(images), -1)
+    columns = dx[:, None] + torch.where(flip[:, None] == 1, columns.flip(1), columns)
+    batch = torch.arange(len(images))
+    cropped = padded.permute(0, 2, 3, 1)[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return cropped.permute(0, 3, 1, 2)
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """The learning rate of an epoch, counted from 1: a pure function, so a resumed run needs no history."""
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2
+    return config.lr * config.gamma ** sum(milestone < epoch for milestone in config.milestones)
+
+
+def _read_state(job: TrainJob) -> bytes | None:
+    """The bytes of `state.pt`; None when no epoch is finished."""
+    try:
+        data = job.state_path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        inputs = checkpoints.deserialize(data)["inputs"]
+    except Exception as error:
+        raise Damage(f"{job.state_path}: cannot be read ({error}); delete it to train again") from error
+    if inputs != job.inputs:
+        raise Damage(f"{job.state_path}: from other inputs than this cycle's; delete it to train again")
+    return data
