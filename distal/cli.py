@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,10 +34,6 @@ app.add_typer(pool_app, name="pool")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Channels = Literal["auto", "grey", "rgb"]
-
-
-class Interrupted(BaseException):
-    """A signal asked this process to stop; the argument is its number."""
 
 
 def main() -> None:
@@ -163,21 +159,6 @@ def pool_info(pool: Annotated[Path, typer.Argument(help="Folder of the pool.")],
     _answer(work, as_json, pool_table)
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted` inside the block."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _size(text: str | None) -> tuple[int, int] | None:
     """(H, W) from WIDTHxHEIGHT, or from one number for a square."""
     if text is None:
@@ -195,32 +176,39 @@ def _answer(
     resume: bool = False,
 ) -> None:
     """Run a command's work and print what it returns; every exit code is decided here."""
-    code = 0
+    _stop_on_signals(as_json, resume)
     try:
-        with _signals():
-            result = work()
-        if as_json:
-            print(json.dumps(result))
-        else:
-            from rich.console import Console
-
-            Console(soft_wrap=True).print(render(result), highlight=False)
+        result = work()
     except DistalError as error:
-        code = error.exit_code
-        _complain(str(error), code, as_json)
-    except Interrupted as error:
-        code = 128 + error.args[0]
-        again = f"; continue with: distal {' '.join(sys.argv[1:])}" if resume else ""
-        _complain(f"stopped by {signal.Signals(error.args[0]).name}{again}", code, as_json)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code > 128:
-        os._exit(code)  # training may still run in its thread; whoever asked to stop does not wait for it
-    raise typer.Exit(code)
-
-
-def _complain(text: str, code: int, as_json: bool) -> None:
-    line = " ".join(text.split())
-    print(f"distal: {line}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        print(f"distal: {line}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"state": "error", "error": line, "exit_code": error.exit_code}))
+        raise typer.Exit(error.exit_code) from None
     if as_json:
-        print(json.dumps({"state": "stopped" if code > 128 else "error", "error": line, "exit_code": code}))
+        print(json.dumps(result))
+    else:
+        from rich.console import Console
+
+        Console(soft_wrap=True).print(render(result), highlight=False)
+
+
+def _stop_on_signals(as_json: bool, resume: bool) -> None:
+    """Leave at once on SIGINT and SIGTERM, with one line that says how to continue.
+
+    Everything committed is on disk and nothing else counts, so there is nothing to tidy up: a run that was
+    stopped is continued like one that was killed. Ray's processes end when their driver is gone.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        again = f"; continue with: distal {shlex.join(sys.argv[1:])}" if resume else ""
+        line = f"stopped by {signal.Signals(number).name}{again}"
+        # os.write: the signal may have come in the middle of a print. A progress bar had hidden the cursor.
+        bar = "\r\x1b[2K\x1b[?25h" if sys.stderr.isatty() else ""
+        os.write(2, f"{bar}distal: {line}\n".encode())
+        if as_json:
+            os.write(1, json.dumps({"state": "stopped", "error": line, "exit_code": 128 + number}).encode() + b"\n")
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)

@@ -52,8 +52,13 @@ def secure(address: str) -> None:
 
     Ray reads the mode when it is imported, so this comes before. A cluster that is joined has its own mode.
     """
-    if _resolved(address) == "local":
+    if is_own(address):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def is_own(address: str) -> bool:
+    """Whether `connect` starts a cluster at this address, rather than join one."""
+    return _resolved(address) == "local"
 
 
 def _resolved(address: str) -> str:
@@ -74,31 +79,50 @@ def connect(address: str) -> Iterator[None]:
     import ray
 
     address = _resolved(address)
-
     if ray.is_initialized():  # the caller's own connection, which stays theirs
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(
-            address=address,
-            namespace="distal",
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        with _keeping_signal_handlers():
+            _init(address)
     except ConnectionError as error:
         raise ConfigError(
             f"ray.address: no Ray cluster at {address} ({_first_line(error)}); start one with `ray start --head`, "
             "or set ray.address=local"
         ) from error
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():  # Ray has put its own in their place
-            signal.signal(number, handler)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(address: str) -> None:
+    import ray
+
+    ray.init(
+        address=address,
+        namespace="distal",
+        include_dashboard=False if address == "local" else None,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
+@contextmanager
+def _keeping_signal_handlers() -> Iterator[None]:
+    """Ray puts its own handler for SIGTERM in place when it starts; put ours back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # what Ray's handler makes of a SIGTERM that came meanwhile
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def find_slots(device: str) -> Slots:

@@ -172,7 +172,9 @@ class ScoreConfig(Section):
 
     actors: Count | Auto = key("auto", "Scoring actors. auto: one per free CPU slot, or per GPU.", ANY_TIME)
     precision: Literal["auto", "fp32", "bf16"] = key("auto", "Arithmetic of the forward pass. auto: fp32.")
-    batch_size: Count | Auto = key("auto", "Images per forward pass. auto: 128 on a CPU, 512 on a GPU.")
+    batch_size: Count | Auto = key(
+        "auto", "Images per forward pass. auto: 128 on a CPU, 512 on a GPU, or less where that pads less."
+    )
     record: tuple[Recorded, ...] = key(
         ("margin",), "Float16 arrays kept beside the assignments: margin p1 - p2, entropy in nats."
     )

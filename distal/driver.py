@@ -22,7 +22,7 @@ from distal.acquire.batch import select
 from distal.assignments import Assignments, dtype_for
 from distal.config import BUILTIN, Config, check_unchanged
 from distal.eligibility import Eligibility
-from distal.errors import PoolError, UserError
+from distal.errors import ConfigError, PoolError, UserError
 from distal.hashing import digest
 from distal.labels.oracle import choose_initial, label_from_pool
 from distal.ledger import Ledger
@@ -35,6 +35,7 @@ from distal.records import CheckpointRef, JsonObject, Progress, auto_block_size,
 from distal.reduce.stream import reduce
 from distal.runs import Cycle, Run
 from distal.score.actors import Job, Scorers, score
+from distal.score.plan import batch_size_for
 from distal.scores import Scores
 from distal.selection import Selection
 from distal.storage import sha256
@@ -81,6 +82,7 @@ class _Driver:
         self.slots = cluster.find_slots(config.device)
         self.config = self._resolve(config)
         _check_changes(directory, self.config)
+        self._check_slots()
         self.all_eligible = Eligibility.of(pool, self.config.pool.limit, self.config.seed)
         self.ranks = Ranks(
             workers=self.config.train.workers,
@@ -366,7 +368,7 @@ class _Driver:
             "pool.block_size": auto_block_size(self.pool.n_samples),
             "train.threads": threads,
             "score.precision": "fp32",
-            "score.batch_size": AUTO_BATCH_SIZE[self.slots.device],
+            "score.batch_size": batch_size_for(self._eligible_per_block(config), AUTO_BATCH_SIZE[self.slots.device]),
         }
         leaves = config.leaves()
         constants = {key: value if leaves[key] == "auto" else leaves[key] for key, value in auto.items()}
@@ -378,6 +380,25 @@ class _Driver:
         }
         kept = self.directory.begin(identity, {"pool": str(self.pool.path), "constants": constants})
         return config.with_values({key: kept["constants"][key] for key in config.autos()})
+
+    def _eligible_per_block(self, config: Config) -> int:
+        """About how many samples of a block will be scored while little is labelled."""
+        pool, size = self.pool, config.pool.block_size
+        block_size = auto_block_size(pool.n_samples) if size == "auto" else size
+        n_readable = pool.n_samples - pool.n_unreadable
+        n_scored = min(config.pool.limit or n_readable, n_readable) - config.loop.initial
+        return max(1, min(block_size, pool.n_samples) * n_scored // pool.n_samples)
+
+    def _check_slots(self) -> None:
+        """On a cluster of our own no slot will ever be added, so training would wait for ever."""
+        train = self.config.train
+        needed = self.slots.training(train.workers, int(train.threads))
+        if cluster.is_own(self.config.ray.address) and needed > self.slots.total:
+            unit = "GPUs" if self.slots.device == "cuda" else "CPU slots"
+            raise ConfigError(
+                f"train.workers: {train.workers} ranks of {train.threads} threads need {needed} {unit}, "
+                f"this machine has {self.slots.total}; lower train.workers or train.threads"
+            )
 
     def _initial(self) -> None:
         """Choose and label the samples to start from."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from distal.hashing import mix64
@@ -54,10 +55,11 @@ class Eligibility:
 
     def read(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Which of the samples [start, stop) are eligible: (stop - start,) bool."""
-        status, keys = self.pool.columns(start, stop, "status", "sample_key")
-        flags: NDArray[np.bool_] = status == OK
+        samples = self.pool.samples(start, stop, ["status", "sample_key"])
+        flags = pc.equal(samples["status"], OK).to_numpy()
         if self.largest_draw is not None:
-            flags = flags & (mix64("limit", self.seed, keys) <= np.uint64(self.largest_draw))
+            draws = mix64("limit", self.seed, samples["sample_key"].to_numpy())
+            flags = flags & (draws <= np.uint64(self.largest_draw))
         if self.ledger is not None:
             flags = flags & ~self.ledger.labeled(start, stop)
         return flags

@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import Protocol, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -117,13 +118,19 @@ def _detail(state: Progress) -> str:
 
 
 def summary_table(summary: JsonObject) -> Table:
-    """The closing table of a run."""
-    table = Table(title=summary["run"], title_justify="left")
+    """The closing table of a run: a row per cycle."""
     stages = list(dict.fromkeys(stage for cycle in summary["cycles"] for stage in cycle["seconds"]))
-    for heading in ("cycle", "labelled", "test accuracy", *(f"{stage} s" for stage in stages)):
-        table.add_column(heading, justify="right")
-    for heading in ("images scored", "selected", "by tie-break"):
-        table.add_column(heading, justify="right")
+    table = Table(
+        title=f"{summary['run']}: {summary['state']}",
+        caption=f"{', '.join(stages)}: seconds. ties: share of the batch that a tie-break decided.",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    for heading in ("cycle", "labelled", "accuracy", *stages, "scored", "batch", "ties"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for cycle in summary["cycles"]:
         accuracy = cycle["test_accuracy"]
         table.add_row(
@@ -140,7 +147,9 @@ def summary_table(summary: JsonObject) -> Table:
 
 def status_table(status: JsonObject) -> Table:
     """How far each cycle is."""
-    table = Table(title=f"{status['run']}: {status['state']}", title_justify="left")
+    table = Table(
+        title=f"{status['run']}: {status['state']}", title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False
+    )
     for heading in ("cycle", "complete", "next", "checkpoints", "blocks scored", "labelled", "test accuracy"):
         table.add_column(heading)
     for cycle in status["cycles"]:

@@ -47,7 +47,7 @@ def local_path(location: str | os.PathLike[str], key: str = "path") -> Path:
             f"{key}: {os.fspath(location)!r} is a {protocol}:// URL; only local and shared file systems are "
             "supported so far; mount it and give a path"
         )
-    return Path(rest).expanduser().absolute()
+    return Path(os.path.abspath(Path(rest).expanduser()))  # noqa: PTH100 - `absolute` keeps ".."
 
 
 @contextmanager

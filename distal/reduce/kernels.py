@@ -25,7 +25,7 @@ def entropy_table(n_rows: int) -> NDArray[np.int64]:
     return np.rint(k * np.log(np.maximum(k, 1)) * ENTROPY_SCALE).astype(np.int64)
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def count_votes(
     assignments: Any,  # NDArray[np.unsignedinteger]
     n_classes: int,

@@ -26,14 +26,14 @@ class Votes:
     Attributes:
         n_rows: T.
         mode_count: (N,) count of the most frequent class, f in the paper.
-        sum_h_ln_h: (N,) sum over classes of h ln h, where h is the count of a class.
+        entropy: (N,) of the votes in nats: (T ln T - sum over classes of h ln h) / T, h the count of a class.
         flips: (N,) how often the class differs from that of the checkpoint before.
         complete: (N,) bool, whether every checkpoint has an assignment.
     """
 
     n_rows: int
     mode_count: NDArray[np.int64]
-    sum_h_ln_h: Floats
+    entropy: Floats
     flips: NDArray[np.int64]
     complete: NDArray[np.bool_]
 
@@ -42,9 +42,11 @@ def count(assignments: NDArray[np.unsignedinteger[Any]], n_classes: int) -> Vote
     """Count the votes of (T, N) assignments; values of at least `n_classes` count as not assigned."""
     n_rows, n_samples = assignments.shape
     outputs = [np.empty(n_samples, dtype=np.int64) for _ in range(4)]
-    count_votes(np.ascontiguousarray(assignments), n_classes, entropy_table(n_rows), *outputs)
+    table = entropy_table(n_rows)
+    count_votes(np.ascontiguousarray(assignments), n_classes, table, *outputs)
     mode_count, sum_k_ln_k, flips, n_missing = outputs
-    return Votes(n_rows, mode_count, sum_k_ln_k / ENTROPY_SCALE, flips, n_missing == 0)
+    entropy = (table[n_rows] - sum_k_ln_k) / (ENTROPY_SCALE * n_rows)  # exactly 0 when all votes agree
+    return Votes(n_rows, mode_count, entropy, flips, n_missing == 0)
 
 
 def dispersion(votes: Votes) -> Floats:
@@ -52,12 +54,12 @@ def dispersion(votes: Votes) -> Floats:
 
     In [0, 1 - ceil(T / C) / T]. 0 when the network never changed its mind.
     """
-    return (votes.n_rows - votes.mode_count) / votes.n_rows
+    return 1 - votes.mode_count / votes.n_rows
 
 
 def vote_entropy(votes: Votes) -> Floats:
     """Entropy of the votes in nats, -sum (h / T) ln (h / T) (Dagan and Engelson 1995); in [0, ln min(C, T)]."""
-    return np.maximum(np.log(votes.n_rows) - votes.sum_h_ln_h / votes.n_rows, 0)
+    return votes.entropy
 
 
 def flips(votes: Votes) -> Floats:

@@ -176,3 +176,12 @@ def actors_allowed(asked: int | None, slots: int, training_slots: int) -> int:
     """
     free = max(0, slots - training_slots)
     return free if asked is None else min(asked, free)
+
+
+def batch_size_for(eligible_per_block: int, largest: int) -> int:
+    """The batch size, of `largest`, its half and its quarter, that pads least; the larger one of equals.
+
+    A block is cut into batches of exactly this many images, and what the last one lacks is computed in vain.
+    """
+    sizes = [largest, largest // 2, largest // 4]
+    return min(sizes, key=lambda size: (-(-eligible_per_block // size) * size, -size))

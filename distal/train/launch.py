@@ -48,12 +48,15 @@ def train(job: TrainJob, ranks: Ranks, *, on_event: Callable[..., None] = lambda
         Diverged, Damage, DiskFull: as a rank raised it.
         TrainingFailed: ranks died more than `train.max_failures` times in a row without finishing an epoch.
     """
+    _set_environment()
+    from ray.train import TrainingFailedError
+
     failures = 0
     while True:
         before = _state_version(job)
         try:
             _fit(job, ranks)
-        except Exception as error:
+        except TrainingFailedError as error:
             ours = _find(error, DistalError)
             if ours is not None:
                 raise ours from None
@@ -69,9 +72,13 @@ def train(job: TrainJob, ranks: Ranks, *, on_event: Callable[..., None] = lambda
             return
 
 
+def _set_environment() -> None:
+    for name, value in RAY_TRAIN_ENV.items():
+        os.environ.setdefault(name, value)
+
+
 def _fit(job: TrainJob, ranks: Ranks) -> None:
     """One attempt, under a name of its own, with Ray Train's files inside the cycle."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_TRAIN_ENV.items()})
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 

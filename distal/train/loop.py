@@ -162,7 +162,7 @@ class _Rank:
         Returns:
             The number of finished epochs.
         """
-        box: list[Any] = [_read_state(self.job) if self.rank == 0 else None]
+        box: list[Any] = [read_state(self.job) if self.rank == 0 else None]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         if box[0] is None:
@@ -273,7 +273,7 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     return config.lr * config.gamma ** sum(milestone < epoch for milestone in config.milestones)
 
 
-def _read_state(job: TrainJob) -> bytes | None:
+def read_state(job: TrainJob) -> bytes | None:
     """The bytes of `state.pt`; None when no epoch is finished."""
     try:
         data = job.state_path.read_bytes()

@@ -1,0 +1,5 @@
+"""`python -m distal` is the `distal` command."""
+
+from distal.cli import main
+
+main()

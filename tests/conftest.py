@@ -1,0 +1,67 @@
+"""Fixtures shared by all tests: one small Ray cluster, one small pool, images made on the spot."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports them: Ray would turn token authentication on, and torch would take every core.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+
+from distal.pool import Pool
+from distal.pool.build import build
+from tests.helpers import write_source
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """A Ray cluster for the whole test run; gives its address."""
+    ray.init(
+        address="local",
+        num_cpus=3,
+        include_dashboard=False,
+        log_to_driver=False,
+        namespace="distal",
+        object_store_memory=200 * 2**20,
+        logging_level="warning",
+    )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 labelled images, two of them damaged."""
+    folder = tmp_path_factory.mktemp("source")
+    path = write_source(folder / "train.parquet", 240, seed=1)
+    table = pq.read_table(path)
+    images = table["image"].to_pylist()
+    images[7], images[201] = images[7][:40], b"not an image"
+    pq.write_table(table.set_column(1, "image", pa.array(images)), path, row_group_size=100)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pool(cluster: str, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    """The 240 images, packed."""
+    return build(str(source), tmp_path_factory.mktemp("pools") / "train")
+
+
+@pytest.fixture(scope="session")
+def test_pool(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    """100 other images, packed."""
+    folder = tmp_path_factory.mktemp("test-pool")
+    return build(str(write_source(folder / "test.parquet", 100, seed=2)), folder / "packed")

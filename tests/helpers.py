@@ -1,0 +1,92 @@
+"""What tests make their inputs with."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from distal.config import Config, parse
+from distal.pool import Pool
+
+CLASSES = ("circle", "cross", "dot", "line")
+SIDE = 12
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def draw_images(labels: np.ndarray, seed: int) -> list[bytes]:
+    """PNG images that can be told apart: a bright quarter for each of four classes, and noise."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 120, (len(labels), SIDE, SIDE)).astype(np.uint8)
+    half = SIDE // 2
+    for image, label in zip(images, labels, strict=True):
+        y, x = divmod(int(label) % 4, 2)
+        image[y * half : (y + 1) * half, x * half : (x + 1) * half] += 60
+    return [png(image) for image in images]
+
+
+def write_source(path: Path, n: int, seed: int, n_classes: int = 4, **columns: list[object]) -> Path:
+    """A Parquet source of `n` images; `columns` replace or add columns."""
+    labels = np.random.default_rng(seed).integers(0, n_classes, n)
+    table = {
+        "sample_id": [f"s{seed}-{i:05d}" for i in range(n)],
+        "image": draw_images(labels, seed),
+        "label": labels.tolist(),
+        "class_name": [CLASSES[label] for label in labels],
+        **columns,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(table), path, row_group_size=100)
+    return path
+
+
+SMALL_RUN = {
+    "device": "cpu",
+    "pool": {"block_size": 64},
+    "loop": {"cycles": 2, "initial": 24, "budget": 16},
+    "train": {"epochs": 3, "batch_size": 16, "threads": 1},
+    "score": {"batch_size": 32},
+}
+
+
+def small_config(run: Path, pool: Pool, test: Pool | None, *overrides: str) -> Config:
+    """Two cycles of three checkpoints, in seconds."""
+    tree = {**SMALL_RUN, "run": str(run), "pool": {**SMALL_RUN["pool"], "path": str(pool.path)}}
+    paths = [f"pool.test={test.path}"] if test else []
+    return parse(tree, [*paths, *overrides])
+
+
+def small_overrides(run: Path, pool: Pool, test: Pool | None) -> list[str]:
+    """The same as command-line overrides of the shipped quickstart."""
+    test_path = "null" if test is None else str(test.path)
+    sections = {section: keys for section, keys in SMALL_RUN.items() if isinstance(keys, dict)}
+    keys = [f"{section}.{key}={value}" for section, values in sections.items() for key, value in values.items()]
+    return [f"run={run}", "device=cpu", f"pool.path={pool.path}", "pool.source=null", f"pool.test={test_path}", *keys]
+
+
+def descendants(title: str) -> list[int]:
+    """Ids of the processes below this one whose command line contains `title`, youngest last."""
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                status = (folder / "status").read_text()
+                titles[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            parents[int(folder.name)] = int(status.split("PPid:")[1].split()[0])
+    mine = {os.getpid()}
+    for _ in range(4):
+        mine |= {pid for pid, parent in parents.items() if parent in mine}
+    return sorted(pid for pid in mine if title in titles.get(pid, ""))

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from distal.assignments import Assignments, unassigned
+from distal.eligibility import Eligibility
+from distal.errors import Damage
+from distal.pool import Pool
+from distal.records import split_blocks
+from distal.reduce import stream
+from distal.reduce.measures import FROM_VOTES, count
+from distal.reduce.stream import reduce
+from distal.scores import Scores
+
+N, ROWS, CLASSES = 240, 5, 4
+
+
+def filled(path: Path, pool: Pool, block_size: int, recorded: tuple[str, ...] = ("margin", "entropy")) -> Assignments:
+    """Random assignments of the readable samples, and a margin and an entropy at the last row."""
+    eligible = Eligibility(pool, 0, None)
+    blocks = split_blocks(N, block_size)
+    assignments = Assignments.create(
+        path,
+        n_rows=ROWS,
+        n_samples=N,
+        block_size=block_size,
+        n_classes=CLASSES,
+        eligible=(eligible.read(block.start, block.stop) for block in blocks),
+        recorded=recorded,
+    )
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, (ROWS, N)).astype(np.uint8)
+    values = rng.random(N).astype(np.float32)
+    for row in range(ROWS):
+        for block in blocks:
+            flags = eligible.read(block.start, block.stop)
+            part = np.where(flags, labels[row, block.start : block.stop], unassigned(assignments.dtype))
+            kept = {name: np.where(flags, values[block.start : block.stop], np.nan) for name in recorded}
+            assignments.write(row, block, part.astype(np.uint8), kept if row == ROWS - 1 else {})
+    return assignments
+
+
+@pytest.fixture
+def eligible(pool: Pool) -> np.ndarray:
+    return Eligibility(pool, 0, None).read(0, N)
+
+
+@pytest.mark.parametrize("stripe_bytes", [1, 64 * ROWS, 150 * ROWS, 2**25])
+def test_scores_on_disk(pool: Pool, tmp_path: Path, eligible: np.ndarray, monkeypatch, stripe_bytes: int) -> None:
+    """However many blocks are read at a time, the same scores as from the whole array at once."""
+    monkeypatch.setattr(stream, "STRIPE_BYTES", stripe_bytes)
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    reduce(assignments, pool, tmp_path / "scores.zarr", seed=3, cycle=1)
+    group = zarr.open_group(tmp_path / "scores.zarr", mode="r")
+    assert sorted(group.array_keys()) == ["dispersion", "entropy", "flips", "margin", "random", "vote_entropy"]
+    counted = count(assignments.read(0, N), CLASSES)
+    for name, measure in FROM_VOTES.items():
+        array = group[name]
+        assert (array.shape, array.dtype, array.chunks) == ((N,), np.float32, (64,))
+        assert np.array_equal(array[:][eligible], measure(counted).astype(np.float32)[eligible])
+        assert np.isnan(array[:][~eligible]).all()
+    margin = assignments.read_recorded("margin", ROWS - 1, 0, N)
+    assert np.array_equal(group["margin"][:], (1 - margin.astype(np.float64)).astype(np.float32), equal_nan=True)
+    assert np.isnan(group["random"][:][~eligible]).all()
+    assert not np.isnan(group["random"][:][eligible]).any()
+
+
+def test_nothing_recorded_nothing_reduced(pool: Pool, tmp_path: Path) -> None:
+    assignments = filled(tmp_path / "a.zarr", pool, 64, recorded=())
+    scores = reduce(assignments, pool, tmp_path / "scores.zarr", seed=0, cycle=0)
+    assert scores.measures == ("dispersion", "flips", "random", "vote_entropy")
+
+
+def test_a_lost_block_is_no_score(pool: Pool, tmp_path: Path) -> None:
+    """A chunk that is gone reads as UNASSIGNED: that must not pass for an answer."""
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    (assignments.path / "assignments/c/3/1").unlink()
+    with pytest.raises(Damage, match="sample 64 is eligible and lacks an assignment"):
+        reduce(assignments, pool, tmp_path / "scores.zarr", seed=0, cycle=0)
+
+
+def test_a_flipped_bit_is_named(pool: Pool, tmp_path: Path) -> None:
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    chunk = assignments.path / "assignments/c/4/2"
+    data = bytearray(chunk.read_bytes())
+    data[-6] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(Damage, match="array assignments, row 4, block 2"):
+        reduce(assignments, pool, tmp_path / "scores.zarr", seed=0, cycle=0)
+
+
+def test_reducing_again_replaces_the_scores(pool: Pool, tmp_path: Path) -> None:
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    reduce(assignments, pool, tmp_path / "scores.zarr", seed=0, cycle=0)
+    first = Scores.open(tmp_path / "scores.zarr").read("random", 0, N)
+    reduce(assignments, pool, tmp_path / "scores.zarr", seed=1, cycle=0)
+    assert not np.array_equal(Scores.open(tmp_path / "scores.zarr").read("random", 0, N), first, equal_nan=True)
+    chunk = tmp_path / "scores.zarr/random/c/0"
+    chunk.write_bytes(chunk.read_bytes()[:-3])
+    with pytest.raises(Damage, match=r"array random, samples \[0, 10\)"):
+        Scores.open(tmp_path / "scores.zarr").read("random", 0, 10)

@@ -1,0 +1,268 @@
+"""Real actors on a real cluster, writing a real array."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from distal import checkpoints
+from distal.assignments import Assignments
+from distal.config import ModelConfig
+from distal.eligibility import Eligibility
+from distal.errors import Damage, Diverged, RunConflict
+from distal.models import ModelSpec, seeded_build
+from distal.pool import Pool
+from distal.records import Progress, split_blocks
+from distal.score.actors import Job, Scorers, score
+from distal.score.predict import Predictor
+
+ROWS, BLOCK, BATCH = 4, 32, 16
+
+
+class Silent:
+    """A producer that has published everything."""
+
+    def slots_held(self) -> int:
+        return 0
+
+
+def spec(pool: Pool) -> ModelSpec:
+    return ModelSpec(ModelConfig(), 4, pool.image_shape, pool.mean, pool.std)
+
+
+def commit(folder: Path, pool: Pool, row: int) -> None:
+    """Weights that differ from row to row; batch norm set so that the logits do too."""
+    net = seeded_build(spec(pool), seed=row, cycle=0)
+    checkpoints.commit(folder, row, row + 1, net.state_dict())
+
+
+def prepare(folder: Path, pool: Pool, n_rows: int = ROWS, published: int = ROWS) -> tuple[Job, Assignments]:
+    for row in range(published):
+        commit(folder / "checkpoints", pool, row)
+    eligible = Eligibility(pool, 0, None)
+    assignments = Assignments.create(
+        folder / "assignments.zarr",
+        n_rows=n_rows,
+        n_samples=pool.n_samples,
+        block_size=BLOCK,
+        n_classes=4,
+        eligible=(eligible.read(block.start, block.stop) for block in split_blocks(pool.n_samples, BLOCK)),
+        recorded=("margin", "entropy"),
+    )
+    job = Job(
+        pool=pool.path,
+        assignments=assignments.path,
+        checkpoints=folder / "checkpoints",
+        model=spec(pool),
+        precision="fp32",
+        batch_size=BATCH,
+        device="cpu",
+        recorded_from=n_rows - 1,
+    )
+    return job, assignments
+
+
+def run(job: Job, assignments: Assignments, n_actors: int, **options: object) -> int:
+    """Score with `n_actors` of half a CPU each."""
+    scorers = options.pop("scorers", None) or new_scorers(n_actors)
+    try:
+        return score(
+            job,
+            assignments,
+            scorers,
+            options.pop("producer", Silent()),
+            progress=Progress(0, "score"),
+            on_progress=options.pop("on_progress", lambda _: None),
+            **options,
+        )
+    finally:
+        scorers.shrink(0)
+
+
+def new_scorers(n: int) -> Scorers:
+    prefix = f"test-{os.urandom(4).hex()}"
+    return Scorers(prefix, {"num_cpus": 0.5}, asked=None, slots=n, cache_bytes=2**20, threads=1)
+
+
+def digest(path: Path) -> dict[str, str]:
+    """sha256 of every chunk."""
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != "zarr.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every chunk as one undisturbed actor writes it."""
+    job, assignments = prepare(tmp_path_factory.mktemp("reference"), pool)
+    run(job, assignments, 1)
+    return digest(assignments.path)
+
+
+def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, tmp_path: Path) -> None:
+    """Against a plain loop over all images, without blocks, actors or Zarr."""
+    job, assignments = prepare(tmp_path, pool)
+    assert run(job, assignments, 2) == ROWS * 238
+    eligible = np.array([status == "ok" for status in pool.samples(0, 240)["status"].to_pylist()])
+    for row in range(ROWS):
+        predictor = Predictor(spec(pool).build(), spec(pool).preprocess(), batch_size=BATCH)
+        predictor.net.load_state_dict(checkpoints.load(checkpoints.read(job.checkpoints, row)))
+        expected = predictor(pool.read(0, 240))
+        stored = assignments.read(0, 240)[row]
+        assert np.array_equal(stored[eligible], expected.labels[eligible])
+        assert np.all(stored[~eligible] == 255)
+        margin = assignments.read_recorded("margin", row, 0, 240)
+        if row < ROWS - 1:
+            assert np.isnan(margin).all()  # kept at the last checkpoint only
+        else:
+            assert np.array_equal(margin[eligible], expected.margin[eligible].astype(np.float16))
+            assert np.isnan(margin[~eligible]).all()
+    assert len(np.unique(assignments.read(0, 240)[:, eligible])) > 1
+
+
+@pytest.mark.parametrize("n_actors", [2, 3])
+def test_any_number_of_actors_writes_the_same_bytes(
+    pool: Pool, tmp_path: Path, reference: dict[str, str], n_actors: int
+) -> None:
+    job, assignments = prepare(tmp_path, pool)
+    run(job, assignments, n_actors)
+    assert digest(assignments.path) == reference
+
+
+def test_killed_actors_are_replaced_and_change_nothing(
+    pool: Pool, tmp_path: Path, reference: dict[str, str]
+) -> None:
+    """SIGKILL of the actor's process as soon as the 5th, the 12th and the 20th of 32 blocks are committed."""
+    job, assignments = prepare(tmp_path, pool)
+    scorers = new_scorers(1)
+    pids: list[int] = []
+    killed_at: list[int] = []
+    events: list[str] = []
+
+    def on_event(name: str, **values: object) -> None:
+        events.append(name)
+        if name == "actor_joined":
+            actor = scorers.actors[values["actor"]]
+            pids.append(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
+
+    def killer() -> None:
+        for threshold in (5, 12, 20):
+            while (done := sum(len(assignments.committed(row)) for row in range(ROWS))) < threshold:
+                time.sleep(0.001)
+            killed_at.append(done)
+            os.kill(pids[-1], signal.SIGKILL)
+            n_started = len(pids)
+            while len(pids) == n_started:
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=killer, daemon=True)
+    thread.start()
+    run(job, assignments, 1, scorers=scorers, on_event=on_event)
+    assert digest(assignments.path) == reference
+    assert len(killed_at) == 3
+    assert killed_at[-1] < ROWS * len(assignments.blocks)
+    assert events.count("actor_lost") == 3
+
+
+def test_only_what_is_missing_is_scored(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+    job, assignments = prepare(tmp_path, pool)
+    run(job, assignments, 1)
+    untouched = assignments.path / "assignments/c/0/0"
+    stamp = untouched.stat().st_mtime_ns
+    for lost in ("0/3", "2/0", "3/7"):
+        (assignments.path / "assignments/c" / lost).unlink()
+    run(job, assignments, 2)
+    assert digest(assignments.path) == reference
+    assert untouched.stat().st_mtime_ns == stamp
+
+
+def test_checkpoints_are_scored_as_they_appear(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+    """Training publishes one checkpoint after the other, and holds a slot until it is done."""
+    job, assignments = prepare(tmp_path, pool, published=0)
+    order: list[tuple[int, int]] = []
+
+    class Trainer:
+        published = 0
+
+        def slots_held(self) -> int:
+            return int(self.published < ROWS)
+
+    trainer = Trainer()
+
+    def follow(progress: Progress) -> None:
+        order.append((progress.published, progress.rows_scored))
+        assert progress.actors <= 2 - trainer.slots_held()
+        if trainer.published == progress.rows_scored and trainer.published < ROWS:
+            commit(job.checkpoints, pool, trainer.published)
+            trainer.published += 1
+
+    run(job, assignments, 2, producer=trainer, on_progress=follow)
+    assert digest(assignments.path) == reference
+    for row in range(ROWS):
+        assert (row + 1, row) in order or (row + 1, row + 1) in order
+
+
+def test_a_failed_producer_stops_the_pass(pool: Pool, tmp_path: Path) -> None:
+    class Failed:
+        def slots_held(self) -> int:
+            raise Diverged("the loss is nan")
+
+    job, assignments = prepare(tmp_path, pool, published=1)
+    with pytest.raises(Diverged, match="the loss is nan"):
+        run(job, assignments, 1, producer=Failed())
+
+
+def test_a_logit_that_is_not_finite_names_checkpoint_and_sample(pool: Pool, tmp_path: Path) -> None:
+    job, assignments = prepare(tmp_path, pool, published=2)
+    state = seeded_build(spec(pool), 0, 0).state_dict()
+    state["14.bias"][1] = torch.nan
+    checkpoints.commit(job.checkpoints, 2, 3, state)
+    with pytest.raises(Diverged, match=r"checkpoint 2 gives a logit that is not finite for sample s1-\d+"):
+        run(job, assignments, 1)
+    assert assignments.committed(2) == set()
+
+
+def test_changed_weights_stop_the_pass(pool: Pool, tmp_path: Path) -> None:
+    job, assignments = prepare(tmp_path, pool)
+    weights = checkpoints.read(job.checkpoints, 1).path
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(Damage, match="the bytes of checkpoint 1 have changed"):
+        run(job, assignments, 1)
+
+
+def test_another_machine_is_refused_unless_allowed(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+    job, assignments = prepare(tmp_path, pool)
+    assignments.adopt_fingerprint({"processor": "another one"})
+    with pytest.raises(RunConflict, match="begun with processor 'another one', this actor has .*, or set score.mixed_hardware=allow"):
+        run(job, assignments, 1)
+    run(job, assignments, 1, mixed_hardware=True)
+    assert digest(assignments.path) == reference
+
+
+def test_test_images_at_the_last_checkpoint_only(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+    """The same pass with one row that belongs to the last checkpoint."""
+    job, assignments = prepare(tmp_path, pool, n_rows=1)
+    run(replace(job, first_index=ROWS - 1, recorded_from=0), assignments, 1)
+    assert digest(assignments.path)["assignments/c/0/0"] == reference[f"assignments/c/{ROWS - 1}/0"]
+
+
+def test_memory_stays_within_the_budget(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+    """With no room at all for decoded images the answer is the same."""
+    job, assignments = prepare(tmp_path, pool)
+    scorers = Scorers("no-cache", {"num_cpus": 0.5}, asked=None, slots=1, cache_bytes=0, threads=1)
+    run(job, assignments, 1, scorers=scorers)
+    assert digest(assignments.path) == reference
+
+

@@ -1,0 +1,222 @@
+"""Scripts of events in, decisions out: no Ray, no clock."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distal.errors import BlockFailed
+from distal.score.plan import IN_FLIGHT, MAX_ROWS, Plan, Work, actors_allowed, batch_size_for
+
+
+def plan_with(n_rows: int, n_blocks: int, *actors: int, published: int = 0, done: tuple = ()) -> Plan:
+    plan = Plan(n_rows, n_blocks, done)
+    for actor in actors:
+        plan.actor_joined(actor)
+    for row in range(published):
+        plan.published(row)
+    return plan
+
+
+def test_nothing_is_handed_out_before_a_checkpoint_or_an_actor() -> None:
+    plan = plan_with(2, 3, 0)
+    assert plan.next_work() == []
+    plan = plan_with(2, 3, published=2)
+    assert plan.next_work() == []
+
+
+def test_every_actor_gets_one_before_any_gets_a_second() -> None:
+    plan = plan_with(1, 8, 0, 1, 2, published=1)
+    handed_out = plan.next_work()
+    assert [work.actor for work in handed_out] == [0, 1, 2] * IN_FLIGHT
+    assert sorted(work.block for work in handed_out) == list(range(3 * IN_FLIGHT))
+    assert plan.next_work() == []  # all are busy
+
+
+def test_a_block_stays_with_its_actor() -> None:
+    plan = plan_with(3, 4, 0, 1)
+    owners: dict[int, set[int]] = {}
+    for row in range(3):
+        plan.published(row)
+        work = plan.next_work()
+        while work:
+            for one in work:
+                owners.setdefault(one.block, set()).add(one.actor)
+                plan.done(one)
+            work = plan.next_work()
+    assert plan.finished
+    assert all(len(actors) == 1 for actors in owners.values())
+
+
+def test_waiting_checkpoints_share_one_reading_of_a_block() -> None:
+    plan = plan_with(MAX_ROWS + 3, 1, 0, published=MAX_ROWS + 3)
+    (work,) = plan.next_work()
+    assert work.rows == tuple(range(MAX_ROWS))
+    plan.done(work)
+    (work,) = plan.next_work()
+    assert work.rows == tuple(range(MAX_ROWS, MAX_ROWS + 3))
+
+
+def test_a_block_is_in_one_hand_at_a_time() -> None:
+    plan = plan_with(2, 1, 0, 1, published=1)
+    (work,) = plan.next_work()
+    plan.published(1)
+    assert plan.next_work() == []
+    plan.done(work)
+    assert plan.next_work() == [Work(0, 0, (1,))]
+
+
+def test_an_idle_actor_takes_from_the_one_with_most_left() -> None:
+    plan = plan_with(2, 6, 0, published=1)
+    for _ in range(6):
+        for work in plan.next_work():
+            plan.done(work)
+    plan.actor_joined(1)
+    plan.published(1)
+    taken = [work.block for work in plan.next_work() if work.actor == 1]
+    assert len(taken) == IN_FLIGHT
+
+
+def test_committed_blocks_are_not_handed_out_again() -> None:
+    plan = plan_with(2, 2, 0, published=2, done=((0, 0), (1, 0), (0, 1)))
+    assert plan.next_work() == [Work(0, 1, (1,))]
+    assert (plan.n_unfinished_blocks, plan.n_rows_done) == (1, 1)
+
+
+def test_publishing_twice_changes_nothing() -> None:
+    plan = plan_with(1, 1, 0, published=1)
+    (work,) = plan.next_work()
+    plan.published(0)
+    plan.done(work)
+    plan.published(0)
+    assert plan.finished
+    assert plan.next_work() == []
+
+
+def test_what_a_lost_actor_had_waits_again() -> None:
+    plan = plan_with(1, 3, 0, published=1)
+    lost = plan.next_work()
+    plan.actor_lost(0)
+    plan.actor_joined(7)
+    again = plan.next_work()
+    assert {(work.block, work.rows) for work in again} == {(work.block, work.rows) for work in lost}
+    assert {work.actor for work in again} == {7}
+
+
+def test_a_block_that_keeps_failing_stops_the_pass() -> None:
+    plan = plan_with(1, 1, 0, published=1)
+    for _ in range(2):
+        (work,) = plan.next_work()
+        plan.failed(work, "ValueError: bad")
+    (work,) = plan.next_work()
+    with pytest.raises(BlockFailed, match="block 0 failed 3 times; the last reason: ValueError: bad"):
+        plan.failed(work, "ValueError: bad")
+
+
+def test_a_block_that_keeps_killing_actors_stops_the_pass() -> None:
+    plan = plan_with(1, 4, published=1)
+    for actor in range(2):
+        plan.actor_joined(actor)
+        assert plan.next_work()[0].block == 0
+        plan.actor_lost(actor)
+    plan.actor_joined(2)
+    plan.next_work()
+    with pytest.raises(BlockFailed, match="block 0 failed 3 times; the last reason: the actor died"):
+        plan.actor_lost(2)
+
+
+def test_blocks_queued_behind_the_culprit_are_not_blamed() -> None:
+    plan = plan_with(1, 2, published=1)
+    for actor in range(2):
+        plan.actor_joined(actor)
+        assert [work.block for work in plan.next_work()] == [0, 1]
+        plan.actor_lost(actor)
+    plan.actor_joined(2)
+    first, second = plan.next_work()
+    plan.done(first)
+    plan.failed(second, "once")  # block 1 has failed once, not three times
+    assert not plan.finished
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_script_of_events_ends_with_everything_done_once(data: st.DataObject) -> None:
+    """Whatever joins, dies, fails and finishes in whatever order: all is committed, and nothing twice at once."""
+    n_rows, n_blocks = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))
+    cells = [(row, block) for row in range(n_rows) for block in range(n_blocks)]
+    done = set(data.draw(st.lists(st.sampled_from(cells), unique=True)))
+    plan = Plan(n_rows, n_blocks, done)
+    unpublished, next_actor, alive, working = deque(range(n_rows)), 0, set(), []
+    failures = {block: 0 for block in range(n_blocks)}
+
+    def step(event: str) -> None:
+        nonlocal next_actor
+        if event == "publish" and unpublished:
+            plan.published(unpublished.popleft())
+        elif event == "join":
+            plan.actor_joined(next_actor)
+            alive.add(next_actor)
+            next_actor += 1
+        elif event == "done" and working:
+            work = working.pop(data.draw(st.integers(0, len(working) - 1)))
+            plan.done(work)
+            done.update((row, work.block) for row in work.rows)
+            failures[work.block] = 0
+        elif event == "fail" and working and failures[working[0].block] < 2:
+            work = working.pop(0)
+            failures[work.block] += 1
+            plan.failed(work, "reason")
+        elif event == "die" and alive:
+            actor = min(alive)
+            mine = [work for work in working if work.actor == actor]
+            if mine and failures[mine[0].block] == 2:
+                return
+            alive.discard(actor)
+            if mine:
+                failures[mine[0].block] += 1
+            working[:] = [work for work in working if work.actor != actor]
+            plan.actor_lost(actor)
+
+    for event in data.draw(st.lists(st.sampled_from(["publish", "join", "done", "fail", "die"]), max_size=60)):
+        step(event)
+        for work in plan.next_work():
+            assert work.block not in {other.block for other in working}
+            assert not {(row, work.block) for row in work.rows} & done
+            assert work.actor in alive
+            working.append(work)
+        assert max([sum(w.actor == actor for w in working) for actor in alive], default=0) <= IN_FLIGHT
+    step("join")
+    while unpublished:
+        step("publish")
+    for _ in range(len(cells) + 1):
+        working += plan.next_work()
+        while working:
+            plan.done(working.pop())
+    assert plan.finished
+    assert plan.n_rows_done == n_rows
+    assert plan.n_unfinished_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "slots", "training", "allowed"),
+    [
+        (None, 2, 1, 1),  # training and scoring share a machine
+        (None, 2, 0, 2),  # training is over: its slot goes to scoring
+        (None, 1, 1, 0),  # with one slot scoring waits
+        (None, 2, 4, 0),
+        (3, 8, 2, 3),
+        (8, 4, 1, 3),
+    ],
+)
+def test_slots_are_never_used_twice(asked: int | None, slots: int, training: int, allowed: int) -> None:
+    assert actors_allowed(asked, slots, training) == allowed
+
+
+@pytest.mark.parametrize(
+    ("eligible", "size"), [(124, 128), (82, 32), (64, 64), (30, 32), (1000, 128), (128, 128), (1, 32), (60, 64)]
+)
+def test_batch_size_pads_little(eligible: int, size: int) -> None:
+    assert batch_size_for(eligible, 128) == size

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import softmax
+
+from distal.config import ModelConfig
+from distal.models import ModelSpec
+from distal.score.predict import NotFinite, Predictor, fingerprint
+
+SPEC = ModelSpec(ModelConfig(), 5, (1, 12, 12), (0.4,), (0.2,))
+
+
+def images(n: int, seed: int = 0) -> np.ndarray:
+    """(n, 1, 12, 12) as a pool gives them: channels last in memory."""
+    return np.random.default_rng(seed).integers(0, 256, (n, 12, 12, 1)).astype(np.uint8).transpose(0, 3, 1, 2)
+
+
+def predictor(batch_size: int = 16, precision: str = "fp32") -> Predictor:
+    torch.manual_seed(0)
+    net = SPEC.build()
+    for module in net.modules():  # batch norm as after training, not the identity
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return Predictor(net, SPEC.preprocess(), batch_size=batch_size, precision=precision)  # type: ignore[arg-type]
+
+
+def test_labels_margin_and_entropy() -> None:
+    predict = predictor()
+    prediction = predict(images(40))
+    with torch.no_grad():
+        logits = predict.net((torch.from_numpy(images(40)) / 255 - 0.4) / 0.2)
+    p = softmax(logits.double(), dim=1).numpy()
+    top = np.sort(p, axis=1)[:, ::-1]
+    assert np.array_equal(prediction.labels, logits.argmax(1).numpy())
+    np.testing.assert_allclose(prediction.margin, top[:, 0] - top[:, 1], atol=1e-5)
+    np.testing.assert_allclose(prediction.entropy, -(p * np.log(p)).sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 33])
+def test_padding_and_company_do_not_matter(n: int) -> None:
+    """A sample gets the same bits whatever stands beside it in its batch."""
+    predict = predictor()
+    whole = predict.logits(images(40))
+    assert torch.equal(predict.logits(images(40)[:n]), whole[:n])
+    assert torch.equal(predict.logits(images(40)[40 - n :]), whole[40 - n :])
+
+
+def test_scoring_leaves_the_model_alone() -> None:
+    predict = predictor()
+    before = {key: value.clone() for key, value in predict.net.state_dict().items()}
+    predict(images(40))
+    after = predict.net.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not predict.net.training
+
+
+def test_the_smallest_class_wins_a_tie() -> None:
+    predict = predictor()
+    nn.init.zeros_(predict.net[-1].weight)
+    nn.init.zeros_(predict.net[-1].bias)
+    prediction = predict(images(3))
+    assert prediction.labels.tolist() == [0, 0, 0]
+    assert prediction.margin.tolist() == [0, 0, 0]
+    np.testing.assert_allclose(prediction.entropy, math.log(5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_argmax_of_what_is_not_finite(value: float) -> None:
+    predict = predictor()
+    with torch.no_grad():
+        predict.net[-1].bias[2] = value
+    with pytest.raises(NotFinite):
+        predict(images(3))
+
+
+def test_bf16_agrees_with_fp32_on_most_labels() -> None:
+    fp32, bf16 = (predictor(precision=precision)(images(400)).labels for precision in ("fp32", "bf16"))
+    assert np.mean(fp32 == bf16) > 0.95
+
+
+def test_fingerprint_names_what_the_bits_depend_on() -> None:
+    found = fingerprint(torch.device("cpu"), "fp32", 128)
+    assert found.keys() == {"processor", "torch", "precision", "batch_size", "threads"}
+    assert found["torch"] == torch.__version__
+    assert all(isinstance(value, str) and value for value in found.values())
+
+
+@pytest.mark.gpu
+def test_the_same_path_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    cpu = Predictor(SPEC.build(), SPEC.preprocess(), batch_size=16)
+    gpu = Predictor(SPEC.build(), SPEC.preprocess(), batch_size=16, device="cuda")
+    gpu.net.load_state_dict(cpu.net.state_dict())
+    torch.testing.assert_close(cpu.logits(images(40)), gpu.logits(images(40)), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distal.assignments import Assignments, dtype_for, unassigned
+from distal.errors import ConfigError, Damage
+from distal.records import split_blocks
+
+N, BLOCK, ROWS = 10, 4, 3
+
+
+def create(path: Path, *, n_classes: int = 5, recorded: tuple[str, ...] = ("margin",)) -> Assignments:
+    """Ten samples in blocks of 4, 4 and 2; the second block has no eligible sample."""
+    eligible = np.array([1, 1, 0, 1, 0, 0, 0, 0, 1, 1], dtype=bool)
+    return Assignments.create(
+        path,
+        n_rows=ROWS,
+        n_samples=N,
+        block_size=BLOCK,
+        n_classes=n_classes,
+        eligible=(eligible[block.start : block.stop] for block in split_blocks(N, BLOCK)),
+        recorded=recorded,
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "dtype"),
+    [(2, "uint8"), (255, "uint8"), (256, "uint16"), (65_535, "uint16"), (65_536, "uint32"), (2**32 - 1, "uint32")],
+)
+def test_dtype_leaves_room_for_unassigned(n_classes: int, dtype: str) -> None:
+    assert dtype_for(n_classes) == np.dtype(dtype)
+    assert unassigned(np.dtype(dtype)) >= n_classes
+
+
+def test_more_classes_than_any_dtype_holds() -> None:
+    with pytest.raises(ConfigError, match="4294967296 classes; at most 4294967295"):
+        dtype_for(2**32)
+
+
+@pytest.mark.parametrize(("n_classes", "dtype", "fill"), [(5, "uint8", 255), (300, "uint16", 65_535)])
+def test_layout_as_plain_zarr_sees_it(tmp_path: Path, n_classes: int, dtype: str, fill: int) -> None:
+    create(tmp_path / "a.zarr", n_classes=n_classes)
+    group = zarr.open_group(tmp_path / "a.zarr", mode="r")
+    array = group["assignments"]
+    assert (array.shape, array.dtype, array.chunks, array.shards) == ((ROWS, N), np.dtype(dtype), (1, BLOCK), None)
+    assert array.fill_value == fill
+    assert np.all(array[:] == fill)
+    margin = group["margin"]
+    assert (margin.shape, margin.dtype, margin.chunks) == ((ROWS, N), np.float16, (1, BLOCK))
+    assert np.isnan(margin[:]).all()
+    assert group["eligible"][:].tolist() == [True, True, False, True, *[False] * 4, True, True]
+    for name in ("assignments", "margin", "eligible"):
+        assert [type(codec).__name__ for codec in group[name].metadata.codecs][1:] == ["ZstdCodec", "Crc32cCodec"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_what_was_written_is_read_back_after_reopening(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.mktemp("round-trip") / "a.zarr"
+    assignments = create(path)
+    expected = np.full((ROWS, N), 255, dtype=np.uint8)
+    cells = [(row, block) for row in range(ROWS) for block in assignments.blocks]
+    for row, block in data.draw(st.lists(st.sampled_from(cells), unique=True)):
+        labels = np.array(data.draw(st.lists(st.sampled_from([0, 1, 4, 255]), min_size=len(block), max_size=len(block))))
+        assignments.write(row, block, labels.astype(np.uint8))
+        expected[row, block.start : block.stop] = labels
+    start = data.draw(st.integers(0, N))
+    stop = data.draw(st.integers(start, N))
+    again = pickle.loads(pickle.dumps(Assignments.open(path)))
+    assert np.array_equal(again.read(start, stop), expected[:, start:stop])
+
+
+def test_a_block_without_an_eligible_sample_is_committed_too(tmp_path: Path) -> None:
+    """Zarr deletes a chunk that equals the fill value unless told not to: the block would look unfinished for ever."""
+    assignments = create(tmp_path / "a.zarr")
+    block = assignments.blocks[1]
+    assert not assignments.has(0, block)
+    assignments.write(0, block, np.full(4, 255, np.uint8), {"margin": np.full(4, np.nan, np.float32)})
+    assert Assignments.open(assignments.path).has(0, block)
+    assert assignments.committed(0) == {1}
+    assert assignments.committed(1) == set()
+
+
+def test_writing_twice_changes_no_byte(tmp_path: Path) -> None:
+    assignments = create(tmp_path / "a.zarr")
+    block = assignments.blocks[2]
+    labels = np.array([1, 2], np.uint8)
+    assignments.write(1, block, labels)
+    chunk = assignments.path / "assignments/c/1/2"
+    first = chunk.read_bytes()
+    assignments.write(1, block, labels)
+    assert chunk.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(3, np.uint8), r"labels must be \(4,\) uint8 for block 0, got \(3,\) uint8"),
+        (np.zeros(4, np.int64), r"got \(4,\) int64"),
+        (np.array([0, 1, 5, 0], np.uint8), "labels must be below 5 or UNASSIGNED, got 5"),
+    ],
+)
+def test_wrong_labels_are_not_written(tmp_path: Path, labels: np.ndarray, message: str) -> None:
+    assignments = create(tmp_path / "a.zarr")
+    with pytest.raises(ValueError, match=message):
+        assignments.write(0, assignments.blocks[0], labels)
+    assert not assignments.has(0, assignments.blocks[0])
+
+
+def flip_a_bit(path: Path, where: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 0x10
+    path.write_bytes(data)
+
+
+def filled(path: Path) -> Assignments:
+    assignments = create(path)
+    for row in range(ROWS):
+        for block in assignments.blocks:
+            labels = np.arange(len(block), dtype=np.uint8)
+            assignments.write(row, block, labels, {"margin": np.linspace(0, 1, len(block), dtype=np.float32)})
+    return assignments
+
+
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("array", ["assignments", "margin"])
+def test_a_flipped_bit_is_named_and_the_block_scored_again(tmp_path: Path, array: str, where: float) -> None:
+    assignments = filled(tmp_path / "a.zarr")
+    flip_a_bit(assignments.path / array / "c/2/0", where)
+    with pytest.raises(Damage, match=f"array {array}, row 2, block 0"):
+        assignments.read(0, N) if array == "assignments" else assignments.read_recorded("margin", 2, 0, N)
+    assert assignments.remove_damaged(0) == []
+    (bad,) = assignments.remove_damaged(2)
+    assert f"array {array}, row 2, block 0" in bad
+    assert assignments.committed(2) == {1, 2}
+    assert assignments.committed(1) == {0, 1, 2}
+    assert not (assignments.path / "margin/c/2/0").exists()
+
+
+def test_a_truncated_chunk_is_damage(tmp_path: Path) -> None:
+    assignments = filled(tmp_path / "a.zarr")
+    chunk = assignments.path / "assignments/c/0/1"
+    chunk.write_bytes(chunk.read_bytes()[:5])
+    with pytest.raises(Damage, match="array assignments, row 0, block 1"):
+        assignments.read(0, N)
+
+
+def test_laying_out_that_was_cut_off_is_no_array(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Assignments.open(tmp_path / "missing.zarr")
+    assignments = create(tmp_path / "a.zarr")
+    metadata = assignments.path / "zarr.json"
+    metadata.write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(FileNotFoundError):
+        Assignments.open(assignments.path)
+    assert create(tmp_path / "a.zarr").committed(0) == set()
+
+
+def test_the_first_fingerprint_is_kept(tmp_path: Path) -> None:
+    assignments = create(tmp_path / "a.zarr")
+    assert assignments.adopt_fingerprint({"torch": "1"}) == {"torch": "1"}
+    assert Assignments.open(assignments.path).adopt_fingerprint({"torch": "2"}) == {"torch": "1"}
+    assert Assignments.open(assignments.path).recorded == ("margin",)
+
+
+def test_leftovers_of_a_killed_writer_are_not_blocks(tmp_path: Path) -> None:
+    assignments = filled(tmp_path / "a.zarr")
+    (assignments.path / "assignments/c/0/1.0123456789abcdef.partial").write_bytes(b"half")
+    assert assignments.committed(0) == {0, 1, 2}

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distal import config as configuration
+from distal.config import Config, check_unchanged, load, parse
+from distal.errors import ConfigError, RunConflict
+
+ROOT = Path(__file__).parents[1]
+MINIMAL = {"run": "r", "pool": {"path": "p"}}
+
+
+def test_docs_are_generated_from_the_models() -> None:
+    """Run `python -m distal.config > docs/config.md` when this fails."""
+    assert (ROOT / "docs" / "config.md").read_text() == configuration.markdown()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    load(path)
+
+
+def test_the_commented_yaml_is_the_default_configuration() -> None:
+    assert parse(yaml.safe_load(configuration.commented_yaml())) == load(ROOT / "configs" / "quickstart.yaml")
+
+
+def test_every_key_is_described_and_says_when_it_may_change() -> None:
+    for name, field in configuration.documented_keys():
+        assert field.description, name
+        assert field.json_schema_extra["changes"] in (  # type: ignore[index]
+            configuration.NEVER,
+            configuration.NEXT_CYCLE,
+            configuration.ANY_TIME,
+        )
+
+
+def test_overrides_are_yaml() -> None:
+    loaded = parse(MINIMAL, ["train.lr=1e-3", "pool.test=null", "score.record=[margin, entropy]", "seed=7"])
+    assert loaded.train.lr == 1e-3
+    assert loaded.pool.test is None
+    assert loaded.score.record == ("margin", "entropy")
+    assert loaded.seed == 7
+
+
+def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = parse(MINIMAL, ["pool.source=data/x.parquet", "pool.test=builtin:x", "model.weights=w.pt"])
+    assert loaded.run == str(tmp_path / "r")
+    assert loaded.pool.source == str(tmp_path / "data/x.parquet")
+    assert loaded.pool.test == "builtin:x"
+    assert loaded.model.weights == str(tmp_path / "w.pt")
+    assert parse(MINIMAL, ["model.weights=IMAGENET1K_V1"]).model.weights == "IMAGENET1K_V1"
+    assert loaded.absolute() == loaded
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pool.pth=x"], "unknown key pool.pth; known keys: pool.block_size, pool.limit, pool.path"),
+        (["trian.lr=1"], "unknown key trian; known keys: device, label, loop"),
+        (["train.lr=-1"], "train.lr must be greater than 0, got -1"),
+        (["loop.budget=0"], "loop.budget must be greater than or equal to 1, got 0"),
+        (["pool.block_size=x"], "pool.block_size must be .* or 'auto', got 'x'"),
+        (["select.measure=foo"], "select.measure must be 'dispersion', .* or 'random', got 'foo'"),
+        (["train.batch_size=64", "train.workers=3"], "train: batch_size 64 must be a multiple of workers 3"),
+        (["train.schedule=milestones"], "train: schedule: milestones and a list of milestones go together"),
+        (["ray.address=ray://head:10001"], "ray.address: must be local, auto or host:port, got 'ray://head:10001'"),
+        (["pool.path=s3://bucket/p"], "pool.path: 's3://bucket/p' is a s3:// URL; only local"),
+        (["select.measure=entropy"], "select.measure: entropy needs score.record to contain it"),
+        (["score.record=[]"], "select.tie_break: margin needs score.record to contain it"),
+        (["train"], "'train': an override is written key.sub=value"),
+        (["train.lr=[1"], r"'train.lr=\[1': '\[1' is not a valid YAML value"),
+        (["pool=3"], "pool must be a valid dictionary"),
+        (["train.lr=-1", "seed=-1"], r"seed must be greater than or equal to 0, got -1 \(and 1 more\)"),
+    ],
+)
+def test_mistakes_get_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(MINIMAL, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="pool.path is missing; set it in the file or as pool.path="):
+        parse({"run": "r", "pool": {}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- 1", "a mapping of keys"), ("", "a mapping of keys"), (None, "no such file")],
+)
+def test_unusable_files(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(path)
+
+
+def test_configurations_are_immutable_and_survive_a_record() -> None:
+    loaded = parse(MINIMAL, ["train.schedule=milestones", "train.milestones=[3, 6]"])
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.seed = 1  # type: ignore[misc]
+    record = yaml.safe_load(yaml.safe_dump(configuration.to_record(loaded)))
+    assert configuration.from_record(record) == loaded
+
+
+def test_checkpoint_epochs() -> None:
+    def epochs(n: int, every: int) -> list[int]:
+        return parse(MINIMAL, [f"train.epochs={n}", f"train.checkpoint_every={every}"]).train.checkpoint_epochs
+
+    assert epochs(3, 1) == [1, 2, 3]
+    assert epochs(5, 2) == [2, 4, 5]  # the last epoch always gives one
+    assert epochs(2, 9) == [2]
+
+
+class TestChanges:
+    """What a run that exists accepts."""
+
+    old = parse(MINIMAL)
+
+    def changed(self, *overrides: str) -> Config:
+        return parse(MINIMAL, overrides)
+
+    def test_results_are_fixed_once_a_cycle_has_begun(self) -> None:
+        with pytest.raises(RunConflict, match=r"train.lr: 0.05 -> 0.1: cycle 2 has begun .* may apply from cycle 3"):
+            check_unchanged(self.old, self.changed("train.lr=0.1"), 2, finished=False)
+
+    def test_and_free_for_the_next_cycle(self) -> None:
+        check_unchanged(self.old, self.changed("train.lr=0.1", "loop.budget=5"), 2, finished=True)
+
+    @pytest.mark.parametrize("override", ["seed=1", "pool.limit=100", "loop.initial=5", "pool.block_size=128"])
+    def test_what_the_run_is_never_changes(self, override: str) -> None:
+        with pytest.raises(RunConflict, match="part of what this run is; give another run directory"):
+            check_unchanged(self.old, self.changed(override), 2, finished=True)
+
+    def test_speed_and_length_may_change_any_time(self) -> None:
+        new = self.changed("loop.cycles=9", "score.actors=4", "score.cache_gb=2", "ray.address=auto")
+        check_unchanged(self.old, new, 2, finished=False)
+
+
+def test_decisive_keys_and_autos() -> None:
+    loaded = parse(MINIMAL)
+    assert "train.lr" in loaded.decisive()
+    assert "score.actors" not in loaded.decisive()
+    assert loaded.autos() == ["device", "pool.block_size", "train.threads", "score.precision", "score.batch_size"]
+    resolved = loaded.with_values({"train.threads": 2, "pool.block_size": 64})
+    assert (resolved.train.threads, resolved.pool.block_size) == (2, 64)
+    assert resolved.train.lr == loaded.train.lr

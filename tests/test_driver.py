@@ -1,0 +1,263 @@
+"""The whole loop through the Python API, on a real cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+
+from distal import checkpoints, driver
+from distal.errors import Damage, DistalError, ModelError, PoolError, RunConflict, UserError
+from distal.ledger import Ledger
+from distal.pool import Pool
+from distal.pool.build import build
+from distal.runs import Run
+from distal.score.predict import Predictor
+from distal.status import status
+from tests.helpers import CLASSES, small_config, write_source
+
+N_READABLE, INITIAL, BUDGET, ROWS = 238, 24, 16, 3
+
+
+@pytest.fixture(scope="module")
+def finished(pool: Pool, test_pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two cycles."""
+    path = tmp_path_factory.mktemp("runs") / "small"
+    driver.run(small_config(path, pool, test_pool))
+    return path
+
+
+def test_layout_on_disk(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        "run.yaml", "initial.parquet", "summary.json", "events", "cycles",
+    }  # fmt: skip
+    expected = {
+        "cycle.yaml", "train", "checkpoints", "assignments.zarr", "test.zarr", "scores.zarr", "selection.parquet",
+        "train.json", "score.json", "test.json", "reduce.json", "select.json",
+    }  # fmt: skip
+    found = [{path.name for path in (finished / "cycles" / name).iterdir()} for name in ("000", "001")]
+    assert found[0] == expected | {"labels.parquet", "label.json"}
+    assert found[1] == expected  # the last cycle selects but does not label
+    assert (finished / "cycles/000/train/state.pt").exists()
+    assert json.loads((finished / "cycles/000/checkpoints/0002/manifest.json").read_text())["epoch"] == 3
+
+
+def test_assignments_scores_and_selection_belong_together(finished: Path, pool: Pool) -> None:
+    """Recomputed from the committed weights with plain numpy and torch."""
+    run = Run.open(finished)
+    for index in range(2):
+        cycle = run.cycle(index)
+        labeled = run.ledger(before=index).indices
+        eligible = np.setdiff1d(np.arange(240), [*labeled, 7, 201])
+        array = zarr.open(cycle.assignments)["assignments"]
+        assert (array.shape, array.dtype, array.chunks, array.fill_value) == ((ROWS, 240), np.uint8, (1, 64), 255)
+        stored = array[:]
+        for row in range(ROWS):
+            spec = driver._model_spec(cycle.config, pool)
+            predictor = Predictor(spec.build(), spec.preprocess(), batch_size=32)
+            predictor.net.load_state_dict(torch.load(checkpoints.read(cycle.checkpoints, row).path))
+            assert np.array_equal(stored[row, eligible], predictor(pool.take(eligible)).labels)
+        others = np.setdiff1d(np.arange(240), eligible)
+        assert np.all(stored[:, others] == 255)
+
+        counts = np.stack([(stored == label).sum(axis=0) for label in range(4)])
+        dispersion = (1 - counts.max(axis=0) / ROWS).astype(np.float32)
+        scores = zarr.open(cycle.scores)["dispersion"][:]
+        assert np.array_equal(scores[eligible], dispersion[eligible])
+        assert np.isnan(scores[others]).all()
+
+        selection = pq.read_table(cycle.selection)
+        chosen = selection["sample_index"].to_numpy()
+        assert len(np.unique(chosen)) == BUDGET
+        assert np.isin(chosen, eligible).all()
+        assert sorted(dispersion[chosen], reverse=True) == sorted(dispersion[eligible], reverse=True)[:BUDGET]
+
+
+def test_the_ledger_grows_by_what_was_selected(finished: Path, pool: Pool) -> None:
+    run = Run.open(finished)
+    first, second = run.ledger(before=0), run.ledger(before=1)
+    selected = pq.read_table(finished / "cycles/000/selection.parquet")["sample_index"].to_numpy()
+    assert (len(first), len(second)) == (INITIAL, INITIAL + BUDGET)
+    assert np.array_equal(second.indices, np.union1d(first.indices, selected))
+    truth = pool.take_samples(second.indices, ["label"])["label"].to_numpy()
+    assert np.array_equal(second.labels, truth)
+
+
+def test_summary(finished: Path, test_pool: Pool, pool: Pool) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert [cycle["cycle"] for cycle in summary["cycles"]] == [0, 1]
+    assert [cycle["n_labeled"] for cycle in summary["cycles"]] == [INITIAL, INITIAL + BUDGET]
+    for index, cycle in enumerate(summary["cycles"]):
+        assert cycle["images_scored"] == ROWS * (N_READABLE - INITIAL - index * BUDGET)
+        assert {"train", "score", "test", "reduce", "select"} <= set(cycle["seconds"])
+        assert len(cycle["selection_sha256"]) == 64
+        config = Run.open(finished).cycle(index).config
+        spec = driver._model_spec(config, pool)
+        predictor = Predictor(spec.build(), spec.preprocess(), batch_size=32)
+        ref = checkpoints.read(Run.open(finished).cycle(index).checkpoints, ROWS - 1)
+        predictor.net.load_state_dict(checkpoints.load(ref))
+        labels = test_pool.columns(0, 100, "label")[0]
+        assert cycle["test_accuracy"] == (predictor(test_pool.read(0, 100)).labels == labels).mean()
+
+
+def test_constants_are_resolved_and_frozen(finished: Path, pool: Pool) -> None:
+    run = Run.open(finished)
+    assert run.identity["constants"] == {
+        "device": "cpu", "pool.block_size": 64, "train.threads": 1, "score.precision": "fp32", "score.batch_size": 32,
+    }  # fmt: skip
+    assert run.identity["classes"] == list(CLASSES)
+    assert run.cycle(0).config.autos() == []
+
+
+def test_again_is_complete_and_touches_nothing(finished: Path, pool: Pool, test_pool: Pool) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    result = driver.run(small_config(finished, pool, test_pool))
+    assert result["state"] == "complete"
+    assert len(result["cycles"]) == 2
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before.get(path)} <= {finished / "summary.json"}
+
+
+def test_status_from_storage_alone(finished: Path) -> None:
+    told = status(finished)
+    assert told["state"] == "complete"
+    assert [cycle["next"] for cycle in told["cycles"]] == [None, None]
+    assert told["cycles"][0]["blocks_scored"] == told["cycles"][0]["blocks"] == ROWS * 4
+    with pytest.raises(RunConflict, match="no run here"):
+        status(finished / "cycles")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=1", "seed: 0 -> 1: it is part of what this run is"),
+        ("loop.initial=30", "loop.initial: 24 -> 30: it is part of what this run is"),
+        ("pool.block_size=128", "pool.block_size: 64 -> 128: it is part of what this run is"),
+    ],
+)
+def test_what_a_finished_run_is_cannot_change(finished: Path, pool: Pool, test_pool: Pool, override: str, message: str) -> None:
+    with pytest.raises(RunConflict, match=message):
+        driver.run(small_config(finished, pool, test_pool, override))
+
+
+def test_another_pool_is_another_run(finished: Path, test_pool: Pool) -> None:
+    with pytest.raises(RunConflict, match="the run was begun with pool_sha256"):
+        driver.run(small_config(finished, test_pool, None, "loop.cycles=3"))
+
+
+def test_a_begun_cycle_keeps_its_configuration(finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
+    """A run that was cut off while it selected: results are fixed, speed is not."""
+    cut_off = copy_run(finished, tmp_path / "run")
+    (cut_off / "cycles/001/select.json").unlink()
+    with pytest.raises(RunConflict, match=r"train.lr: 0.05 -> 0.1: cycle 1 has begun .* may apply from cycle 2"):
+        driver.run(small_config(cut_off, pool, test_pool, "train.lr=0.1"))
+    result = driver.run(small_config(cut_off, pool, test_pool, "score.actors=1", "score.cache_gb=0.5"))
+    assert hashes(result) == hashes(json.loads((finished / "summary.json").read_text()))
+
+
+def test_a_changed_input_of_a_complete_stage_is_noticed(finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
+    copy = copy_run(finished, tmp_path / "run")
+    labels = copy / "cycles/000/labels.parquet"
+    table = pq.read_table(labels)
+    turned = pa.array([(label + 1) % 4 for label in table["label"].to_pylist()], pa.int32())
+    pq.write_table(table.set_column(2, table.schema.field(2), turned), labels)
+    with pytest.raises(Damage, match=r"cycles/001/train.json: ledger changed after this stage was completed"):
+        driver.run(small_config(copy, pool, test_pool, "loop.cycles=3"))
+
+
+def test_a_run_may_grow_with_other_settings(finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
+    """The next cycle takes the new configuration; the cycle that was last is labelled first."""
+    longer = copy_run(finished, tmp_path / "run")
+    overrides = ["loop.cycles=3", "train.epochs=2", "loop.budget=1000", "train.init=warm", "select.measure=margin"]
+    lines: list[str] = []
+
+    class Display:
+        def say(self, line: str) -> None:
+            lines.append(line)
+
+        def progress(self, state: object) -> None:
+            pass
+
+    result = driver.run(small_config(longer, pool, test_pool, *overrides), Display())
+    left = N_READABLE - INITIAL - 2 * BUDGET
+    assert hashes(result)[:2] == hashes(json.loads((finished / "summary.json").read_text()))
+    assert (longer / "cycles/001/labels.parquet").exists()
+    assert result["cycles"][2]["n_labeled"] == INITIAL + 2 * BUDGET
+    assert result["cycles"][2]["images_scored"] == 2 * left
+    assert result["cycles"][2]["n_selected"] == left  # a short cycle takes what is left, and says so
+    assert any(f"{left} eligible images are left, fewer than the budget of 1000" in line for line in lines)
+    assert json.loads((longer / "cycles/002/train.json").read_text())["inputs"]["warm_from"]
+
+    lines.clear()
+    result = driver.run(small_config(longer, pool, test_pool, *overrides, "loop.cycles=4"), Display())
+    assert any("every eligible image is labelled: the loop ends before cycle 3" in line for line in lines)
+    assert len(result["cycles"]) == 3
+    assert len(Ledger.read(Run.open(longer).label_files(before=3))) == N_READABLE
+
+
+def copy_run(source: Path, dest: Path) -> Path:
+    import shutil
+
+    shutil.copytree(source, dest)
+    return dest
+
+
+def hashes(summary: dict) -> list[str]:
+    return [cycle["selection_sha256"] for cycle in summary["cycles"]]
+
+
+class TestMistakes:
+    """Refused before anything is written."""
+
+    def refuse(self, kind: type[DistalError], message: str, run: Path, pool: Pool, test: Pool | None, *overrides: str) -> None:
+        with pytest.raises(kind, match=message) as caught:
+            driver.run(small_config(run, pool, test, *overrides))
+        assert caught.value.exit_code == 2
+        assert "\n" not in str(caught.value)
+        assert not run.exists()
+
+    def test_no_such_pool(self, pool: Pool, tmp_path: Path) -> None:
+        missing = f"pool.path={tmp_path / 'missing'}"
+        self.refuse(PoolError, "no such pool; make it with `distal pool build", tmp_path / "run", pool, None, missing)
+
+    def test_fewer_images_than_initial_and_one(self, pool: Pool, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        self.refuse(UserError, "need 239 readable images, the pool has 238", run, pool, None, "loop.initial=238")
+        self.refuse(UserError, "need 25 readable images, the pool has 20", run, pool, None, "pool.limit=20")
+
+    def test_one_class_only(self, cluster: str, tmp_path: Path) -> None:
+        path = write_source(tmp_path / "a.parquet", 40, seed=4, n_classes=1)
+        one = build(str(path), tmp_path / "pool")
+        self.refuse(PoolError, r"one class only \(circle\); at least two", tmp_path / "run", one, None)
+
+    def test_no_labels(self, cluster: str, tmp_path: Path) -> None:
+        path = write_source(tmp_path / "a.parquet", 40, seed=4)
+        pq.write_table(pq.read_table(path).drop_columns(["label", "class_name"]), path)
+        unlabelled = build(str(path), tmp_path / "pool")
+        self.refuse(PoolError, "40 of 40 readable images have no label", tmp_path / "run", unlabelled, None)
+
+    def test_a_test_pool_of_another_shape_or_with_other_classes(self, pool: Pool, tmp_path: Path) -> None:
+        path = write_source(tmp_path / "a.parquet", 40, seed=4)
+        other_shape = build(str(path), tmp_path / "shape", size=(9, 9))
+        message = r"pool.test: its images have shape \(1, 9, 9\), those of the pool \(1, 12, 12\)"
+        self.refuse(PoolError, message, tmp_path / "run", pool, other_shape)
+        table = pq.read_table(path)
+        names = ["bird" if name == "dot" else name for name in table["class_name"].to_pylist()]
+        pq.write_table(table.set_column(3, "class_name", pa.array(names)), path)
+        other_class = build(str(path), tmp_path / "class")
+        self.refuse(PoolError, "pool.test: class 'bird' is not in the pool", tmp_path / "run", pool, other_class)
+
+    def test_a_model_that_does_not_fit(self, pool: Pool, tmp_path: Path) -> None:
+        self.refuse(ModelError, "'resnet19' is unknown", tmp_path / "run", pool, None, "model.name=resnet19")
+
+    def test_a_folder_that_is_no_run(self, pool: Pool, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").touch()
+        with pytest.raises(RunConflict, match="not an empty folder and not a run"):
+            driver.run(small_config(tmp_path, pool, None))
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,132 @@
+"""Promises 1 and 2 of a run, tested by killing it: nothing is lost, and the answer is the same however it ran.
+
+The driver is a process of its own that joins the cluster of the test run. It gets SIGKILL when a named artifact
+appears, and the same command is given again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distal import checkpoints
+from distal.assignments import Assignments
+from distal.pool import Pool
+from distal.runs import Run
+from distal.scores import Scores
+from distal.selection import Selection
+from tests.helpers import small_overrides
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+N, ROWS, CYCLES = 240, 3, 2
+
+
+def start(run: Path, pool: Pool, test: Pool, address: str, *overrides: str) -> subprocess.Popen[bytes]:
+    arguments = [*small_overrides(run, pool, test), f"ray.address={address}", *overrides]
+    with (run.parent / f"{run.name}.log").open("ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "distal", "run", CONFIG, *arguments], stdout=log, stderr=log)
+
+
+def finish(process: subprocess.Popen[bytes], run: Path) -> None:
+    log = run.parent / f"{run.name}.log"
+    assert process.wait(timeout=200) == 0, log.read_text()[-3000:]
+
+
+def kill_when(process: subprocess.Popen[bytes], appears: Callable[[], bool]) -> None:
+    """SIGKILL the driver as soon as something is on disk."""
+    deadline = time.monotonic() + 120
+    while not appears():
+        assert process.poll() is None, "the run ended before what should have stopped it appeared"
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(timeout=20) == -signal.SIGKILL
+
+
+def answer(path: Path) -> dict[str, object]:
+    """Everything a run says, decoded: assignments, margins, weights, scores, selections, labels, accuracies."""
+    run = Run.open(path)
+    told: dict[str, object] = {}
+    for index in range(CYCLES):
+        cycle = run.cycle(index)
+        assignments, scores = Assignments.open(cycle.assignments), Scores.open(cycle.scores)
+        told[f"{index} assignments"] = assignments.read(0, N).tolist()
+        told[f"{index} margin"] = assignments.read_recorded("margin", ROWS - 1, 0, N).tobytes()
+        told[f"{index} test"] = Assignments.open(cycle.test_assignments).read(0, 100).tolist()
+        told[f"{index} scores"] = {name: scores.read(name, 0, N).tobytes() for name in scores.measures}
+        weights = [checkpoints.read(cycle.checkpoints, row) for row in checkpoints.committed(cycle.checkpoints)]
+        told[f"{index} weights"] = [(ref.epoch, ref.sha256, ref.metrics) for ref in weights]
+        told[f"{index} selection"] = Selection.read(cycle.selection).table.to_pylist()
+        told[f"{index} ledger"] = run.ledger(before=index).sha256
+    told["summary"] = [{**cycle, "seconds": None} for cycle in run.summary()["cycles"]]
+    return told
+
+
+def appears(run: Path, artifact: str) -> Callable[[], bool]:
+    cycle = run / "cycles"
+    return {
+        "run.yaml": (run / "run.yaml").exists,
+        "state": (cycle / "000/train/state.pt").exists,
+        "manifest": (cycle / "000/checkpoints/0001/manifest.json").exists,
+        "chunk": lambda: any((cycle / "000/assignments.zarr/assignments/c/1").glob("[0-9]")),
+        "scores": (cycle / "000/scores.zarr/zarr.json").exists,
+        "selection": (cycle / "000/selection.parquet").exists,
+        "labels": (cycle / "000/labels.parquet").exists,
+        "second cycle": (cycle / "001/train/state.pt").exists,
+        "last chunk": lambda: any((cycle / "001/assignments.zarr/assignments/c/2").glob("[0-9]")),
+    }[artifact]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: str, pool: Pool, test_pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(start(run, pool, test_pool, cluster), run)
+    return answer(run)
+
+
+def assert_same(found: dict[str, object], expected: dict[str, object]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == value, f"{name} differs"
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_answer(
+    cluster: str, pool: Pool, test_pool: Pool, tmp_path: Path, undisturbed: dict[str, object]
+) -> None:
+    """One run, killed at every kind of artifact in turn."""
+    run = tmp_path / "run"
+    for artifact in ("state", "chunk", "scores", "selection", "second cycle"):
+        kill_when(start(run, pool, test_pool, cluster), appears(run, artifact))
+    finish(start(run, pool, test_pool, cluster), run)
+    assert_same(answer(run), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "artifact", ["run.yaml", "state", "manifest", "chunk", "scores", "selection", "labels", "second cycle", "last chunk"]
+)
+def test_one_kill_at_each_artifact(
+    cluster: str, pool: Pool, test_pool: Pool, tmp_path: Path, undisturbed: dict[str, object], artifact: str
+) -> None:
+    run = tmp_path / "run"
+    kill_when(start(run, pool, test_pool, cluster), appears(run, artifact))
+    finish(start(run, pool, test_pool, cluster), run)
+    assert_same(answer(run), undisturbed)
+
+
+def test_more_actors_on_another_attempt_give_the_same_answer(
+    cluster: str, pool: Pool, test_pool: Pool, tmp_path: Path, undisturbed: dict[str, object]
+) -> None:
+    """Block by block the same bytes, whoever wrote them."""
+    run = tmp_path / "run"
+    finish(start(run, pool, test_pool, cluster, "score.actors=1", "score.cache_gb=0"), run)
+    assert_same(answer(run), undisturbed)
+    assert np.isfinite(answer(run)["summary"][0]["test_accuracy"])  # type: ignore[index]
