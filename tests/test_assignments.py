@@ -62,13 +62,17 @@ def test_layout_as_plain_zarr_sees_it(tmp_path: Path, n_classes: int, dtype: str
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_what_was_written_is_read_back_after_reopening(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_what_was_written_is_read_back_after_reopening(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     path = tmp_path_factory.mktemp("round-trip") / "a.zarr"
     assignments = create(path)
     expected = np.full((ROWS, N), 255, dtype=np.uint8)
     cells = [(row, block) for row in range(ROWS) for block in assignments.blocks]
     for row, block in data.draw(st.lists(st.sampled_from(cells), unique=True)):
-        labels = np.array(data.draw(st.lists(st.sampled_from([0, 1, 4, 255]), min_size=len(block), max_size=len(block))))
+        labels = np.array(
+            data.draw(st.lists(st.sampled_from([0, 1, 4, 255]), min_size=len(block), max_size=len(block)))
+        )
         assignments.write(row, block, labels.astype(np.uint8))
         expected[row, block.start : block.stop] = labels
     start = data.draw(st.integers(0, N))

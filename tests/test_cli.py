@@ -37,26 +37,31 @@ def test_help_and_version() -> None:
 
 
 def test_a_whole_run_on_its_own_ray(tmp_path: Path) -> None:
-    """As a user types it: a Parquet file is packed, two cycles run, and the same command again is complete.
+    """As a user types it: a Parquet file is packed, a cycle runs, and the same command again is complete.
 
     No environment is set here: the run starts a Ray of its own and secures it.
     """
     source = write_source(tmp_path / "train.parquet", 200, seed=1)
     command = [
         "run", CONFIG, "--json", f"run={tmp_path / 'run'}", f"pool.path={tmp_path / 'pool'}", f"pool.source={source}",
-        f"pool.test={write_source(tmp_path / 'test.parquet', 60, seed=2)}", "loop.cycles=2", "loop.initial=20",
+        f"pool.test={write_source(tmp_path / 'test.parquet', 60, seed=2)}", "loop.cycles=1", "loop.initial=20",
         "loop.budget=10", "train.epochs=2", "train.batch_size=10", "train.threads=1",
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["HOME"] = str(tmp_path)  # Ray keeps its token there
     first = subprocess.run(
-        [sys.executable, "-m", "distal", *command], capture_output=True, text=True, env=environment, timeout=250, check=False
+        [sys.executable, "-m", "distal", *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=250,
+        check=False,
     )
     assert first.returncode == 0, first.stderr
     result = json.loads(first.stdout)
     assert result["state"] == "complete"
-    assert [cycle["n_labeled"] for cycle in result["cycles"]] == [20, 30]
-    assert "cycle 1" in first.stderr
+    assert [cycle["n_labeled"] for cycle in result["cycles"]] == [20]
+    assert "cycle 0" in first.stderr
     assert (tmp_path / ".ray" / "auth_token").exists()
 
     again = distal(*command)
@@ -78,8 +83,16 @@ def test_pool_build_with_other_columns(cluster: str, tmp_path: Path) -> None:
 
     source = write_source(tmp_path / "a.parquet", 20, seed=3)
     pq.write_table(pq.read_table(source).rename_columns(["key", "picture", "target", "name"]), source)
-    arguments = ["--image-column=picture", "--id-column=key", "--label-column=target", "--class-column=name", "--size=10x8"]
-    built = distal("pool", "build", str(source), str(tmp_path / "pool"), *arguments, "--json", f"--ray-address={cluster}")
+    arguments = [
+        "--image-column=picture",
+        "--id-column=key",
+        "--label-column=target",
+        "--class-column=name",
+        "--size=10x8",
+    ]
+    built = distal(
+        "pool", "build", str(source), str(tmp_path / "pool"), *arguments, "--json", f"--ray-address={cluster}"
+    )
     assert built.returncode == 0, built.stderr
     described = json.loads(built.stdout)
     assert described["image_shape"] == [1, 8, 10]
@@ -159,7 +172,7 @@ def test_a_signal_stops_at_once_and_says_how_to_continue(
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "cycles" / "000" / "assignments.zarr").exists():
+    while not (tmp_path / "run" / "run.yaml").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)

@@ -141,7 +141,9 @@ def test_status_from_storage_alone(finished: Path) -> None:
         ("pool.block_size=128", "pool.block_size: 64 -> 128: it is part of what this run is"),
     ],
 )
-def test_what_a_finished_run_is_cannot_change(finished: Path, pool: Pool, test_pool: Pool, override: str, message: str) -> None:
+def test_what_a_finished_run_is_cannot_change(
+    finished: Path, pool: Pool, test_pool: Pool, override: str, message: str
+) -> None:
     with pytest.raises(RunConflict, match=message):
         driver.run(small_config(finished, pool, test_pool, override))
 
@@ -161,7 +163,9 @@ def test_a_begun_cycle_keeps_its_configuration(finished: Path, pool: Pool, test_
     assert hashes(result) == hashes(json.loads((finished / "summary.json").read_text()))
 
 
-def test_a_changed_input_of_a_complete_stage_is_noticed(finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
+def test_a_changed_input_of_a_complete_stage_is_noticed(
+    finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path
+) -> None:
     copy = copy_run(finished, tmp_path / "run")
     labels = copy / "cycles/000/labels.parquet"
     table = pq.read_table(labels)
@@ -215,7 +219,9 @@ def hashes(summary: dict) -> list[str]:
 class TestMistakes:
     """Refused before anything is written."""
 
-    def refuse(self, kind: type[DistalError], message: str, run: Path, pool: Pool, test: Pool | None, *overrides: str) -> None:
+    def refuse(
+        self, kind: type[DistalError], message: str, run: Path, pool: Pool, test: Pool | None, *overrides: str
+    ) -> None:
         with pytest.raises(kind, match=message) as caught:
             driver.run(small_config(run, pool, test, *overrides))
         assert caught.value.exit_code == 2

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,13 @@ import pytest
 
 from distal import checkpoints
 from distal.assignments import Assignments
+from distal.errors import DiskFull
 from distal.pool import Pool
+from distal.pool.build import build
 from distal.runs import Run
 from distal.scores import Scores
 from distal.selection import Selection
-from tests.helpers import small_overrides
+from tests.helpers import png, small_overrides, write_source
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 N, ROWS, CYCLES = 240, 3, 2
@@ -86,7 +88,9 @@ def appears(run: Path, artifact: str) -> Callable[[], bool]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: str, pool: Pool, test_pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def undisturbed(
+    cluster: str, pool: Pool, test_pool: Pool, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     finish(start(run, pool, test_pool, cluster), run)
     return answer(run)
@@ -111,7 +115,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_answer(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "artifact", ["run.yaml", "state", "manifest", "chunk", "scores", "selection", "labels", "second cycle", "last chunk"]
+    "artifact",
+    ["run.yaml", "state", "manifest", "chunk", "scores", "selection", "labels", "second cycle", "last chunk"],
 )
 def test_one_kill_at_each_artifact(
     cluster: str, pool: Pool, test_pool: Pool, tmp_path: Path, undisturbed: dict[str, object], artifact: str
@@ -122,6 +127,7 @@ def test_one_kill_at_each_artifact(
     assert_same(answer(run), undisturbed)
 
 
+@pytest.mark.slow
 def test_more_actors_on_another_attempt_give_the_same_answer(
     cluster: str, pool: Pool, test_pool: Pool, tmp_path: Path, undisturbed: dict[str, object]
 ) -> None:
@@ -130,3 +136,42 @@ def test_more_actors_on_another_attempt_give_the_same_answer(
     finish(start(run, pool, test_pool, cluster, "score.actors=1", "score.cache_gb=0"), run)
     assert_same(answer(run), undisturbed)
     assert np.isfinite(answer(run)["summary"][0]["test_accuracy"])  # type: ignore[index]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounting a small disk needs root")
+class TestFullDisk:
+    """Promise 3: a full disk is one line, and what was committed stays valid."""
+
+    @pytest.fixture
+    def disk(self, tmp_path: Path) -> Iterator[Path]:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        self.mount(disk, "-t", "tmpfs", "-o", "size=400k", "tmpfs")
+        yield disk
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+    def mount(self, disk: Path, *options: str) -> None:
+        subprocess.run(["mount", *options, str(disk)], check=True)
+
+    def test_a_pool_that_does_not_fit_leaves_nothing(self, cluster: str, disk: Path) -> None:
+        rng = np.random.default_rng(0)
+        images = [png(rng.integers(0, 256, (64, 64), dtype=np.uint8)) for _ in range(200)]
+        path = write_source(disk.parent / "a.parquet", 200, seed=1, image=images)
+        with pytest.raises(DiskFull, match="no space left on device; .* run the same command again"):
+            build(str(path), disk / "pool")
+        assert list(disk.iterdir()) == []
+
+    @pytest.mark.slow
+    def test_a_run_goes_on_when_there_is_space_again(
+        self, cluster: str, pool: Pool, test_pool: Pool, disk: Path, undisturbed: dict[str, object]
+    ) -> None:
+        run = disk / "run"
+        overrides = [*small_overrides(run, pool, test_pool), f"ray.address={cluster}"]
+        command = [sys.executable, "-m", "distal", "run", CONFIG, *overrides]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        assert result.returncode == 2, result.stderr
+        assert "no space left on device; everything committed so far stays valid" in result.stderr.splitlines()[-1]
+        self.mount(disk, "-o", "remount,size=20m")
+        result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        assert result.returncode == 0, result.stderr
+        assert_same(answer(run), undisturbed)

@@ -43,7 +43,9 @@ def ids(n: int = N) -> list[str]:
 
 @pytest.mark.parametrize("stripe", [BLOCK, 3 * BLOCK, 10**6])
 @pytest.mark.parametrize("tie_break", ["margin", "hash"])
-def test_selection_is_the_order_of_promise_4(pool: Pool, tmp_path: Path, stored, monkeypatch, stripe: int, tie_break: str) -> None:
+def test_selection_is_the_order_of_promise_4(
+    pool: Pool, tmp_path: Path, stored, monkeypatch, stripe: int, tie_break: str
+) -> None:
     scores, assignments, score, margin = stored
     monkeypatch.setattr(batch, "STRIPE_SAMPLES", stripe)
     config = SelectConfig(tie_break=tie_break)

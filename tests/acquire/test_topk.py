@@ -53,7 +53,11 @@ def test_memory_is_of_the_order_of_k() -> None:
     top = TopK(10)
     for start in range(0, 100_000, 1000):
         index = np.arange(start, start + 1000)
-        top.add(Candidates(index, np.full(1000, 0.5, np.float32), np.zeros(1000, np.float16), (index % 997).astype(np.uint64)))
+        top.add(
+            Candidates(
+                index, np.full(1000, 0.5, np.float32), np.zeros(1000, np.float16), (index % 997).astype(np.uint64)
+            )
+        )
         assert len(top._best) < 2 * 11 + 1000
     chosen, decided_by = top.result()
     assert chosen.index.tolist() == sorted(range(100_000), key=lambda i: (i % 997, i))[:10]
@@ -62,7 +66,11 @@ def test_memory_is_of_the_order_of_k() -> None:
 
 def test_fewer_candidates_than_asked_for() -> None:
     top = TopK(5)
-    top.add(Candidates(np.array([3, 1]), np.array([0.5, 0.5], np.float32), np.zeros(2, np.float16), np.array([1, 0], np.uint64)))
+    top.add(
+        Candidates(
+            np.array([3, 1]), np.array([0.5, 0.5], np.float32), np.zeros(2, np.float16), np.array([1, 0], np.uint64)
+        )
+    )
     chosen, decided_by = top.result()
     assert chosen.index.tolist() == [1, 3]
     assert decided_by == ["score", "score"]

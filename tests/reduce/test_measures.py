@@ -40,7 +40,7 @@ def brute_force(column: np.ndarray) -> dict[str, float]:
     return {
         "dispersion": 1 - max(counts.values()) / T,
         "vote_entropy": -sum(n / T * math.log(n / T) for n in counts.values()),
-        "flips": sum(a != b for a, b in zip(column, column[1:], strict=False)),
+        "flips": int((column[1:] != column[:-1]).sum()),
     }
 
 

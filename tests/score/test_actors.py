@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,26 +73,31 @@ def prepare(folder: Path, pool: Pool, n_rows: int = ROWS, published: int = ROWS)
     return job, assignments
 
 
-def run(job: Job, assignments: Assignments, n_actors: int, **options: object) -> int:
-    """Score with `n_actors` of half a CPU each."""
-    scorers = options.pop("scorers", None) or new_scorers(n_actors)
-    try:
-        return score(
-            job,
-            assignments,
-            scorers,
-            options.pop("producer", Silent()),
-            progress=Progress(0, "score"),
-            on_progress=options.pop("on_progress", lambda _: None),
-            **options,
-        )
-    finally:
-        scorers.shrink(0)
+def run(job: Job, assignments: Assignments, scorers: Scorers, n_actors: int, **options: object) -> int:
+    """Score with at most `n_actors`."""
+    scorers.slots = n_actors
+    return score(
+        job,
+        assignments,
+        scorers,
+        options.pop("producer", Silent()),
+        progress=Progress(0, "score"),
+        on_progress=options.pop("on_progress", lambda _: None),
+        **options,
+    )
 
 
-def new_scorers(n: int) -> Scorers:
-    prefix = f"test-{os.urandom(4).hex()}"
-    return Scorers(prefix, {"num_cpus": 0.5}, asked=None, slots=n, cache_bytes=2**20, threads=1)
+def new_scorers(prefix: str, cache_bytes: int = 2**20) -> Scorers:
+    """Actors of half a CPU each."""
+    return Scorers(prefix, {"num_cpus": 0.5}, asked=None, slots=1, cache_bytes=cache_bytes, threads=1)
+
+
+@pytest.fixture(scope="module")
+def scorers(cluster: str) -> Iterator[Scorers]:
+    """Actors that live from test to test, as they live from cycle to cycle in a run."""
+    shared = new_scorers("shared")
+    yield shared
+    shared.shrink(0)
 
 
 def digest(path: Path) -> dict[str, str]:
@@ -104,17 +110,17 @@ def digest(path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def reference(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def reference(pool: Pool, scorers: Scorers, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Every chunk as one undisturbed actor writes it."""
     job, assignments = prepare(tmp_path_factory.mktemp("reference"), pool)
-    run(job, assignments, 1)
+    run(job, assignments, scorers, 1)
     return digest(assignments.path)
 
 
-def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, tmp_path: Path) -> None:
+def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
     """Against a plain loop over all images, without blocks, actors or Zarr."""
     job, assignments = prepare(tmp_path, pool)
-    assert run(job, assignments, 2) == ROWS * 238
+    assert run(job, assignments, scorers, 2) == ROWS * 238
     eligible = np.array([status == "ok" for status in pool.samples(0, 240)["status"].to_pylist()])
     for row in range(ROWS):
         predictor = Predictor(spec(pool).build(), spec(pool).preprocess(), batch_size=BATCH)
@@ -134,19 +140,17 @@ def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, tmp_path: Pat
 
 @pytest.mark.parametrize("n_actors", [2, 3])
 def test_any_number_of_actors_writes_the_same_bytes(
-    pool: Pool, tmp_path: Path, reference: dict[str, str], n_actors: int
+    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str], n_actors: int
 ) -> None:
     job, assignments = prepare(tmp_path, pool)
-    run(job, assignments, n_actors)
+    run(job, assignments, scorers, n_actors)
     assert digest(assignments.path) == reference
 
 
-def test_killed_actors_are_replaced_and_change_nothing(
-    pool: Pool, tmp_path: Path, reference: dict[str, str]
-) -> None:
+def test_killed_actors_are_replaced_and_change_nothing(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
     """SIGKILL of the actor's process as soon as the 5th, the 12th and the 20th of 32 blocks are committed."""
     job, assignments = prepare(tmp_path, pool)
-    scorers = new_scorers(1)
+    scorers = new_scorers("killed")
     pids: list[int] = []
     killed_at: list[int] = []
     events: list[str] = []
@@ -169,26 +173,31 @@ def test_killed_actors_are_replaced_and_change_nothing(
 
     thread = threading.Thread(target=killer, daemon=True)
     thread.start()
-    run(job, assignments, 1, scorers=scorers, on_event=on_event)
+    run(job, assignments, scorers, 1, on_event=on_event)
+    scorers.shrink(0)
     assert digest(assignments.path) == reference
     assert len(killed_at) == 3
     assert killed_at[-1] < ROWS * len(assignments.blocks)
     assert events.count("actor_lost") == 3
 
 
-def test_only_what_is_missing_is_scored(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+def test_only_what_is_missing_is_scored(
+    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
+) -> None:
     job, assignments = prepare(tmp_path, pool)
-    run(job, assignments, 1)
+    run(job, assignments, scorers, 1)
     untouched = assignments.path / "assignments/c/0/0"
     stamp = untouched.stat().st_mtime_ns
     for lost in ("0/3", "2/0", "3/7"):
         (assignments.path / "assignments/c" / lost).unlink()
-    run(job, assignments, 2)
+    run(job, assignments, scorers, 2)
     assert digest(assignments.path) == reference
     assert untouched.stat().st_mtime_ns == stamp
 
 
-def test_checkpoints_are_scored_as_they_appear(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+def test_checkpoints_are_scored_as_they_appear(
+    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
+) -> None:
     """Training publishes one checkpoint after the other, and holds a slot until it is done."""
     job, assignments = prepare(tmp_path, pool, published=0)
     order: list[tuple[int, int]] = []
@@ -208,61 +217,66 @@ def test_checkpoints_are_scored_as_they_appear(pool: Pool, tmp_path: Path, refer
             commit(job.checkpoints, pool, trainer.published)
             trainer.published += 1
 
-    run(job, assignments, 2, producer=trainer, on_progress=follow)
+    run(job, assignments, scorers, 2, producer=trainer, on_progress=follow)
     assert digest(assignments.path) == reference
     for row in range(ROWS):
         assert (row + 1, row) in order or (row + 1, row + 1) in order
 
 
-def test_a_failed_producer_stops_the_pass(pool: Pool, tmp_path: Path) -> None:
+def test_a_failed_producer_stops_the_pass(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
     class Failed:
         def slots_held(self) -> int:
             raise Diverged("the loss is nan")
 
     job, assignments = prepare(tmp_path, pool, published=1)
     with pytest.raises(Diverged, match="the loss is nan"):
-        run(job, assignments, 1, producer=Failed())
+        run(job, assignments, scorers, 1, producer=Failed())
 
 
-def test_a_logit_that_is_not_finite_names_checkpoint_and_sample(pool: Pool, tmp_path: Path) -> None:
+def test_a_logit_that_is_not_finite_names_checkpoint_and_sample(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
     job, assignments = prepare(tmp_path, pool, published=2)
     state = seeded_build(spec(pool), 0, 0).state_dict()
     state["14.bias"][1] = torch.nan
     checkpoints.commit(job.checkpoints, 2, 3, state)
     with pytest.raises(Diverged, match=r"checkpoint 2 gives a logit that is not finite for sample s1-\d+"):
-        run(job, assignments, 1)
+        run(job, assignments, scorers, 1)
     assert assignments.committed(2) == set()
 
 
-def test_changed_weights_stop_the_pass(pool: Pool, tmp_path: Path) -> None:
+def test_changed_weights_stop_the_pass(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
     job, assignments = prepare(tmp_path, pool)
     weights = checkpoints.read(job.checkpoints, 1).path
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(Damage, match="the bytes of checkpoint 1 have changed"):
-        run(job, assignments, 1)
+        run(job, assignments, scorers, 1)
 
 
-def test_another_machine_is_refused_unless_allowed(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+def test_another_machine_is_refused_unless_allowed(
+    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
+) -> None:
     job, assignments = prepare(tmp_path, pool)
     assignments.adopt_fingerprint({"processor": "another one"})
-    with pytest.raises(RunConflict, match="begun with processor 'another one', this actor has .*, or set score.mixed_hardware=allow"):
-        run(job, assignments, 1)
-    run(job, assignments, 1, mixed_hardware=True)
+    with pytest.raises(
+        RunConflict, match="begun with processor 'another one', this actor has .*, or set score.mixed_hardware=allow"
+    ):
+        run(job, assignments, scorers, 1)
+    run(job, assignments, scorers, 1, mixed_hardware=True)
     assert digest(assignments.path) == reference
 
 
-def test_test_images_at_the_last_checkpoint_only(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+def test_test_images_at_the_last_checkpoint_only(
+    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
+) -> None:
     """The same pass with one row that belongs to the last checkpoint."""
     job, assignments = prepare(tmp_path, pool, n_rows=1)
-    run(replace(job, first_index=ROWS - 1, recorded_from=0), assignments, 1)
+    run(replace(job, first_index=ROWS - 1, recorded_from=0), assignments, scorers, 1)
     assert digest(assignments.path)["assignments/c/0/0"] == reference[f"assignments/c/{ROWS - 1}/0"]
 
 
 def test_memory_stays_within_the_budget(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
     """With no room at all for decoded images the answer is the same."""
     job, assignments = prepare(tmp_path, pool)
-    scorers = Scorers("no-cache", {"num_cpus": 0.5}, asked=None, slots=1, cache_bytes=0, threads=1)
-    run(job, assignments, 1, scorers=scorers)
+    scorers = new_scorers("no-cache", cache_bytes=0)
+    run(job, assignments, scorers, 1)
+    scorers.shrink(0)
     assert digest(assignments.path) == reference
-
-

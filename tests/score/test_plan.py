@@ -150,7 +150,7 @@ def test_any_script_of_events_ends_with_everything_done_once(data: st.DataObject
     done = set(data.draw(st.lists(st.sampled_from(cells), unique=True)))
     plan = Plan(n_rows, n_blocks, done)
     unpublished, next_actor, alive, working = deque(range(n_rows)), 0, set(), []
-    failures = {block: 0 for block in range(n_blocks)}
+    failures = dict.fromkeys(range(n_blocks), 0)
 
     def step(event: str) -> None:
         nonlocal next_actor

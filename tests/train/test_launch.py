@@ -20,8 +20,8 @@ from distal.errors import Damage, Diverged, TrainingFailed
 from distal.labels.oracle import choose_initial, label_from_pool
 from distal.models import ModelSpec
 from distal.pool import Pool
-from distal.train.launch import Ranks, train
 from distal.storage import write_bytes
+from distal.train.launch import Ranks, train
 from distal.train.loop import TrainJob, read_state
 from tests.helpers import descendants
 
@@ -111,9 +111,7 @@ def test_two_ranks_learn_the_same_thing_in_another_order_of_sums(one_rank: Train
     assert two == pytest.approx(one, rel=0.5)
 
 
-def test_killed_ranks_are_started_again_and_give_the_same_bits(
-    pool: Pool, tmp_path: Path, two_ranks: TrainJob
-) -> None:
+def test_killed_ranks_are_started_again_and_give_the_same_bits(pool: Pool, tmp_path: Path, two_ranks: TrainJob) -> None:
     """SIGKILL of one of two ranks when the first checkpoint appears."""
     again = job(tmp_path, pool, workers=2, epochs=3)
     killed: list[int] = []
