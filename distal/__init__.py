@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distal.assignments import Assignments
     from distal.config import Config, load
     from distal.driver import run
+    from distal.models import ModelSpec
     from distal.pool import Pool
     from distal.pool.build import build
     from distal.runs import Run
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Assignments": "distal.assignments",
     "Config": "distal.config",
+    "ModelSpec": "distal.models",
     "Pool": "distal.pool",
     "Run": "distal.runs",
     "Scores": "distal.scores",
@@ -45,6 +47,7 @@ _HOMES = {
 __all__ = [
     "Assignments",
     "Config",
+    "ModelSpec",
     "Pool",
     "Run",
     "Scores",

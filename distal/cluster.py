@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,9 +84,13 @@ def connect(address: str) -> Iterator[None]:
         yield
         return
     try:
+        if ":" in address:
+            _knock(address)
         with _keeping_signal_handlers():
             _init(address)
-    except ConnectionError as error:
+    except OSError as error:
+        if address == "local":
+            raise
         raise ConfigError(
             f"ray.address: no Ray cluster at {address} ({_first_line(error)}); start one with `ray start --head`, "
             "or set ray.address=local"
@@ -94,6 +99,13 @@ def connect(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError when nobody listens at the address: Ray itself would try again for minutes."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+        pass
 
 
 def _init(address: str) -> None:

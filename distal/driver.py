@@ -154,7 +154,7 @@ class _Driver:
             pool=self.pool.path,
             folder=cycle.folder,
             labels=label_files,
-            model=_model_spec(config, self.pool),
+            model=ModelSpec.of(config.model, self.pool),
             config=config.train.model_copy(update={"max_failures": self.config.train.max_failures}),
             seed=config.seed,
             cycle=cycle.index,
@@ -341,7 +341,7 @@ class _Driver:
             pool=pool.path,
             assignments=assignments,
             checkpoints=cycle.checkpoints,
-            model=_model_spec(config, self.pool),
+            model=ModelSpec.of(config.model, self.pool),
             precision=config.score.precision,
             batch_size=int(config.score.batch_size),
             device=self.slots.device,
@@ -548,7 +548,7 @@ def _check_inputs(config: Config, pool: Pool, test: Pool | None) -> None:
             f"loop.initial: {config.loop.initial} labelled samples and at least one to select need "
             f"{config.loop.initial + 1} readable images, the pool has {limit}; lower it"
         )
-    _model_spec(config, pool).check()
+    ModelSpec.of(config.model, pool).check()
 
 
 def _test_labels(test: Pool, pool: Pool, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -558,11 +558,6 @@ def _test_labels(test: Pool, pool: Pool, start: int, stop: int) -> np.ndarray[An
     to_pool = np.array([*(pool.classes.index(name) for name in test.classes), -1])
     labels, status = test.columns(start, stop, "label", "status")
     return np.where(status == OK, to_pool[labels], -1)
-
-
-def _model_spec(config: Config, pool: Pool) -> ModelSpec:
-    assert pool.classes is not None
-    return ModelSpec(config.model, len(pool.classes), pool.image_shape, pool.mean, pool.std)
 
 
 def _begun(cycle: Cycle) -> Config:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from distal.checkpoints import deserialize
 from distal.config import ModelConfig
 from distal.errors import ModelError
 from distal.hashing import seed_for
+from distal.pool import Pool
 
 SMALL_CNN = "small_cnn"
 SMALL_SIDE = 64  # pixels; below it the first layers of a ResNet throw away most of the image
@@ -41,6 +42,12 @@ class ModelSpec:
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig, pool: Pool) -> Self:
+        """The network for the classes and images of a pool that has labels."""
+        assert pool.classes is not None
+        return cls(config, len(pool.classes), pool.image_shape, pool.mean, pool.std)
 
     def build(self) -> nn.Module:
         """The network with its initial weights, in (B, C, H, W) float32 out (B, n_classes).

@@ -15,6 +15,7 @@ import zarr
 from distal import checkpoints, driver
 from distal.errors import Damage, DistalError, ModelError, PoolError, RunConflict, UserError
 from distal.ledger import Ledger
+from distal.models import ModelSpec
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.runs import Run
@@ -59,7 +60,7 @@ def test_assignments_scores_and_selection_belong_together(finished: Path, pool: 
         assert (array.shape, array.dtype, array.chunks, array.fill_value) == ((ROWS, 240), np.uint8, (1, 64), 255)
         stored = array[:]
         for row in range(ROWS):
-            spec = driver._model_spec(cycle.config, pool)
+            spec = ModelSpec.of(cycle.config.model, pool)
             predictor = Predictor(spec.build(), spec.preprocess(), batch_size=32)
             predictor.net.load_state_dict(torch.load(checkpoints.read(cycle.checkpoints, row).path))
             assert np.array_equal(stored[row, eligible], predictor(pool.take(eligible)).labels)
@@ -98,7 +99,7 @@ def test_summary(finished: Path, test_pool: Pool, pool: Pool) -> None:
         assert {"train", "score", "test", "reduce", "select"} <= set(cycle["seconds"])
         assert len(cycle["selection_sha256"]) == 64
         config = Run.open(finished).cycle(index).config
-        spec = driver._model_spec(config, pool)
+        spec = ModelSpec.of(config.model, pool)
         predictor = Predictor(spec.build(), spec.preprocess(), batch_size=32)
         ref = checkpoints.read(Run.open(finished).cycle(index).checkpoints, ROWS - 1)
         predictor.net.load_state_dict(checkpoints.load(ref))
