@@ -37,7 +37,7 @@ def test_files_and_links_exist() -> None:
     for link in links:
         assert (ROOT / link).exists(), link
     tree = README.split("## The files")[1].split("```")[1]
-    for name in re.findall(r"[\w/]+\.(?:py|md|yaml)\b", tree):
+    for name in re.findall(r"[\w/-]+\.(?:py|md|yaml)\b", tree):
         assert list(ROOT.rglob(name)), name
     listed = set(re.findall(r"\w+\.py", tree))
     modules = {path.name for path in (ROOT / "distal").rglob("*.py") if not path.name.startswith("__")}

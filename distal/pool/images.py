@@ -71,13 +71,14 @@ class Pool:
     n_labeled: int
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: str | Path) -> Self:
         """Open a packed pool.
 
         Raises:
             PoolError: there is no pool, or its build was interrupted.
             Damage: its record is not valid.
         """
+        path = Path(path)
         try:
             record = read_json(path / MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
