@@ -28,7 +28,13 @@ MANIFEST = "manifest.json"
 
 
 def commit(
-    folder: Path, index: int, epoch: int, state_dict: StateDict, metrics: dict[str, float] | None = None
+    folder: Path,
+    index: int,
+    epoch: int,
+    state_dict: StateDict,
+    *,
+    inputs: str = "",
+    metrics: dict[str, float] | None = None,
 ) -> CheckpointRef:
     """Publish weights under an index, unless that index is committed already.
 
@@ -36,24 +42,34 @@ def commit(
         folder: the `checkpoints` folder of a cycle.
         index: the row these weights get in the assignments.
         epoch: epochs completed, from 1.
+        inputs: hash of what they were trained from.
 
     Returns:
         The committed checkpoint: this one, or the one that came first.
+
+    Raises:
+        Damage: the one that came first was trained from other inputs.
     """
-    data = serialize(state_dict)
-    checksum = sha256(data)
     place = folder / f"{index:04d}"
-    file = f"weights-{checksum[:12]}.pt"
-    write_bytes(place / file, data)
-    record = {"index": index, "epoch": epoch, "file": file, "sha256": checksum, "metrics": metrics or {}}
-    create_json(place / MANIFEST, record)
+    if not (place / MANIFEST).exists():
+        data = serialize(state_dict)
+        checksum = sha256(data)
+        file = f"weights-{checksum[:12]}.pt"
+        write_bytes(place / file, data)
+        record = {"index": index, "epoch": epoch, "file": file, "sha256": checksum, "inputs": inputs}
+        create_json(place / MANIFEST, {**record, "metrics": metrics or {}})
+    if read_json(place / MANIFEST)["inputs"] != inputs:
+        raise Damage(
+            f"{place}: trained from other inputs than the cycle has now; put back what was there, or remove "
+            f"{folder.parent} to do the cycle again"
+        )
     return read(folder, index)
 
 
 def read(folder: Path, index: int) -> CheckpointRef:
     """The committed checkpoint with this index; raises FileNotFoundError when there is none."""
     place = folder / f"{index:04d}"
-    record = read_json(place / MANIFEST)
+    record = read_json(place / MANIFEST, required=("index", "epoch", "file", "sha256", "inputs", "metrics"))
     return CheckpointRef(record["index"], record["epoch"], place / record["file"], record["sha256"], record["metrics"])
 
 

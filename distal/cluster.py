@@ -7,10 +7,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from distal.errors import ConfigError
 
@@ -18,34 +17,81 @@ ROLE_LABEL = "distal-role"
 
 
 @dataclass(frozen=True)
+class Node:
+    """What matters of one node of a cluster: its CPUs, its GPUs, and its `distal-role` label."""
+
+    cpus: int
+    gpus: int = 0
+    role: str | None = None
+
+
+@dataclass(frozen=True)
 class Slots:
-    """What training and scoring may take, in slots: CPUs, or GPUs when there are some.
+    """How a cluster is shared between training and scoring, in slots: CPUs, or GPUs when they are used.
 
     Attributes:
         device: "cpu" or "cuda".
-        total: slots of the cluster.
-        cpus: CPUs of the cluster.
-        roles: the `distal-role` labels found on its nodes.
+        train_nodes, score_nodes: the nodes that may train, and that may score.
+        selectors: the label selector of each of the two roles, None for any node.
     """
 
     device: str
-    total: int
-    cpus: int
-    roles: frozenset[str]
+    train_nodes: tuple[Node, ...]
+    score_nodes: tuple[Node, ...]
+    selectors: dict[str, dict[str, str] | None]
+
+    @property
+    def shared(self) -> bool:
+        """Whether training and scoring use the same nodes."""
+        return self.selectors["train"] is None
+
+    @property
+    def scoring(self) -> int:
+        """Slots of the nodes that may score."""
+        return sum(node.gpus if self.device == "cuda" else node.cpus for node in self.score_nodes)
 
     def training(self, workers: int, threads: int) -> int:
-        """Slots that training takes from scoring: none where it has nodes of its own."""
-        if "train" in self.roles:
+        """Slots that the ranks take from scoring: none where they have nodes of their own."""
+        if not self.shared:
             return 0
         return workers if self.device == "cuda" else workers * threads
 
     def train_threads(self, workers: int) -> int:
-        """CPU threads of a rank: training takes half of the CPUs, and scoring, which has more to do, the rest."""
-        return max(1, self.cpus // 2 // workers)
+        """CPU threads of a rank, so that the ranks of a node fit on it.
 
-    def selector(self, role: str) -> dict[str, str] | None:
-        """Nodes on which a role runs: those labelled for it if there are any, else all."""
-        return {ROLE_LABEL: role} if role in self.roles else None
+        On shared nodes training takes half of the CPUs: the rest scores, which is most of the work.
+        """
+        largest = max(self.train_nodes, key=lambda node: node.cpus)
+        ranks_per_node = -(-workers // len(self.train_nodes))
+        share = largest.cpus // 2 if self.shared else largest.cpus
+        return max(1, share // max(ranks_per_node, largest.gpus if self.device == "cuda" else 1))
+
+
+def divide(nodes: Sequence[Node], device: str) -> Slots:
+    """Decide which nodes train and which score.
+
+    Nodes labelled for a role have that role alone; when only one role is labelled, the other gets the other nodes.
+    Without labels, or when that would leave a role without a node, all nodes do both.
+
+    Raises:
+        ConfigError: cuda was asked for and no node has a GPU.
+    """
+    gpus = any(node.gpus for node in nodes)
+    if device == "cuda" and not gpus:
+        raise ConfigError("device: cuda, but no node of the cluster has a GPU; set device=cpu")
+    device = "cuda" if gpus and device != "cpu" else "cpu"
+    able = tuple(node for node in nodes if (node.gpus if device == "cuda" else node.cpus))
+    labelled = {role: tuple(node for node in able if node.role == role) for role in ("train", "score")}
+    chosen: dict[str, tuple[Node, ...]] = {}
+    selectors: dict[str, dict[str, str] | None] = {}
+    for role, other in (("train", "score"), ("score", "train")):
+        if labelled[role]:
+            chosen[role], selectors[role] = labelled[role], {ROLE_LABEL: role}
+        else:
+            chosen[role], selectors[role] = tuple(n for n in able if n.role != other), {ROLE_LABEL: f"!{other}"}
+    if not any(labelled.values()) or not all(chosen.values()):
+        return Slots(device, able, able, {"train": None, "score": None})
+    return Slots(device, chosen["train"], chosen["score"], selectors)
 
 
 def secure(address: str) -> None:
@@ -91,9 +137,10 @@ def connect(address: str) -> Iterator[None]:
     except OSError as error:
         if address == "local":
             raise
+        given = "RAY_ADDRESS" if address == os.environ.get("RAY_ADDRESS") else "ray.address"
         raise ConfigError(
-            f"ray.address: no Ray cluster at {address} ({_first_line(error)}); start one with `ray start --head`, "
-            "or set ray.address=local"
+            f"{given}: no Ray cluster at {address} ({_first_line(error)}); start one with `ray start --head`, or leave "
+            f"{given} out to start one here"
         ) from error
     try:
         yield
@@ -104,6 +151,8 @@ def connect(address: str) -> Iterator[None]:
 def _knock(address: str) -> None:
     """Raise OSError when nobody listens at the address: Ray itself would try again for minutes."""
     host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        raise OSError("not host:port")
     with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
         pass
 
@@ -148,20 +197,16 @@ def find_slots(device: str) -> Slots:
     """
     import ray
 
-    nodes: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = (int(sum(node["Resources"].get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
-    roles = frozenset(node.get("Labels", {}).get(ROLE_LABEL) for node in nodes) - {None}
-    if device == "cuda" and not gpus:
-        raise ConfigError("device: cuda, but no node of the cluster has a GPU; set device=cpu")
-    if device == "cpu" or not gpus:
-        return Slots("cpu", _scoring(nodes, roles, "CPU"), cpus, roles)
-    return Slots("cuda", _scoring(nodes, roles, "GPU"), cpus, roles)
-
-
-def _scoring(nodes: list[dict[str, Any]], roles: frozenset[str], kind: str) -> int:
-    """Slots on the nodes that may score."""
-    allowed = [n for n in nodes if "score" not in roles or n.get("Labels", {}).get(ROLE_LABEL) == "score"]
-    return int(sum(node["Resources"].get(kind, 0) for node in allowed))
+    nodes = [
+        Node(
+            cpus=int(node["Resources"].get("CPU", 0)),
+            gpus=int(node["Resources"].get("GPU", 0)),
+            role=node.get("Labels", {}).get(ROLE_LABEL),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return divide(nodes, device)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,25 +13,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from distal.errors import ConfigError, RunConflict
+from distal.hashing import digest
 from distal.records import JsonObject
 from distal.storage import local_path
 
 Measure = Literal["dispersion", "vote_entropy", "flips", "margin", "entropy", "random"]
 Recorded = Literal["margin", "entropy"]
 Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1)]
+Integer = Annotated[int, Strict()]  # true is not 1
+Count = Annotated[int, Strict(), Field(ge=1)]
 
 BUILTIN = "builtin:"
 
 # When a key may change. It says what a change can do to a run that exists already.
 NEVER = "never"  # part of what the run is
 NEXT_CYCLE = "next cycle"  # affects results: fixed once a cycle has begun
-ANY_TIME = "any time"  # affects speed, length or place, never a result
+PLACE = "may move"  # where something is whose content never changes
+ANY_TIME = "any time"  # affects speed or length, or what to put up with, never a result
 
 
 def key(default: Any, description: str, changes: str = NEXT_CYCLE, **constraints: Any) -> Any:
@@ -42,24 +45,25 @@ def key(default: Any, description: str, changes: str = NEXT_CYCLE, **constraints
 class Section(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class PoolConfig(Section):
     """All images, read-only."""
 
-    path: str = key(..., "Folder of the packed pool.", ANY_TIME)
+    path: str = key(..., "Folder of the packed pool.", PLACE)
     source: str | None = key(
         None,
-        "What the pool is built from when `path` does not exist yet: a Parquet file or a folder of them, an "
-        "image folder, or `builtin:fashion-mnist-12k`. null: the pool must exist.",
-        ANY_TIME,
+        "What the pool is packed from when `path` does not exist yet: a Parquet file or a folder of them, an image "
+        "folder, or `builtin:fashion-mnist-12k`. A pool that exists must have been packed from it. null: the pool must "
+        "exist, whatever it was packed from.",
+        PLACE,
     )
     test: str | None = key(
         None,
-        "Images and labels for the test accuracy: a packed pool, or a source, which is then packed beside the "
-        "pool as `<path>-test`. Classes are matched by name. null: no test accuracy.",
-        ANY_TIME,
+        "Images and labels for the test accuracy: a packed pool, or a source, which is then packed beside the pool as "
+        "`<path>-test`. Classes are matched by name. null: no test accuracy.",
+        PLACE,
     )
     limit: Count | None = key(
         None,
@@ -115,17 +119,17 @@ class ModelConfig(Section):
 class LoopConfig(Section):
     """Cycles and what is bought in each."""
 
-    cycles: int = key(3, "Cycles to run; may grow. The last one selects but does not label.", ANY_TIME, ge=1)
-    initial: int = key(300, "Labelled samples to start from, balanced over the classes.", NEVER, ge=1)
-    budget: int = key(300, "Samples to label per cycle.", ge=1)
+    cycles: Integer = key(3, "Cycles to run; may grow. The last one selects but does not label.", ANY_TIME, ge=1)
+    initial: Integer = key(300, "Labelled samples to start from, balanced over the classes.", NEVER, ge=1)
+    budget: Integer = key(300, "Samples to label per cycle.", ge=1)
 
 
 class TrainConfig(Section):
     """DDP training on the labelled samples."""
 
-    epochs: int = key(15, "Passes over the labelled samples.", ge=1)
-    checkpoint_every: int = key(1, "Epochs between checkpoints; the last epoch always gives one.", ge=1)
-    batch_size: int = key(64, "Images per optimizer step, over all ranks together.", ge=1)
+    epochs: Integer = key(15, "Passes over the labelled samples.", ge=1)
+    checkpoint_every: Integer = key(1, "Epochs between checkpoints; the last epoch always gives one.", ge=1)
+    batch_size: Integer = key(64, "Images per optimizer step, over all ranks together.", ge=1)
     lr: float = key(0.05, "Initial learning rate of SGD with Nesterov momentum.", gt=0)
     momentum: float = key(0.9, "Momentum.", gt=0, lt=1)
     weight_decay: float = key(5e-4, "L2 penalty on all parameters.", ge=0)
@@ -141,11 +145,11 @@ class TrainConfig(Section):
     init: Literal["scratch", "warm"] = key(
         "scratch", "Weights a cycle starts from: new ones, or the last checkpoint of the cycle before."
     )
-    workers: int = key(1, "DDP ranks (gloo on CPU, NCCL on GPU). Part of the answer: sums are ordered by it.", ge=1)
+    workers: Integer = key(1, "DDP ranks (gloo on CPU, NCCL on GPU). Part of the answer: sums are ordered by it.", ge=1)
     threads: Count | Auto = key(
         "auto", "CPU threads of a rank. auto: half of the CPU slots over all ranks, the rest score."
     )
-    max_failures: int = key(
+    max_failures: Integer = key(
         3,
         "Times that ranks may die in a row without finishing an epoch before the run stops.",
         ANY_TIME,
@@ -156,6 +160,8 @@ class TrainConfig(Section):
     def _consistent(self) -> Self:
         if self.batch_size % self.workers:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of workers {self.workers}")
+        if self.batch_size < 2 * self.workers:
+            raise ValueError(f"batch_size {self.batch_size} must be at least 2 per worker: batch norm needs two images")
         if (self.schedule == "milestones") != bool(self.milestones):
             raise ValueError("schedule: milestones and a list of milestones go together")
         return self
@@ -181,7 +187,8 @@ class ScoreConfig(Section):
     record_rows: Literal["last", "all"] = key("last", "Checkpoints at which they are kept.")
     mixed_hardware: Literal["refuse", "allow"] = key(
         "refuse",
-        "What to do with an actor on another kind of processor, or another torch, than the cycle began with.",
+        "An actor on another kind of processor, or with another torch, than the cycle began with: send it away, or let "
+        "it score, which can change last bits.",
         ANY_TIME,
     )
     cache_gb: float = key(1.0, "Decoded images that one actor keeps in memory, in GiB.", ANY_TIME, ge=0)
@@ -206,8 +213,8 @@ class LabelConfig(Section):
 class Config(Section):
     """One active-learning run."""
 
-    run: str = key(..., "Run directory.", ANY_TIME)
-    seed: int = key(0, "Seed of every random draw.", NEVER, ge=0, lt=2**63)
+    run: str = key(..., "Run directory.", PLACE)
+    seed: Integer = key(0, "Seed of every random draw.", NEVER, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "Where training and scoring run. auto: cuda when the cluster has a GPU."
     )
@@ -251,8 +258,27 @@ class Config(Section):
 
     def decisive(self) -> dict[str, Any]:
         """The keys that can change a bit of the answer, with their values."""
+        return self._that_change(NEVER, NEXT_CYCLE)
+
+    def fixed(self) -> dict[str, Any]:
+        """The keys that are part of what a run is, with their values."""
+        return self._that_change(NEVER)
+
+    def _that_change(self, *when: str) -> dict[str, Any]:
         fields = dict(documented_keys())
-        return {name: value for name, value in self.leaves().items() if _changes(fields[name]) != ANY_TIME}
+        return {name: value for name, value in self.leaves().items() if _changes(fields[name]) in when}
+
+    def digest(self, *prefixes: str) -> str:
+        """Hash of the decisive keys under some prefixes. A default is left out, so a key that is added later, with a
+        default that changes nothing, changes no hash."""
+        defaults = {name: _default(field) for name, field in documented_keys()}
+        return digest(
+            {
+                name: value
+                for name, value in self.decisive().items()
+                if name.startswith(prefixes) and value != defaults[name]
+            }
+        )
 
     def autos(self) -> list[str]:
         """The decisive keys that say `auto`."""
@@ -298,28 +324,23 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(_one_line(error)) from None
 
 
-def check_unchanged(old: Config, new: Config, cycle: int, *, finished: bool) -> None:
-    """Refuse a change that a run cannot take.
+def check_unchanged(old: Config, new: Config, cycle: int) -> None:
+    """Refuse a change that a cycle which has begun cannot take.
 
     Args:
-        old: the resolved configuration of `cycle`, the last one that has begun.
-        finished: whether that cycle is finished, so that the change would apply to the next one.
+        old: the resolved configuration of `cycle`.
 
     Raises:
         RunConflict: naming the key, both values and the first cycle the change may apply to.
     """
-    before, after = old.leaves(), new.leaves()
-    for name, field in documented_keys():
-        may = _changes(field)
-        if before[name] == after[name] or may == ANY_TIME or (may == NEXT_CYCLE and finished):
-            continue
-        change = f"{name}: {_yaml(before[name])} -> {_yaml(after[name])}"
-        if may == NEVER:
-            raise RunConflict(f"{change}: it is part of what this run is; give another run directory (run=...)")
-        raise RunConflict(
-            f"{change}: cycle {cycle} has begun with the old value; the new one may apply from cycle "
-            f"{cycle + 1}; finish cycle {cycle} with the old value, or give another run directory (run=...)"
-        )
+    before, after = old.decisive(), new.decisive()
+    for name, value in after.items():
+        if before[name] != value:
+            raise RunConflict(
+                f"{name}: {_yaml(before[name])} -> {_yaml(value)}: cycle {cycle} has begun with the old value; the new "
+                f"one may apply from cycle {cycle + 1}; finish cycle {cycle} with the old value, or give another run "
+                "directory (run=...)"
+            )
 
 
 def documented_keys(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -424,9 +445,9 @@ def markdown() -> str:
         "the value is YAML (`train.lr=0.1`, `pool.test=null`, `score.record=[margin, entropy]`). Unknown keys are",
         "refused. Relative paths start at the working directory. `distal init` writes a file with every key.",
         "",
-        "*May change* says what a run that exists accepts. **never**: the key is part of what the run is.",
-        "**next cycle**: fixed once a cycle has begun, free for the cycles after it. **any time**: it affects",
-        "speed, length or place, never a result.",
+        "*May change* says what a run that exists accepts. **never**: the key is part of what the run is. **next",
+        "cycle**: fixed once a cycle has begun, free for the cycles after it. **may move**: the place may change, the",
+        "content may not. **any time**: it affects speed or length, or what to put up with, never a result.",
     ]
     section = None
     for name, field in documented_keys():

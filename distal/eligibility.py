@@ -39,15 +39,16 @@ class Eligibility:
         everything = cls(pool, seed, None)
         if limit is None:
             return everything
-        draws = []
+        if limit >= pool.n_readable:
+            return everything
+        smallest = np.empty(0, np.uint64)
         for start, stop, flags in everything.stripes():
             (keys,) = pool.columns(start, stop, "sample_key")
-            draws.append(mix64("limit", seed, keys[flags]))
-        all_draws = np.concatenate(draws)
-        if limit >= len(all_draws):
-            return everything
-        all_draws.partition(limit - 1)
-        return cls(pool, seed, int(all_draws[limit - 1]))
+            smallest = np.concatenate([smallest, mix64("limit", seed, keys[flags])])
+            if len(smallest) > limit:
+                smallest.partition(limit - 1)
+                smallest = smallest[:limit]
+        return cls(pool, seed, int(smallest.max()))
 
     def without(self, ledger: Ledger) -> Self:
         """The eligible samples when those of the ledger are labelled."""

@@ -14,6 +14,7 @@
     │   └── DiskFull             no space left; what was committed stays valid
     ├── BlockFailed              a block of the pool failed again and again
     ├── TrainingFailed           the ranks died again and again without finishing an epoch
+    ├── Superseded               another attempt has taken over; this one must not write any more
     └── Damage                   exit 4: stored bytes are not what was written
 
 Errors cross Ray processes, so each takes one message and survives pickling.
@@ -72,6 +73,10 @@ class BlockFailed(DistalError):
 
 class TrainingFailed(DistalError):
     """The training ranks died repeatedly without finishing an epoch."""
+
+
+class Superseded(DistalError):
+    """Another attempt has taken over what this process was writing."""
 
 
 class Damage(DistalError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,16 +50,19 @@ class ModelSpec:
         assert pool.classes is not None
         return cls(config, len(pool.classes), pool.image_shape, pool.mean, pool.std)
 
-    def build(self) -> nn.Module:
-        """The network with its initial weights, in (B, C, H, W) float32 out (B, n_classes).
+    def build(self, *, pretrained: bool = True) -> nn.Module:
+        """The network with its initial weights: in (B, C, H, W) float32, out (B, n_classes).
 
-        The random initial weights are those of torch's default generator, which the caller seeds.
+        Random initial weights come from torch's default generator, which the caller seeds.
+
+        Args:
+            pretrained: whether to load `model.weights`; not needed when other weights are loaded next.
 
         Raises:
-            ModelError: unknown name, weights that do not fit, or an output of another shape.
+            ModelError: unknown name, or weights that do not fit.
         """
         net = _build(self.config, self.n_classes, self.image_shape)
-        if self.config.weights is not None:
+        if pretrained and self.config.weights is not None:
             load_pretrained(net, _weights(self.config), self.config.weights)
         return net.to(memory_format=torch.channels_last)
 
@@ -255,6 +259,15 @@ def load_pretrained(net: nn.Module, state: StateDict, name: str) -> None:
                 f"the network needs {tuple(own[key].shape)}{hint}"
             )
     net.load_state_dict({key: value for key, value in state.items() if key not in other_shape}, strict=False)
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Have a GPU give the same bits for the same input. A CPU does so with the same number of threads."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
 
 
 def seeded_build(spec: ModelSpec, seed: int, cycle: int) -> nn.Module:

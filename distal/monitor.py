@@ -113,7 +113,7 @@ def _detail(state: Progress) -> str:
     if state.seconds_left is not None:
         parts.append(f"{state.seconds_left:.0f} s left")
     if state.epochs and not state.actors:
-        parts.append("scoring waits for a free slot")
+        parts.append("scoring actors are starting" if state.actors_starting else "scoring waits for a free slot")
     return "  ".join(parts)
 
 

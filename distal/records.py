@@ -70,7 +70,7 @@ class Progress:
         published, rows_scored: checkpoints published, and scored for every eligible sample.
         images_scored, images: predictions committed so far, and expected in all.
         images_per_s: predictions per second over the last seconds.
-        actors: scoring actors at work.
+        actors, actors_starting: scoring actors at work, and on their way.
     """
 
     cycle: int
@@ -83,6 +83,7 @@ class Progress:
     images: int = 0
     images_per_s: float = 0.0
     actors: int = 0
+    actors_starting: int = 0
 
     @property
     def seconds_left(self) -> float | None:

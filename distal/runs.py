@@ -34,6 +34,7 @@ from distal.errors import Damage, RunConflict
 from distal.hashing import digest
 from distal.ledger import Ledger, label_files
 from distal.records import JsonObject
+from distal.selection import Selection
 
 STAGES = ("train", "score", "test", "reduce", "select", "label")
 
@@ -84,19 +85,43 @@ class Cycle:
     def config(self) -> Config | None:
         """The resolved configuration the cycle began with; None when it has not begun."""
         try:
-            return from_record(storage.read_yaml(self.folder / "cycle.yaml"))
+            record = storage.read_yaml(self.folder / "cycle.yaml")
         except FileNotFoundError:
             return None
+        try:
+            return from_record(record)
+        except ValueError as error:
+            raise Damage(f"{self.folder / 'cycle.yaml'}: not the configuration of a cycle ({error})") from error
 
     def begin(self, config: Config) -> None:
         """Write `cycle.yaml`; from here on the configuration of this cycle is fixed."""
         storage.write_yaml(self.folder / "cycle.yaml", to_record(config))
         vars(self).pop("config", None)  # it was None until now
 
+    def took_all(self) -> bool:
+        """Whether the cycle selected everything that was left, so that there is no next one."""
+        scored, selected = self.marker("score"), self.marker("select")
+        return bool(scored and selected and scored["n_eligible"] == selected["n_selected"])
+
+    def chosen(self) -> Selection:
+        """The selection of the cycle, which must be complete.
+
+        Raises:
+            Damage: the file is missing, or is not the selection that was made.
+        """
+        try:
+            selection = Selection.read(self.selection)
+        except FileNotFoundError:
+            raise Damage(f"{self.selection}: missing, although the stage is complete") from None
+        marker = self.marker("select")
+        if marker is None or selection.sha256 != marker["selection_sha256"]:
+            raise Damage(f"{self.selection}: not the selection that was made; put the old file back")
+        return selection
+
     def marker(self, stage: str) -> JsonObject | None:
         """The completion marker of a stage; None when it is not complete."""
         try:
-            return storage.read_json(self.folder / f"{stage}.json")
+            return storage.read_json(self.folder / f"{stage}.json", required=("inputs", "inputs_sha256", "seconds"))
         except FileNotFoundError:
             return None
 
@@ -166,35 +191,50 @@ class Run:
     def identity(self) -> JsonObject | None:
         """What `run.yaml` says; None when the run has not begun."""
         try:
-            return storage.read_yaml(self.path / "run.yaml")
+            return storage.read_yaml(self.path / "run.yaml", required=("fixed", "constants"))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def begin(self, identity: JsonObject, notes: JsonObject) -> JsonObject:
-        """Write `run.yaml`, or check that the existing one says the same; returns what it says.
+    def check(self, fixed: JsonObject) -> None:
+        """Refuse to be continued as another run.
 
         Args:
-            identity: what must be the same for as long as the run exists.
-            notes: what was true when it began, such as the constants that `auto` came to.
+            fixed: keys and hashes that must be the same for as long as the run exists.
 
         Raises:
-            RunConflict: the run was begun with something else.
+            RunConflict: the run was begun with something else, or the folder holds something else.
         """
         if self.identity is None:
             found = storage.names_in(self.path)
             if set(found) - {"events"}:
                 raise RunConflict(f"{self.path}: not an empty folder and not a run (it holds {found[0]})")
-            storage.write_yaml(self.path / "run.yaml", {**identity, **notes})
-            del self.identity
-        kept = self.identity
-        assert kept is not None
-        for name, value in identity.items():
-            if kept.get(name) != value:
+            return
+        for name, value in fixed.items():
+            kept = self.identity["fixed"].get(name)
+            if kept != value:
                 raise RunConflict(
-                    f"{self.path}: the run was begun with {name} {_short(kept.get(name))}, "
-                    f"now it is {_short(value)}; give another run directory (run=...)"
+                    f"{name}: {_short(kept)} -> {_short(value)}: it is part of what the run in {self.path} is; "
+                    "give another run directory (run=...)"
                 )
-        return kept
+
+    def begin(self, fixed: JsonObject, constants: JsonObject) -> None:
+        """Write `run.yaml`, unless the run has begun.
+
+        Args:
+            constants: what each `auto` came to.
+        """
+        self.check(fixed)
+        if self.identity is None:
+            storage.write_yaml(self.path / "run.yaml", {"fixed": fixed, "constants": constants})
+            del self.identity
+
+    def is_complete(self, n_cycles: int) -> bool:
+        """Whether nothing is left to do, told from storage alone."""
+        begun = self.begun_cycles()[:n_cycles]
+        if not begun or begun[-1].marker("select") is None:
+            return False
+        last = begun[-1]
+        return last.index + 1 == n_cycles or (last.took_all() and last.marker("label") is not None)
 
     @property
     def initial(self) -> Path:

@@ -2,75 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from distal.arrays import Array, create_array, create_group, get_attributes, set_attributes
 from distal.errors import Damage
 from distal.records import Block
-from distal.storage import disk_errors
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A handle on the scores of one cycle.
-
-    Attributes:
-        measures: names of the arrays.
-    """
+    """A handle on the scores of one cycle."""
 
     path: Path
-    measures: tuple[str, ...]
-    _arrays: dict[str, zarr.Array[Any]]
+    _arrays: Mapping[str, Array]
 
     @classmethod
     def create(cls, path: Path, measures: Sequence[str], n_samples: int, block_size: int) -> Self:
         """Lay out empty arrays, replacing older ones."""
-        with disk_errors(path):
-            group = zarr.create_group(path, overwrite=True)
-            for name in measures:
-                group.create_array(
-                    name,
-                    shape=(n_samples,),
-                    chunks=(block_size,),
-                    dtype="float32",
-                    fill_value=float("nan"),
-                    compressors=[ZstdCodec(level=0), Crc32cCodec()],
-                    dimension_names=("sample",),
-                )
+        create_group(path)
+        for name in measures:
+            create_array(path / name, (n_samples,), (block_size,), "float32", float("nan"), ("sample",))
+        set_attributes(path, {"measures": list(measures)})
         return cls.open(path)
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open for reading and writing; raises FileNotFoundError when there are no scores."""
-        group = zarr.open_group(path, mode="r+")
-        # Every chunk exists, also one without a single defined score: a missing chunk is a lost one.
-        arrays: dict[str, Any] = {
-            name: array.with_config({"write_empty_chunks": True}) for name, array in group.arrays()
-        }
-        return cls(path, tuple(sorted(arrays)), arrays)
+        """Open for reading and writing; raises Damage when there are no scores or their metadata is not valid."""
+        attributes = get_attributes(path)
+        if "measures" not in attributes:
+            raise Damage(f"{path}: no scores here")
+        return cls(path, {name: Array(path / name) for name in attributes["measures"]})
 
-    def write(self, block: Block, scores: dict[str, NDArray[np.floating[Any]]]) -> None:
-        """Store the scores of one block under every measure."""
-        with disk_errors(self.path):
-            for name, values in scores.items():
-                self._arrays[name][block.start : block.stop] = values.astype(np.float32)
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of the arrays."""
+        return tuple(self._arrays)
+
+    def write(self, block: Block, scores: Mapping[str, NDArray[np.floating[Any]]]) -> None:
+        """Store the scores of one block, or of several that follow each other, under every measure."""
+        for name, values in scores.items():
+            self._arrays[name].write((slice(block.start, block.stop),), values.astype(np.float32))
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Scores of the samples [start, stop): (stop - start,) float32.
 
         Raises:
             KeyError: no such measure.
-            Damage: a chunk does not decode.
+            Damage: a chunk is missing or does not decode.
         """
-        array = self._arrays[name]
-        try:
-            return np.asarray(array[start:stop], dtype=np.float32)
-        except Exception as error:
-            raise Damage(f"{self.path}: array {name}, samples [{start}, {stop}): {error}") from error
+        return self._arrays[name].read((slice(start, stop),))

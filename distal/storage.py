@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,19 +143,22 @@ def _json(record: JsonObject) -> bytes:
     return (json.dumps({"format": FORMAT, **record}, indent=2) + "\n").encode()
 
 
-def read_json(path: Path) -> JsonObject:
+def read_json(path: Path, required: Sequence[str] = ()) -> JsonObject:
     """Read a record written by `write_json`, without its format version.
+
+    Args:
+        required: keys that it must have.
 
     Raises:
         FileNotFoundError: no such file.
-        Damage: the file is not a JSON object.
+        Damage: the file is not a JSON object, or lacks a key.
         UnknownFormat: it was written by a version with another format.
     """
     try:
         record = json.loads(path.read_bytes())
     except ValueError as error:
         raise Damage(f"{path}: not valid JSON ({error})") from error
-    return _checked(path, record)
+    return _checked(path, record, required)
 
 
 def write_yaml(path: Path, record: JsonObject) -> None:
@@ -165,7 +168,7 @@ def write_yaml(path: Path, record: JsonObject) -> None:
     write_bytes(path, yaml.safe_dump({"format": FORMAT, **record}, sort_keys=False).encode())
 
 
-def read_yaml(path: Path) -> JsonObject:
+def read_yaml(path: Path, required: Sequence[str] = ()) -> JsonObject:
     """Read a record written by `write_yaml`; raises like `read_json`."""
     import yaml
 
@@ -173,10 +176,10 @@ def read_yaml(path: Path) -> JsonObject:
         record = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
         raise Damage(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
-    return _checked(path, record)
+    return _checked(path, record, required)
 
 
-def _checked(path: Path, record: object) -> JsonObject:
+def _checked(path: Path, record: object, required: Sequence[str]) -> JsonObject:
     if not isinstance(record, dict):
         raise Damage(f"{path}: not a record (a mapping was expected)")
     found = record.pop("format", None)
@@ -185,6 +188,9 @@ def _checked(path: Path, record: object) -> JsonObject:
             f"{path}: format {found!r} is unknown; this version reads format {FORMAT}; "
             "use the version of distal that wrote it"
         )
+    missing = [key for key in required if key not in record]
+    if missing:
+        raise Damage(f"{path}: {missing[0]} is missing")
     return record
 
 

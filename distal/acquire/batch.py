@@ -65,7 +65,7 @@ def select(
 
 
 def _gather(scores: Scores, name: str, index: np.ndarray) -> np.ndarray:
-    """The scores of some samples, reading each chunk that holds one of them once."""
+    """The scores of some samples, reading the scores between the first and the last of each stripe."""
     values = np.empty(len(index), dtype=np.float32)
     stripes = index // STRIPE_SAMPLES
     for stripe in np.unique(stripes):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal.eligibility import Eligibility
-from distal.errors import PoolError, UserError
+from distal.errors import PoolError
 from distal.hashing import mix64
 from distal.ledger import write_labels
 from distal.pool import Pool
@@ -40,17 +40,8 @@ def choose_initial(eligibility: Eligibility, n: int, seed: int) -> NDArray[np.in
     labels that have not been paid for, so it is for experiments.
 
     Returns:
-        (n,) int64 sample indices, ascending.
-
-    Raises:
-        UserError: fewer than n + 1 eligible samples.
+        (n,) int64 sample indices, ascending; fewer when there are not so many.
     """
-    available = eligibility.count()
-    if available < n + 1:
-        raise UserError(
-            f"loop.initial: {n} labelled samples and at least one more to select need {n + 1} readable images; "
-            f"the pool has {available}"
-        )
     index, label, draw = _best_of_each_class(eligibility, n, seed)
     order = np.lexsort((draw, _rank_in_class(label, draw)))  # every class's first, then every class's second, ...
     return np.sort(index[order][:n])

@@ -8,39 +8,44 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from distal.errors import PoolError, SourceError
+from distal.arrays import Array, create_array
+from distal.errors import DiskFull, PoolError, SourceError
 from distal.hashing import sample_keys
 from distal.pool.decode import Channels, Unreadable, decode, is_grey, pixels
-from distal.pool.images import IMAGES, MANIFEST, OK, SAMPLES, SCHEMA, UNREADABLE, Pool
+from distal.pool.images import BUILDING, IMAGES, MANIFEST, OK, SAMPLES, SCHEMA, UNREADABLE, Pool
 from distal.pool.sources import Columns, Row, Source, open_source
 from distal.records import Block, auto_block_size, split_blocks
-from distal.storage import disk_errors, names_in, parquet_writer, remove_tree, write_json
+from distal.storage import parquet_writer, remove_tree, write_json
 
 MAX_CHUNK_BYTES = 16 * 2**20
-MAX_CLASSES = 2**32 - 1
 _MAX_SAMPLED = 128  # images looked at to learn the size and the channels
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Shape of every image in a pool: (H, W) in pixels, and one or three channels."""
+    """What every image of a pool becomes.
+
+    Attributes:
+        size: (H, W) in pixels.
+        channels: one or three.
+        resize, recolour: whether the user asked for this size, and for these channels. If not they were learnt from
+            the first images, and an image that differs stops the build: changing it unasked would be silent damage.
+    """
 
     size: tuple[int, int]
     channels: Channels
     resize: bool
-    """Whether images of another size are resized to it; otherwise one of them stops the build."""
+    recolour: bool
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,6 +59,8 @@ class _Part:
 
     table: pa.Table
     histogram: NDArray[np.int64]  # (C, 256): how often each value occurs in the readable images
+    class_counts: NDArray[np.int64]  # (n_classes,): readable images with each label
+    n_unreadable: int
     sha256: bytes
 
 
@@ -73,39 +80,57 @@ def build(
         dest: a folder that does not exist, is empty, or holds an interrupted build, which is started over.
         columns: names of the columns in Parquet.
         size: (H, W) to resize to. None: all images must have one size.
-        channels: auto: grey when the first images are all grey, else rgb.
+        channels: grey or rgb, to which every image is turned. auto: grey when all images are, else rgb.
         on_progress: called with (samples done, samples).
 
     Raises:
-        SourceError: the source is not there, contradicts itself, has no readable image, or has images of
-            several sizes and no `size` was given.
+        SourceError: the source is not there, contradicts itself, has no readable image, or has images of several sizes
+            or colours and none was asked for.
         PoolError: `dest` holds something else.
-        DiskFull: no space left; `dest` is removed.
+        DiskFull: no space left. Like after every other error, nothing is left in `dest`.
     """
     opened = open_source(source, columns)
-    if opened.classes is not None and len(opened.classes) > MAX_CLASSES:
-        raise SourceError(f"{source}: {len(opened.classes)} classes; at most {MAX_CLASSES} fit an assignment")
-    _clear(dest)
+    layout = _layout(opened, source, size, channels)
+    _make_room(dest)
     try:
-        return _build(opened, source, dest, _layout(opened, source, size, channels), on_progress)
-    except BaseException:
-        remove_tree(dest)
-        raise
+        return _build(opened, source, dest, layout, on_progress)
+    except DiskFull as error:
+        raise DiskFull(f"{dest}: no space left on device; nothing was kept; free some space and build again") from error
+    finally:
+        if not (dest / MANIFEST).exists():
+            _discard(dest)
 
 
-def _clear(dest: Path) -> None:
-    found = names_in(dest)
+def _make_room(dest: Path) -> None:
+    """Make sure that `dest` is a folder with nothing in it. Only what an unfinished build left there is removed."""
+    if dest.exists() and not dest.is_dir():
+        raise PoolError(f"{dest}: a file; the pool needs a folder of its own")
+    found = {path.name for path in dest.iterdir()} if dest.exists() else set()
     if MANIFEST in found:
         raise PoolError(f"{dest}: there is a pool already; remove it first or choose another folder")
-    if set(found) - {SAMPLES, IMAGES}:
-        raise PoolError(f"{dest}: not an empty folder (it holds {found[0]}); choose another")
-    remove_tree(dest)
+    ours = {name for name in found if name in (BUILDING, IMAGES, SAMPLES) or name.startswith(f".{SAMPLES}.")}
+    if found and (BUILDING not in found or found - ours):
+        other = min(found - ours, default=min(found))
+        raise PoolError(f"{dest}: not an empty folder (it holds {other}); choose another")
+    _discard(dest)
+
+
+def _discard(dest: Path) -> None:
+    """Remove what a build makes, and nothing else; the folder too if that leaves it empty."""
+    if not (dest / BUILDING).exists():
+        return
+    remove_tree(dest / IMAGES)
+    for path in [dest / SAMPLES, *dest.glob(f".{SAMPLES}.*"), dest / BUILDING]:  # the sign goes last
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        dest.rmdir()
 
 
 def _layout(
     source: Source, name: str, size: tuple[int, int] | None, channels: Literal["auto", "grey", "rgb"]
 ) -> Layout:
     """Learn the shape from the first readable images."""
+    asked = channels != "auto"
     grey = True
     first: tuple[int, int] | None = None
     looked = 0
@@ -117,48 +142,40 @@ def _layout(
         first = first or (image.height, image.width)
         grey = grey and is_grey(image)
         looked += 1
-        if looked == _MAX_SAMPLED or not grey or channels != "auto":
+        if looked == _MAX_SAMPLED or not grey or asked:
             break
     if first is None:
         raise SourceError(f"{name}: none of its {len(source)} images can be decoded")
     if channels == "auto":
         channels = "grey" if grey else "rgb"
-    return Layout(size or first, channels, resize=size is not None)
+    return Layout(size or first, channels, resize=size is not None, recolour=asked)
 
 
 def _build(source: Source, name: str, dest: Path, layout: Layout, on_progress: Callable[[int, int], None]) -> Pool:
     n_samples = len(source)
     chunk = _chunk_size(n_samples, layout)
-    with disk_errors(dest):
-        dest.mkdir(parents=True)
-        zarr.create_array(
-            dest / IMAGES,
-            shape=(n_samples, *layout.shape),
-            chunks=(chunk, *layout.shape),
-            dtype="uint8",
-            fill_value=0,
-            compressors=[ZstdCodec(level=0), Crc32cCodec()],
-            dimension_names=("sample", "height", "width", "channel"),
-        )
+    write_json(dest / BUILDING, {"source": name})
+    dimensions = ("sample", "height", "width", "channel")
+    create_array(dest / IMAGES, (n_samples, *layout.shape), (chunk, *layout.shape), "uint8", 0, dimensions)
 
     histogram = np.zeros((layout.shape[2], 256), dtype=np.int64)
+    class_counts = np.zeros(len(source.classes or ()), dtype=np.int64)
+    n_unreadable = 0
     content = hashlib.sha256(repr((n_samples, layout.shape, source.classes)).encode())
-    counts = {"unreadable": 0, "labeled": 0}
     rows_per_group = auto_block_size(n_samples)
     with parquet_writer(dest / SAMPLES, SCHEMA) as writer:
         pending: list[pa.Table] = []
         for block, part in _in_order(source, split_blocks(n_samples, chunk), dest, layout):
             histogram += part.histogram
+            class_counts += part.class_counts
+            n_unreadable += part.n_unreadable
             content.update(part.sha256)
-            readable = part.table.filter(pc.field("status") == OK)
-            counts["unreadable"] += len(part.table) - len(readable)
-            counts["labeled"] += len(readable) - readable["label"].null_count
             pending.append(part.table)
             if block.stop % rows_per_group == 0 or block.stop == n_samples:
                 writer.write_table(pa.concat_tables(pending), row_group_size=rows_per_group)
                 pending.clear()
             on_progress(block.stop, n_samples)
-    if counts["unreadable"] == n_samples:
+    if n_unreadable == n_samples:
         raise SourceError(f"{name}: none of its {n_samples} images can be decoded")
 
     mean, std = _statistics(histogram)
@@ -167,18 +184,19 @@ def _build(source: Source, name: str, dest: Path, layout: Layout, on_progress: C
         {
             "source": name,
             "n_samples": n_samples,
-            "n_labeled": counts["labeled"],
-            "n_unreadable": counts["unreadable"],
+            "n_unreadable": n_unreadable,
             "channels": layout.shape[2],
             "height": layout.size[0],
             "width": layout.size[1],
             "resized": layout.resize,
             "classes": None if source.classes is None else list(source.classes),
+            "class_counts": class_counts.tolist(),
             "mean": mean,
             "std": std,
             "content_sha256": content.hexdigest(),
         },
     )
+    (dest / BUILDING).unlink()
     return Pool.open(dest)
 
 
@@ -219,22 +237,13 @@ def _pack_block(source: Source, block: Block, dest: Path, layout: Layout) -> _Pa
     rows: list[Row] = []
     statuses: list[str] = []
     for i, row in enumerate(source.rows(block.start, block.stop)):
-        rows.append(Row(row.sample_id, row.uri, None, row.label, row.group_id))  # without the bytes
+        rows.append(replace(row, data=None))  # the bytes are not needed any more
         try:
-            image = decode(_data(row))
-            if not layout.resize and (image.height, image.width) != layout.size:
-                (height, width), (h, w) = layout.size, (image.height, image.width)
-                raise SourceError(
-                    f"{row.sample_id} is {w}x{h} pixels and the first image {width}x{height}; "
-                    f"state the size to resize to: --size {width}x{height}"
-                )
-            images[i] = pixels(image, layout.channels, layout.size)
+            images[i] = _pixels(row, layout)
             statuses.append(OK)
         except Unreadable as error:
             statuses.append(UNREADABLE + str(error))
-    with disk_errors(dest):
-        array = zarr.open_array(dest / IMAGES, mode="r+").with_config({"write_empty_chunks": True})
-        array[block.start : block.stop] = images
+    Array(dest / IMAGES).write((slice(block.start, block.stop),), images)
     table = pa.table(
         {
             "sample_index": np.arange(block.start, block.stop),
@@ -250,14 +259,37 @@ def _pack_block(source: Source, block: Block, dest: Path, layout: Layout) -> _Pa
     described = [(row.sample_id, row.label, row.group_id, status) for row, status in zip(rows, statuses, strict=True)]
     digest = hashlib.sha256(images.tobytes())
     digest.update(repr(described).encode())
-    readable = images[[status == OK for status in statuses]]
-    histogram = [np.bincount(readable[..., c].ravel(), minlength=256) for c in range(layout.shape[2])]
-    return _Part(table, np.array(histogram, dtype=np.int64), digest.digest())
+    ok = np.array([status == OK for status in statuses])
+    labels = [row.label for row, readable in zip(rows, ok, strict=True) if readable and row.label is not None]
+    return _Part(
+        table=table,
+        histogram=np.array([np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(images[ok], -1, 0)]),
+        class_counts=np.bincount(np.array(labels, dtype=np.int64), minlength=len(source.classes or ())),
+        n_unreadable=int(np.count_nonzero(~ok)),
+        sha256=digest.digest(),
+    )
+
+
+def _pixels(row: Row, layout: Layout) -> NDArray[np.uint8]:
+    """One image as it goes into the pool: (H, W, C) uint8. Raises Unreadable, or SourceError when it does not fit."""
+    image = decode(_data(row))
+    if not layout.resize and (image.height, image.width) != layout.size:
+        (height, width), (h, w) = layout.size, (image.height, image.width)
+        raise SourceError(
+            f"{row.sample_id} is {w}x{h} pixels and the first image {width}x{height}; "
+            f"say what to resize to: distal pool build --size {width}x{height}"
+        )
+    if not layout.recolour and layout.channels == "grey" and not is_grey(image):
+        raise SourceError(
+            f"{row.sample_id} is in colour and the first images are grey; "
+            "say what to turn them to: distal pool build --channels rgb (or grey)"
+        )
+    return pixels(image, layout.channels, layout.size)
 
 
 def _data(row: Row) -> bytes:
     if row.data is None:
-        raise Unreadable("no bytes")
+        raise Unreadable(row.error or "no bytes")
     return row.data
 
 

@@ -29,6 +29,8 @@ def decode(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise  # says nothing about the image
     except Exception as error:  # decoders raise anything on damaged input, and each reason is kept
         raise Unreadable(_reason(error)) from error
 
@@ -41,13 +43,13 @@ def is_grey(image: Image.Image) -> bool:
 def pixels(image: Image.Image, channels: Channels, size: tuple[int, int]) -> NDArray[np.uint8]:
     """The image as (H, W, C) uint8, resized to `size` = (H, W) when it has another.
 
-    Transparent pixels are laid on black. 16-bit brightness is scaled to 8 bits.
+    Transparent pixels are laid on black, 16-bit brightness is scaled to 8 bits, colour in a grey pool becomes its luma.
 
     Raises:
-        Unreadable: a colour image where the pool is grey; dropping its colour would be silent damage.
+        Unreadable: 32-bit pixels, whose range is not known.
     """
-    if channels == "grey" and not is_grey(image):
-        raise Unreadable("a colour image in a grey pool; build with --channels rgb")
+    if image.mode in ("I", "F") and image.format != "PNG":  # a PNG has at most 16 bits
+        raise Unreadable(f"32-bit pixels (mode {image.mode}) have no known range; convert to 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.mode.endswith("A") or "transparency" in image.info:

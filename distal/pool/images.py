@@ -19,14 +19,15 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zarr
 from numpy.typing import NDArray
 
+from distal.arrays import Array
 from distal.errors import Damage, PoolError
 from distal.records import JsonObject
 from distal.storage import names_in, read_json
 
 MANIFEST, SAMPLES, IMAGES = "pool.json", "samples.parquet", "images.zarr"
+BUILDING = "building.json"  # written first and removed last: a folder that has it holds an unfinished build
 
 OK = "ok"
 UNREADABLE = "unreadable: "
@@ -56,7 +57,8 @@ class Pool:
         classes: class names in the order of their labels; None when the pool has no labels.
         mean, std: per channel, of the readable pixels scaled to [0, 1].
         content_sha256: of all pixels, ids, labels and statuses; equal pools have equal hashes.
-        n_unreadable, n_labeled: samples in quarantine, and readable samples that carry a label.
+        class_counts: readable samples with each label.
+        n_unreadable: samples in quarantine.
     """
 
     path: Path
@@ -67,8 +69,18 @@ class Pool:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     content_sha256: str
+    class_counts: tuple[int, ...]
     n_unreadable: int
-    n_labeled: int
+
+    @property
+    def n_readable(self) -> int:
+        """Samples that can be shown to a network."""
+        return self.n_samples - self.n_unreadable
+
+    @property
+    def n_labeled(self) -> int:
+        """Readable samples that carry a label."""
+        return sum(self.class_counts)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -80,21 +92,41 @@ class Pool:
         """
         path = Path(path)
         try:
-            record = read_json(path / MANIFEST)
+            record = read_json(path / MANIFEST, required=("n_samples", "classes", "content_sha256"))
+            return cls(
+                path=path,
+                source=record["source"],
+                n_samples=record["n_samples"],
+                image_shape=(record["channels"], record["height"], record["width"]),
+                classes=None if record["classes"] is None else tuple(record["classes"]),
+                class_counts=tuple(record["class_counts"]),
+                mean=tuple(record["mean"]),
+                std=tuple(record["std"]),
+                content_sha256=record["content_sha256"],
+                n_unreadable=record["n_unreadable"],
+            )
         except (FileNotFoundError, NotADirectoryError):
             raise PoolError(_missing(path)) from None
-        return cls(
-            path=path,
-            source=record["source"],
-            n_samples=record["n_samples"],
-            image_shape=(record["channels"], record["height"], record["width"]),
-            classes=None if record["classes"] is None else tuple(record["classes"]),
-            mean=tuple(record["mean"]),
-            std=tuple(record["std"]),
-            content_sha256=record["content_sha256"],
-            n_unreadable=record["n_unreadable"],
-            n_labeled=record["n_labeled"],
-        )
+        except (KeyError, TypeError) as error:
+            raise Damage(f"{path / MANIFEST}: not the record of a pool ({error})") from error
+
+    @property
+    def chunk_size(self) -> int:
+        """Samples in a chunk of images: at most 16 MiB of pixels, the unit that is read."""
+        return self._images.chunks[0]
+
+    def require(self, content_sha256: str) -> Self:
+        """This pool, if it holds what it should: on a cluster a path can name another pool on another node.
+
+        Raises:
+            PoolError: its content is another.
+        """
+        if self.content_sha256 != content_sha256:
+            raise PoolError(
+                f"{self.path}: not the pool of this run (its content hash is {self.content_sha256[:12]}, not "
+                f"{content_sha256[:12]}); every node must see the same files"
+            )
+        return self
 
     def describe(self) -> JsonObject:
         """What `distal pool info` prints."""
@@ -106,11 +138,11 @@ class Pool:
             "n_labeled": self.n_labeled,
             "n_unreadable": self.n_unreadable,
             "image_shape": [channels, height, width],
-            "classes": None if self.classes is None else list(self.classes),
+            "classes": None if self.classes is None else dict(zip(self.classes, self.class_counts, strict=True)),
             "mean": list(self.mean),
             "std": list(self.std),
             "bytes_decoded": self.n_samples * channels * height * width,
-            "image_chunk": self._images.chunks[0],
+            "samples_per_chunk": self.chunk_size,
             "content_sha256": self.content_sha256,
         }
 
@@ -125,16 +157,7 @@ class Pool:
         """
         if not 0 <= start <= stop <= self.n_samples:
             raise IndexError(f"samples [{start}, {stop}) are not inside [0, {self.n_samples})")
-        chunk = self._images.chunks[0]
-        for index in range(start // chunk, -(-stop // chunk)):
-            # Zarr reads a chunk that is not there as zeros, and black images look like data.
-            if not (self.path / IMAGES / f"c/{index}/0/0/0").exists():
-                raise Damage(f"{self.path / IMAGES}: chunk {index} is missing; build the pool again")
-        try:
-            images = np.asarray(self._images[start:stop])
-        except Exception as error:
-            raise Damage(f"{self.path / IMAGES}: samples [{start}, {stop}) cannot be read ({error})") from error
-        return images.transpose(0, 3, 1, 2)
+        return self._images.read((slice(start, stop),)).transpose(0, 3, 1, 2)
 
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images of the given samples, in the given order: (n, C, H, W) uint8, channels-last in memory.
@@ -144,8 +167,7 @@ class Pool:
         wanted = np.asarray(indices, dtype=np.int64)
         channels, height, width = self.image_shape
         images = np.empty((len(wanted), height, width, channels), dtype=np.uint8)
-        chunk = self._images.chunks[0]
-        for positions, start, stop in _grouped(wanted, chunk, self.n_samples):
+        for positions, start, stop in _grouped(wanted, self.chunk_size, self.n_samples):
             images[positions] = self.read(start, stop).transpose(0, 2, 3, 1)[wanted[positions] - start]
         return images.transpose(0, 3, 1, 2)
 
@@ -177,11 +199,8 @@ class Pool:
         return [table[n].fill_null(-1).to_numpy() if n == "label" else table[n].to_numpy() for n in names]
 
     @cached_property
-    def _images(self) -> zarr.Array[Any]:
-        try:
-            return zarr.open_array(self.path / IMAGES, mode="r")
-        except Exception as error:
-            raise Damage(f"{self.path / IMAGES}: cannot be opened ({error})") from error
+    def _images(self) -> Array:
+        return Array(self.path / IMAGES)
 
     @cached_property
     def _samples(self) -> pq.ParquetFile:
@@ -214,6 +233,6 @@ def _grouped(wanted: NDArray[np.int64], chunk: int, n_samples: int) -> Iterator[
 
 
 def _missing(path: Path) -> str:
-    if SAMPLES in names_in(path) or IMAGES in names_in(path):
+    if BUILDING in names_in(path):
         return f"{path}: the build of this pool was interrupted; run `distal pool build SOURCE {path}` again"
     return f"{path}: no such pool; make it with `distal pool build SOURCE {path}`"

@@ -22,6 +22,7 @@ from distal.errors import SourceError
 from distal.hashing import sample_keys
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+READ_ROWS = 1024
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 
@@ -46,13 +47,14 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sample of a source: `data` is None when there are no bytes to decode."""
+    """One sample of a source: `data` is None when there are no bytes to decode, and `error` then says why."""
 
     sample_id: str
     uri: str
     data: bytes | None
-    label: int | None
-    group_id: str | None
+    label: int | None = None
+    group_id: str | None = None
+    error: str | None = None
 
 
 class Source(Protocol):
@@ -115,8 +117,9 @@ class FolderSource:
             os.path.relpath(Path(folder, name), self.root).replace(os.sep, "/")
             for folder, _, names in os.walk(self.root)
             for name in names
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES
         )
+        self.files = [name for name in self.files if not any(part.startswith(".") for part in name.split("/"))]
         if not self.files:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             raise SourceError(f"{self.root}: no Parquet file and no image in this folder (looked for {suffixes})")
@@ -136,12 +139,16 @@ class FolderSource:
         """The samples [start, stop), in order; a file that cannot be read has no data."""
         labels = {name: label for label, name in enumerate(self.classes or ())}
         for name in self.files[start:stop]:
-            path = self.root / name
-            try:
-                data = path.read_bytes()
-            except OSError:
-                data = None
-            yield Row(name, str(path), data, labels.get(name.partition("/")[0]), None)
+            data, error = _read_file(self.root / name)
+            yield Row(name, str(self.root / name), data, labels.get(name.partition("/")[0]), error=error)
+
+
+def _read_file(path: Path) -> tuple[bytes | None, str | None]:
+    """The bytes of a file, or the reason why there are none."""
+    try:
+        return path.read_bytes(), None
+    except OSError as error:
+        return None, f"the file cannot be read ({error.strerror})"
 
 
 @dataclass
@@ -168,8 +175,12 @@ class ParquetSource:
                 raise SourceError(f"{path}: its columns differ from those of {self.files[0]}")
         if not len(self):
             raise SourceError(f"{self.files[0]}: no rows")
-        self._check_ids()
-        self.labels, self.classes = self._classes()
+        try:
+            self._check_ids()
+            self.labels, self.classes = self._classes()
+        except (pa.ArrowException, TypeError) as error:  # lists for ids, texts beside integers for labels, ...
+            reason = str(error).splitlines()[0]
+            raise SourceError(f"{self.files[0]}: its ids, labels or class names cannot be read ({reason})") from error
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -182,12 +193,14 @@ class ParquetSource:
             labels = self._labels(table)
             groups = table[self.columns.group_id].cast(pa.string()) if self._has("group_id") else None
             for i, sample_id in enumerate(ids):
+                data, error = self._data(path, images[i].as_py())
                 yield Row(
                     sample_id=sample_id,
                     uri=f"{path}#row={first + i}",
-                    data=self._data(path, images[i].as_py()),
+                    data=data,
                     label=None if labels is None else self.labels.get(labels[i].as_py()),
                     group_id=None if groups is None else groups[i].as_py(),
+                    error=error,
                 )
 
     def _names(self) -> list[str]:
@@ -216,15 +229,21 @@ class ParquetSource:
         return np.cumsum([0, *(file.metadata.num_rows for file in self._files)])
 
     def _tables(self, start: int, stop: int, names: list[str]) -> Iterator[tuple[Path, int, pa.Table]]:
-        """(file, row in the file, rows) for the samples [start, stop), one row group at a time."""
+        """(file, row in the file, rows) for the samples [start, stop), at most `READ_ROWS` at a time."""
         for path, file, file_start in zip(self.files, self._files, self._starts, strict=False):
             row = int(file_start)
             for group in range(file.num_row_groups):
                 end = row + file.metadata.row_group(group).num_rows
-                low, high = max(start, row), min(stop, end)
-                if low < high:
-                    table = file.read_row_group(group, columns=names).slice(low - row, high - low)
-                    yield path, low - int(file_start), table
+                if row < stop and start < end:
+                    # In batches: a row group may be larger than memory.
+                    for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=names):
+                        low, high = max(start, row), min(stop, row + len(batch))
+                        if low < high:
+                            table = pa.Table.from_batches([batch.slice(low - row, high - low)])
+                            yield path, low - int(file_start), table
+                        row += len(batch)
+                        if row >= stop:
+                            break
                 row = end
 
     def _ids(self, path: Path, first: int, table: pa.Table) -> list[str]:
@@ -233,15 +252,16 @@ class ParquetSource:
             return ids
         return [f"{path.name}#{first + i}" for i in range(len(table))]
 
-    def _data(self, path: Path, image: Any) -> bytes | None:
+    def _data(self, path: Path, image: Any) -> tuple[bytes | None, str | None]:
+        """Encoded bytes, or the reason why there are none."""
         if isinstance(image, dict):  # Hugging Face: bytes, or a path beside the file
             if image.get("bytes") is None and image.get("path"):
-                try:
-                    return (path.parent / image["path"]).read_bytes()
-                except OSError:
-                    return None
+                beside = (path.parent / image["path"]).resolve()
+                if not beside.is_relative_to(path.parent.resolve()):  # a data file does not choose what is read
+                    return None, "its path leads out of the folder of the Parquet file"
+                return _read_file(beside)
             image = image.get("bytes")
-        return image if isinstance(image, bytes) else None
+        return (image, None) if isinstance(image, bytes) else (None, "no bytes")
 
     def _labels(self, table: pa.Table) -> pa.ChunkedArray | None:
         """The column that tells the class, dictionaries decoded; None when there is none."""
@@ -287,6 +307,12 @@ class ParquetSource:
             return {index: index for index in range(len(known))}, tuple(known)
         if not names:
             return {}, None
+        negative = [label for label in names if isinstance(label, int) and label < 0]
+        if negative:
+            raise SourceError(
+                f"{self.columns.label} {negative[0]} is negative; leave the {self.columns.label} of images that have "
+                "none empty"
+            )
         if len(set(names.values())) < len(names):
             raise SourceError(f"{self.columns.class_name}: two labels share one name; give each its own")
         order = sorted(names)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +22,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from distal import checkpoints
 from distal.assignments import Assignments, unassigned
-from distal.errors import DistalError, Diverged, RunConflict
-from distal.models import ModelSpec
+from distal.errors import Damage, DistalError, Diverged, RunConflict
+from distal.models import ModelSpec, be_deterministic
 from distal.pool import Pool
 from distal.records import Block, CheckpointRef, Progress
 from distal.score.plan import MAX_ROWS, Plan, Work, actors_allowed
@@ -40,12 +40,14 @@ class Job:
 
     Attributes:
         pool, assignments: folders to read images from and to write to.
+        pool_sha256: content hash of the pool.
         checkpoints: the folder where checkpoints appear.
         first_index: the checkpoint that row 0 belongs to.
         recorded_from: first row whose recorded arrays are kept.
     """
 
     pool: Path
+    pool_sha256: str
     assignments: Path
     checkpoints: Path
     model: ModelSpec
@@ -55,13 +57,38 @@ class Job:
     first_index: int = 0
     recorded_from: int = 0
 
+    def recording_from(self, row: int) -> Job:
+        """The same job, with recorded arrays kept from this row on."""
+        return replace(self, recorded_from=row)
+
+    def beginning_at(self, checkpoint_index: int) -> Job:
+        """The same job for an array whose row 0 belongs to this checkpoint."""
+        return replace(self, first_index=checkpoint_index)
+
 
 class Producer(Protocol):
     """What publishes checkpoints while they are scored."""
 
-    def slots_held(self) -> int:
-        """Slots it holds now, 0 when it has finished; raises what went wrong with it."""
+    def finished(self) -> bool:
+        """Whether all checkpoints are published; raises what went wrong with it."""
         ...
+
+    def slots_held(self) -> int:
+        """Slots that it takes from scoring now."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some eligible images of a block, decoded.
+
+    Attributes:
+        positions: (n,) their places in the block.
+        images: (n, C, H, W) uint8.
+    """
+
+    positions: NDArray[np.int64]
+    images: NDArray[np.uint8]
 
 
 class Scorer:
@@ -81,7 +108,8 @@ class Scorer:
         self._pool: Pool
         self._assignments: Assignments
         self._template: Predictor
-        self._images: dict[int, NDArray[np.uint8]] = {}
+        self._pieces: dict[int, list[_Piece]] = {}
+        self._room = cache_bytes
         self._predictors: OrderedDict[str, Predictor] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -101,40 +129,48 @@ class Scorer:
             Damage: images or weights are not what was written.
         """
         self._begin(job)
+        todo = [ref for ref in refs if not self._assignments.has(ref.index - job.first_index, block)]
         eligible = self._assignments.eligible(block.start, block.stop)
-        n_predicted = 0
-        for ref in refs:
-            row = ref.index - job.first_index
-            if self._assignments.has(row, block):
-                continue
-            labels = np.full(len(block), unassigned(self._assignments.dtype), self._assignments.dtype)
-            recorded = {
-                name: np.full(len(block), np.nan, np.float32)
-                for name in self._assignments.recorded
-                if row >= job.recorded_from
-            }
-            if eligible.any():
-                images = self._eligible_images(block, eligible)
+        names = ("labels", *self._assignments.recorded)
+        found: dict[int, dict[str, list[NDArray[Any]]]] = {ref.index: {name: [] for name in names} for ref in todo}
+        for piece in self._pieces_of(block, eligible) if todo else ():
+            for ref in todo:
                 try:
-                    prediction = self._load(ref)(images)
+                    prediction = self._load(ref)(piece.images)
                 except NotFinite as error:
-                    raise Diverged(self._not_finite(ref, block, eligible, error.args[0])) from error
-                labels[eligible] = prediction.labels
-                for name, values in recorded.items():
-                    values[eligible] = getattr(prediction, name)
-                n_predicted += len(images)
-            self._assignments.write(row, block, labels, recorded)
-        return n_predicted
+                    sample_index = block.start + int(piece.positions[error.args[0]])
+                    raise Diverged(self._not_finite(ref, sample_index)) from error
+                for name in names:
+                    found[ref.index][name].append(getattr(prediction, name))
+        for ref in todo:
+            self._commit(ref.index - job.first_index, block, eligible, found[ref.index])
+        return len(todo) * int(eligible.sum())
+
+    def _commit(self, row: int, block: Block, eligible: NDArray[np.bool_], found: dict[str, list[Any]]) -> None:
+        """Write one block of one row: what was predicted where eligible, UNASSIGNED and NaN elsewhere."""
+        assert self._job is not None
+        labels = np.full(len(block), unassigned(self._assignments.dtype), self._assignments.dtype)
+        if found["labels"]:
+            labels[eligible] = np.concatenate(found["labels"])
+        recorded = {}
+        for name in self._assignments.recorded if row >= self._job.recorded_from else ():
+            recorded[name] = np.full(len(block), np.nan, np.float32)
+            if found[name]:
+                recorded[name][eligible] = np.concatenate(found[name])
+        self._assignments.write(row, block, labels, recorded)
 
     def _begin(self, job: Job) -> None:
         if job == self._job:
             return
-        self._images.clear()
+        self._job = None  # until everything below has worked
+        self._pieces.clear()
+        self._room = self._cache_bytes
         self._predictors.clear()
-        self._pool = Pool.open(job.pool)
+        self._pool = Pool.open(job.pool).require(job.pool_sha256)
         self._assignments = Assignments.open(job.assignments)
+        be_deterministic(torch.device(job.device))
         self._template = Predictor(
-            job.model.build(),
+            job.model.build(pretrained=False),
             job.model.preprocess(),
             batch_size=job.batch_size,
             precision=job.precision,
@@ -142,18 +178,26 @@ class Scorer:
         )
         self._job = job
 
-    def _eligible_images(self, block: Block, eligible: NDArray[np.bool_]) -> NDArray[np.uint8]:
-        """The eligible images of a block, in index order: kept decoded while the budget lasts.
+    def _pieces_of(self, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_Piece]:
+        """The eligible images of a block, in index order, in pieces of whole batches (but for the last).
 
-        When the budget is spent nothing is thrown out: blocks come round in turns, so the one used longest
-        ago is the one needed next.
+        They are kept decoded while the budget lasts. When it is spent nothing is thrown out: blocks come round in
+        turns, so the one used longest ago is the one needed next. Then a piece at a time is in memory.
         """
-        images = self._images.get(block.index)
-        if images is None:
-            images = self._pool.read(block.start, block.stop).transpose(0, 2, 3, 1)[eligible].transpose(0, 3, 1, 2)
-            if sum(kept.nbytes for kept in self._images.values()) + images.nbytes <= self._cache_bytes:
-                self._images[block.index] = images
-        return images
+        assert self._job is not None
+        if block.index in self._pieces:
+            yield from self._pieces[block.index]
+            return
+        _, height, width = self._pool.image_shape
+        keep = int(eligible.sum()) * self._pool.image_shape[0] * height * width <= self._room
+        kept = []
+        for piece in _pieces(self._pool, block, eligible, self._job.batch_size):
+            if keep:
+                kept.append(piece)
+                self._room -= piece.images.nbytes
+            yield piece
+        if keep:
+            self._pieces[block.index] = kept
 
     def _load(self, ref: CheckpointRef) -> Predictor:
         """A predictor with the weights of a checkpoint; the last few are kept."""
@@ -165,13 +209,31 @@ class Scorer:
         self._predictors[ref.sha256] = predictor
         return predictor
 
-    def _not_finite(self, ref: CheckpointRef, block: Block, eligible: NDArray[np.bool_], position: int) -> str:
-        index = block.start + int(np.flatnonzero(eligible)[position])
-        sample_id = self._pool.take_samples([index], ["sample_id"])["sample_id"][0].as_py()
+    def _not_finite(self, ref: CheckpointRef, sample_index: int) -> str:
+        sample_id = self._pool.take_samples([sample_index], ["sample_id"])["sample_id"][0].as_py()
         return (
             f"checkpoint {ref.index} gives a logit that is not finite for sample {sample_id}; "
             "training diverged: lower train.lr"
         )
+
+
+def _pieces(pool: Pool, block: Block, eligible: NDArray[np.bool_], batch_size: int) -> Iterator[_Piece]:
+    """Read a block chunk by chunk, and cut its eligible images into pieces of whole batches, but for the last."""
+    positions: NDArray[np.int64] = np.empty(0, np.int64)
+    images: NDArray[np.uint8] = np.empty((0, *pool.image_shape[1:], pool.image_shape[0]), np.uint8)
+    for start in range(block.start, block.stop, pool.chunk_size):
+        stop = min(start + pool.chunk_size, block.stop)
+        flags = eligible[start - block.start : stop - block.start]
+        if not flags.any():
+            continue
+        positions = np.concatenate([positions, start - block.start + np.flatnonzero(flags)])
+        images = np.concatenate([images, pool.read(start, stop).transpose(0, 2, 3, 1)[flags]])
+        whole = len(images) // batch_size * batch_size
+        if whole:
+            yield _Piece(positions[:whole], images[:whole].transpose(0, 3, 1, 2))
+            positions, images = positions[whole:], images[whole:]
+    if len(images):
+        yield _Piece(positions, images.transpose(0, 3, 1, 2))
 
 
 class Scorers:
@@ -241,7 +303,7 @@ def score(
 
     Args:
         producer: publishes the checkpoints; its slots are left to it.
-        mixed_hardware: whether actors with another fingerprint than the first may join.
+        mixed_hardware: whether actors with another fingerprint than the first may join; else they are sent away.
         progress: what is known of the cycle; `on_progress` is called with it, brought up to date.
         on_event: called with the name and the values of what happened.
 
@@ -250,7 +312,8 @@ def score(
 
     Raises:
         BlockFailed, DistalError: a block, or every new actor, failed again and again.
-        RunConflict: an actor has another fingerprint.
+        RunConflict: no actor has the fingerprint that the assignments were begun with.
+        Damage: a checkpoint is missing though training is done, or has other weights than a row was begun with.
     """
     return _Pass(job, assignments, scorers, producer, mixed_hardware, progress, on_progress, on_event).run()
 
@@ -286,6 +349,7 @@ class _Pass:
         self.joining: dict[Any, int] = {}
         self.working: dict[Any, Work] = {}
         self.failed_starts = 0
+        self.refused = 0
         self.recent: deque[tuple[float, int]] = deque()
 
     def run(self) -> int:
@@ -310,15 +374,25 @@ class _Pass:
         return self.images
 
     def _allowed(self) -> int:
-        return actors_allowed(self.scorers.asked, self.scorers.slots, self.producer.slots_held())
+        """Actors that there may be now. One that was refused is not started again: it would land on the same node."""
+        held = self.producer.slots_held()
+        return max(0, actors_allowed(self.scorers.asked, self.scorers.slots, held) - self.refused)
 
     def _look_for_checkpoints(self) -> None:
+        finished = self.producer.finished()  # asked first: what is missing afterwards will never come
         for index in checkpoints.committed(self.job.checkpoints):
             row = index - self.job.first_index
-            if row >= 0 and row not in self.refs:
-                self.refs[row] = checkpoints.read(self.job.checkpoints, index)
+            if 0 <= row < self.assignments.n_rows and row not in self.refs:
+                ref = checkpoints.read(self.job.checkpoints, index)
+                self.assignments.adopt_weights(row, ref.sha256)
+                self.refs[row] = ref
                 self.plan.published(row)
-                self.on_event("checkpoint", index=index, epoch=self.refs[row].epoch, **self.refs[row].metrics)
+        lacking = [row for row in range(self.assignments.n_rows) if row not in self.refs]
+        if finished and lacking:
+            raise Damage(
+                f"{self.job.checkpoints}: training is complete, and checkpoint {lacking[0] + self.job.first_index} is "
+                "not here; every node must see the same files; put it back, or start another run directory"
+            )
 
     def _greet(self, actor: int) -> None:
         self.joining[self.scorers.actors[actor].fingerprint.remote(self.job)] = actor
@@ -344,15 +418,24 @@ class _Pass:
         actor = self.joining.pop(ref)
         begun = self.assignments.adopt_fingerprint(found)
         if found != begun and not self.mixed_hardware:
-            differing = next(name for name in begun if begun[name] != found.get(name))
-            raise RunConflict(
-                f"{self.job.assignments}: begun with {differing} {begun[differing]!r}, this actor has "
-                f"{found.get(differing)!r}, which can change the answer; use the same kind of machine, "
-                "or set score.mixed_hardware=allow"
-            )
+            self._refuse(actor, begun, found)
+            return
         self.failed_starts = 0
         self.plan.actor_joined(actor)
         self.on_event("actor_joined", actor=actor)
+
+    def _refuse(self, actor: int, begun: dict[str, str], found: dict[str, str]) -> None:
+        """Send an actor away whose predictions could differ in their last bits."""
+        name = next(name for name in begun if begun[name] != found.get(name))
+        reason = f"begun with {name} {begun[name]!r}, this actor has {found.get(name)!r}"
+        self.on_event("actor_refused", actor=actor, reason=reason)
+        self.scorers.drop(actor)
+        self.refused += 1
+        if not self.scorers.actors:
+            raise RunConflict(
+                f"{self.job.assignments}: {reason}, which can change the answer; use the same kind of machine, "
+                "or set score.mixed_hardware=allow"
+            )
 
     def _commit(self, ref: Any, n_predicted: int) -> None:
         work = self.working.pop(ref)
@@ -397,5 +480,6 @@ class _Pass:
                 images=sum(self.eligible) * self.assignments.n_rows,
                 images_per_s=rate,
                 actors=len(self.scorers.actors) - len(self.joining),
+                actors_starting=len(self.joining),
             )
         )

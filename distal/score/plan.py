@@ -3,15 +3,15 @@
 Events go in (`published`, `actor_joined`, `done`, `failed`, `actor_lost`), and `next_work` says what to hand
 out. The same events always give the same decisions, so the tests are scripts of events.
 
-A block sticks to the actor that has it decoded. When several checkpoints wait, one hand-out carries up to
-`MAX_ROWS` of them, so the block is read and decoded once for all. An actor without work of its own takes a
+A block sticks to the actor that has it decoded. When several checkpoints wait, one hand-out carries up to `MAX_ROWS` of
+them, and the actor reads and decodes the block once for all. An actor without work of its own takes a
 block from the actor that has most left to do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from distal.errors import BlockFailed
 
@@ -27,12 +27,6 @@ class Work:
     actor: int
     block: int
     rows: tuple[int, ...]
-
-
-@dataclass(eq=False)
-class _Actor:
-    work: list[Work] = field(default_factory=list)
-    blocks: set[int] = field(default_factory=set)  # those it has scored before, and may have decoded
 
 
 class Plan:
@@ -53,8 +47,8 @@ class Plan:
             self._missing[row] -= 1
         self._published: set[int] = set()
         self._attempts: dict[int, int] = {}
-        self._owner: dict[int, int] = {}
-        self._actors: dict[int, _Actor] = {}
+        self._owner: dict[int, int] = {}  # the actor that scored a block last, and may have it decoded
+        self._work: dict[int, list[Work]] = {}  # what each actor has in hand, in the order it was handed out
 
     @property
     def finished(self) -> bool:
@@ -82,7 +76,7 @@ class Plan:
 
     def actor_joined(self, actor: int) -> None:
         """An actor is ready for work."""
-        self._actors[actor] = _Actor()
+        self._work[actor] = []
 
     def actor_lost(self, actor: int) -> None:
         """An actor is gone; what it had in hand waits again.
@@ -90,17 +84,15 @@ class Plan:
         Raises:
             BlockFailed: the block it was working on has been lost too often.
         """
-        lost = self._actors.pop(actor)
-        for block in lost.blocks:
-            self._owner.pop(block, None)
-        for position, work in enumerate(lost.work):
+        self._owner = {block: owner for block, owner in self._owner.items() if owner != actor}
+        for position, work in enumerate(self._work.pop(actor)):
             self._waiting[work.block].update(work.rows)
             if position == 0:  # the others were only queued behind it
                 self._count_failure(work.block, "the actor died")
 
     def done(self, work: Work) -> None:
         """A hand-out is committed."""
-        self._actors[work.actor].work.remove(work)
+        self._work[work.actor].remove(work)
         self._done.update((row, work.block) for row in work.rows)
         self._left[work.block] -= len(work.rows)
         for row in work.rows:
@@ -113,7 +105,7 @@ class Plan:
         Raises:
             BlockFailed: it has failed too often.
         """
-        self._actors[work.actor].work.remove(work)
+        self._work[work.actor].remove(work)
         self._waiting[work.block].update(work.rows)
         self._count_failure(work.block, reason)
 
@@ -121,44 +113,34 @@ class Plan:
         """Everything that can be handed out now; the plan takes it as handed out."""
         handed_out = []
         for depth in range(IN_FLIGHT):  # one each before a second one
-            for name, actor in self._actors.items():
-                if len(actor.work) > depth:
-                    continue
-                block = self._choose(name)
+            for actor, in_hand in self._work.items():
+                block = self._choose(actor) if len(in_hand) <= depth else None
                 if block is None:
                     continue
-                rows = tuple(sorted(self._waiting[block])[:MAX_ROWS])
-                self._waiting[block].difference_update(rows)
-                self._move(block, name)
-                work = Work(name, block, rows)
-                actor.work.append(work)
+                work = Work(actor, block, tuple(sorted(self._waiting[block])[:MAX_ROWS]))
+                self._waiting[block].difference_update(work.rows)
+                self._owner[block] = actor
+                in_hand.append(work)
                 handed_out.append(work)
         return handed_out
 
     def _choose(self, actor: int) -> int | None:
         """The block whose oldest row is the most behind: own blocks first, then free ones, then others'."""
-        busy = {work.block for other in self._actors.values() for work in other.work}
+        busy = {work.block for in_hand in self._work.values() for work in in_hand}
         candidates = [b for b, rows in enumerate(self._waiting) if rows and b not in busy]
         if not candidates:
             return None
         own = [b for b in candidates if self._owner.get(b) == actor]
         free = [b for b in candidates if b not in self._owner]
-        pick = own or free or self._richest(candidates)
+        pick = own or free or self._of_the_richest(candidates)
         return min(pick, key=lambda b: (min(self._waiting[b]), b))
 
-    def _richest(self, candidates: list[int]) -> list[int]:
+    def _of_the_richest(self, candidates: list[int]) -> list[int]:
         """The candidates of the actor that has most of them."""
         by_owner: dict[int, list[int]] = {}
         for block in candidates:
             by_owner.setdefault(self._owner[block], []).append(block)
         return max(by_owner.values(), key=len)
-
-    def _move(self, block: int, actor: int) -> None:
-        previous = self._owner.get(block)
-        if previous is not None and previous != actor:
-            self._actors[previous].blocks.discard(block)
-        self._owner[block] = actor
-        self._actors[actor].blocks.add(block)
 
     def _count_failure(self, block: int, reason: str) -> None:
         self._attempts[block] = self._attempts.get(block, 0) + 1

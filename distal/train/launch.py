@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from distal.errors import DistalError, TrainingFailed
-from distal.storage import remove_tree
+from distal import checkpoints
+from distal.errors import Damage, DistalError, TrainingFailed
+from distal.storage import remove_tree, write_bytes
 from distal.train.loop import TrainJob, train_rank
 
 # Read by Ray Train's controller when `fit` starts it.
@@ -21,7 +23,6 @@ RAY_TRAIN_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a rank keeps the working directory, so a user's module is found
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
-CONTROLLER_FAILURES = 3  # placements that may time out before `fit` gives up: its default is to wait for ever
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,25 @@ class Ranks:
     use_gpu: bool
     label_selector: dict[str, str] | None
 
+    def __str__(self) -> str:
+        where = f" on nodes with {self.label_selector}" if self.label_selector else ""
+        gpu = " and a GPU" if self.use_gpu else ""
+        return f"{self.workers} ranks of {self.threads} CPU slots{gpu} each{where}"
+
 
 def train(job: TrainJob, ranks: Ranks, *, on_event: Callable[..., None] = lambda name, **values: None) -> None:
     """Train all epochs of a cycle; returns when the last checkpoint is committed.
 
-    Ranks that die are started again, with the same world size, from the last finished epoch.
+    Ranks that die are started again, with the same world size, from the last finished epoch. While the cluster has no
+    room for them this waits, and says so about once a minute.
+
+    Args:
+        on_event: called with the name and the values of what happened.
 
     Raises:
         Diverged, Damage, DiskFull: as a rank raised it.
         TrainingFailed: ranks died more than `train.max_failures` times in a row without finishing an epoch.
+        Damage: a checkpoint is missing although all ranks are done: they do not write to the folder seen here.
     """
     _set_environment()
     from ray.train import TrainingFailedError
@@ -56,10 +67,14 @@ def train(job: TrainJob, ranks: Ranks, *, on_event: Callable[..., None] = lambda
         before = _state_version(job)
         try:
             _fit(job, ranks)
+            break
         except TrainingFailedError as error:
             ours = _find(error, DistalError)
             if ours is not None:
                 raise ours from None
+            if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
+                on_event("training_waits", reason=f"no room on the cluster for {ranks}")
+                continue
             failures = failures + 1 if _state_version(job) == before else 1
             reason = _last_line(error)
             on_event("training_failed", failures=failures, reason=reason)
@@ -68,8 +83,17 @@ def train(job: TrainJob, ranks: Ranks, *, on_event: Callable[..., None] = lambda
                     f"cycle {job.cycle}: training failed {failures} times in a row without finishing an epoch; "
                     f"the last reason: {reason}"
                 ) from error
-        else:
-            return
+    missing = set(range(len(job.config.checkpoint_epochs))) - set(checkpoints.committed(job.checkpoints))
+    if missing:
+        raise Damage(
+            f"{job.checkpoints}: all ranks are done, and checkpoint {min(missing)} is not here; "
+            "every node must see the run directory at the same path"
+        )
+
+
+def abandon(job: TrainJob) -> None:
+    """Have ranks that are still at work stop at the end of their epoch, without writing it."""
+    write_bytes(job.owner_path, b"")
 
 
 def _set_environment() -> None:
@@ -79,6 +103,8 @@ def _set_environment() -> None:
 
 def _fit(job: TrainJob, ranks: Ranks) -> None:
     """One attempt, under a name of its own, with Ray Train's files inside the cycle."""
+    name = f"cycle-{job.cycle:03d}-{uuid.uuid4().hex[:8]}"
+    write_bytes(job.owner_path, name.encode())
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -87,7 +113,7 @@ def _fit(job: TrainJob, ranks: Ranks) -> None:
     try:
         TorchTrainer(
             _entry,
-            train_loop_config={"job": job},
+            train_loop_config={"job": replace(job, owner=name)},
             scaling_config=ScalingConfig(
                 num_workers=ranks.workers,
                 use_gpu=ranks.use_gpu,
@@ -95,14 +121,15 @@ def _fit(job: TrainJob, ranks: Ranks) -> None:
                 label_selector=ranks.label_selector,
             ),
             run_config=RunConfig(
-                name=f"cycle-{job.cycle:03d}-{uuid.uuid4().hex[:8]}",
+                name=name,
                 storage_path=str(storage),
-                # A rank that dies ends this attempt; `train` looks at the reason and starts the next.
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
+                # What goes wrong ends this attempt, placement too; `train` looks at the reason and starts the next.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         ).fit()
     finally:
-        remove_tree(storage)
+        with suppress(OSError):  # a process that is being killed may still write there; nothing reads it
+            remove_tree(storage)
 
 
 def _entry(config: dict[str, Any]) -> None:

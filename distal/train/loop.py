@@ -8,7 +8,6 @@ after every epoch and then commits the checkpoint, so no committed epoch is ever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from torch.utils.data import DistributedSampler
 
 from distal import checkpoints
 from distal.config import TrainConfig
-from distal.errors import Damage, Diverged
+from distal.errors import Damage, Diverged, Superseded
 from distal.hashing import mix64, seed_for
 from distal.ledger import Ledger
-from distal.models import ModelSpec, seeded_build
+from distal.models import ModelSpec, be_deterministic, seeded_build
 from distal.pool import Pool
 from distal.records import CheckpointRef
 from distal.storage import write_bytes
@@ -44,10 +43,12 @@ class TrainJob:
         labels: the label files of the ledger.
         threads: torch threads of a rank.
         warm_from: the checkpoint to start from, None for scratch.
-        inputs: hash of everything that decides the result; a state with another is not resumed.
+        inputs: hash of everything that decides the result; a state or a checkpoint with another is not resumed.
+        owner: names the attempt; only the one that `owner_path` names may write.
     """
 
     pool: Path
+    pool_sha256: str
     folder: Path
     labels: tuple[Path, ...]
     model: ModelSpec
@@ -57,6 +58,12 @@ class TrainJob:
     threads: int
     warm_from: CheckpointRef | None
     inputs: str
+    owner: str = ""
+
+    @property
+    def owner_path(self) -> Path:
+        """Who may write: the latest attempt."""
+        return self.folder / "train" / "owner"
 
     @property
     def state_path(self) -> Path:
@@ -74,15 +81,15 @@ def train_rank(job: TrainJob) -> None:
 
     Raises:
         Diverged: the mean loss of an epoch is not finite.
-        Damage: `state.pt` cannot be read.
+        Damage: `state.pt` or a checkpoint is from other inputs, or cannot be read.
+        Superseded: a later attempt has taken over.
     """
     import ray.train.torch as ray_torch
 
     device = ray_torch.get_device()
     torch.set_num_threads(job.threads)
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    pool = Pool.open(job.pool)
+    be_deterministic(device)
+    pool = Pool.open(job.pool).require(job.pool_sha256)
     ledger = Ledger.read(job.labels)
     images = torch.from_numpy(pool.take(ledger.indices))
     labels = torch.from_numpy(ledger.labels)
@@ -181,7 +188,8 @@ class _Rank:
             group["lr"] = learning_rate(self.config, epoch)
         self.model.train()
         total = torch.zeros(2, dtype=torch.float64)
-        for positions in self._batches(epoch):
+        order = seed_for("order", self.job.seed, self.job.cycle, epoch)
+        for positions in batches(len(self.labels), self.config.batch_size, self.rank, self.world_size, order):
             inputs = self.preprocess(self._augmented(positions, epoch).to(self.device))
             loss = cross_entropy(self.model(inputs), self.labels[positions].to(self.device))
             self.optimizer.zero_grad(set_to_none=True)
@@ -199,6 +207,7 @@ class _Rank:
     def save(self, epoch: int, loss: float) -> None:
         """Replace the state, then commit the checkpoint. Rank 0 only."""
         if self.rank == 0:
+            _check_owner(self.job)
             state = {
                 "inputs": self.job.inputs,
                 "epoch": epoch,
@@ -212,24 +221,14 @@ class _Rank:
     def _commit(self, epoch: int, loss: float) -> None:
         epochs = self.config.checkpoint_epochs
         if self.rank == 0 and epoch in epochs:
-            index = epochs.index(epoch)
-            checkpoints.commit(self.job.checkpoints, index, epoch, self.net.state_dict(), {"train_loss": loss})
-
-    def _batches(self, epoch: int) -> Iterator[NDArray[np.int64]]:
-        """Positions of this rank's samples, batch by batch: a share of every batch goes to each rank."""
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            range(len(self.labels)),  # type: ignore[arg-type]
-            num_replicas=self.world_size,
-            rank=self.rank,
-            shuffle=True,
-            seed=seed_for("order", self.job.seed, self.job.cycle, epoch),
-        )
-        positions = np.fromiter(sampler, dtype=np.int64)
-        share = self.config.batch_size // self.world_size
-        borders = list(range(share, len(positions), share))
-        if borders and len(positions) - borders[-1] == 1:
-            borders.pop()  # batch norm cannot learn from a batch of one image: it joins the batch before
-        return iter(np.split(positions, borders))
+            checkpoints.commit(
+                self.job.checkpoints,
+                epochs.index(epoch),
+                epoch,
+                self.net.state_dict(),
+                inputs=self.job.inputs,
+                metrics={"train_loss": loss},
+            )
 
     def _augmented(self, positions: NDArray[np.int64], epoch: int) -> Tensor:
         images = self.images[positions]
@@ -237,6 +236,34 @@ class _Rank:
             return images
         draws = mix64("augment", self.job.seed, self.job.cycle, epoch, self.indices[positions])
         return crop_flip(images, draws)
+
+
+def batches(n: int, batch_size: int, rank: int, world_size: int, seed: int) -> list[NDArray[np.int64]]:
+    """What one rank trains on in one epoch: a share of every batch.
+
+    The batches of all ranks together are those of a single rank with the same seed, but for up to world_size - 1
+    samples that are repeated at the end so that all ranks have as many.
+
+    Args:
+        n: labelled samples.
+        batch_size: images per step over all ranks, a multiple of `world_size`.
+
+    Returns:
+        Positions in [0, n), batch by batch.
+    """
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        range(n),  # type: ignore[arg-type]
+        num_replicas=world_size,
+        rank=rank,
+        shuffle=True,
+        seed=seed,
+    )
+    positions = np.fromiter(sampler, dtype=np.int64)
+    share = batch_size // world_size
+    borders = list(range(share, len(positions), share))
+    if borders and len(positions) - borders[-1] == 1:
+        borders.pop()  # batch norm cannot learn from a batch of one image: it joins the batch before
+    return np.split(positions, borders)
 
 
 def crop_flip(images: Tensor, draws: NDArray[np.uint64]) -> Tensor:
@@ -282,7 +309,17 @@ def read_state(job: TrainJob) -> bytes | None:
     try:
         inputs = checkpoints.deserialize(data)["inputs"]
     except Exception as error:
-        raise Damage(f"{job.state_path}: cannot be read ({error}); delete it to train again") from error
+        raise Damage(f"{job.state_path}: cannot be read ({error}); {_again(job)}") from error
     if inputs != job.inputs:
-        raise Damage(f"{job.state_path}: from other inputs than this cycle's; delete it to train again")
+        raise Damage(f"{job.state_path}: trained from other inputs than the cycle has now; {_again(job)}")
     return data
+
+
+def _again(job: TrainJob) -> str:
+    return f"put back what was there, or remove {job.folder} to do the cycle again"
+
+
+def _check_owner(job: TrainJob) -> None:
+    """Stop when a later attempt has taken over: ranks of a driver that was killed live on for some seconds."""
+    if job.owner_path.read_text() != job.owner:
+        raise Superseded(f"{job.folder}: another attempt has taken over training")

@@ -1,0 +1,130 @@
+"""What a run is given: its pools, opened or packed, and whether everything fits together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from distal.assignments import dtype_for
+from distal.cluster import Slots
+from distal.config import BUILTIN, Config
+from distal.errors import PoolError, UserError
+from distal.models import ModelSpec
+from distal.monitor import Display
+from distal.pool import Pool
+from distal.pool.build import build
+from distal.pool.images import MANIFEST
+from distal.records import JsonObject, Progress, auto_block_size
+from distal.score.plan import batch_size_for
+
+AUTO_BATCH_SIZE = {"cpu": 128, "cuda": 512}
+
+
+def open_pools(config: Config, connect: Callable[[], None], display: Display) -> tuple[Pool, Pool | None]:
+    """The pool and the test pool, packed first where they do not exist yet.
+
+    Args:
+        connect: connects to Ray, which packing needs.
+    """
+    pool = _open(Path(config.pool.path), config.pool.source, "pool.source", connect, display)
+    if config.pool.test is None:
+        return pool, None
+    packed = Path(config.pool.test)
+    if not config.pool.test.startswith(BUILTIN) and (packed / MANIFEST).exists():
+        return pool, Pool.open(packed)
+    return pool, _open(Path(f"{config.pool.path}-test"), config.pool.test, "pool.test", connect, display)
+
+
+def _open(folder: Path, source: str | None, key: str, connect: Callable[[], None], display: Display) -> Pool:
+    if source is None or (folder / MANIFEST).exists():
+        pool = Pool.open(folder)
+        if source not in (None, pool.source):
+            raise PoolError(
+                f"{key}: {folder} was packed from {pool.source}, not from {source}; remove it to pack it again, choose "
+                "another folder, or set pool.source=null to use it as it is"
+            )
+    else:
+        connect()
+        display.say(f"packing {source} into {folder}")
+        pool = build(
+            source,
+            folder,
+            on_progress=lambda done, total: display.progress(Progress(-1, "packing", images_scored=done, images=total)),
+        )
+    if pool.n_unreadable:
+        display.say(
+            f"{folder}: {pool.n_unreadable} of {pool.n_samples} images are unreadable and left out; "
+            "the reasons are in samples.parquet"
+        )
+    return pool
+
+
+def check(config: Config, pool: Pool, test: Pool | None) -> None:
+    """Refuse at once what would fail later. Raises UserError."""
+    if pool.classes is None or pool.n_labeled < pool.n_readable:
+        raise PoolError(
+            f"{pool.path}: {pool.n_readable - pool.n_labeled} of {pool.n_readable} readable images have no label; "
+            "label.oracle: pool needs a label for every image"
+        )
+    present = [name for name, count in zip(pool.classes, pool.class_counts, strict=True) if count]
+    if len(present) < 2:
+        raise PoolError(f"{pool.path}: one class only ({present[0]}); at least two are needed to classify")
+    dtype_for(len(pool.classes))
+    n_usable = pool.n_readable if config.pool.limit is None else min(config.pool.limit, pool.n_readable)
+    if n_usable < config.loop.initial + 1:
+        raise UserError(
+            f"loop.initial: {config.loop.initial} labelled samples and at least one to select need "
+            f"{config.loop.initial + 1} readable images, the pool has {n_usable}; lower it"
+        )
+    if test is not None:
+        _check_test(test, pool, pool.classes)
+    ModelSpec.of(config.model, pool).check()
+
+
+def _check_test(test: Pool, pool: Pool, classes: tuple[str, ...]) -> None:
+    if test.image_shape != pool.image_shape:
+        raise PoolError(
+            f"pool.test: its images have shape {test.image_shape}, those of the pool {pool.image_shape}; pack both "
+            "with the same --size and --channels (`distal pool build`)"
+        )
+    unknown = sorted(set(test.classes or ()) - set(classes))
+    if unknown:
+        raise PoolError(f"pool.test: class {unknown[0]!r} is not in the pool, which has {', '.join(classes)}")
+    if not test.n_labeled:
+        raise PoolError(f"pool.test: {test.path} has no labels; set pool.test=null to go without")
+
+
+def constants(config: Config, pool: Pool, slots: Slots) -> JsonObject:
+    """The value of every key that may say `auto` and can change a bit of the answer; kept in `run.yaml`."""
+    auto = {
+        "device": slots.device,
+        "pool.block_size": auto_block_size(pool.n_samples),
+        "train.threads": slots.train_threads(config.train.workers),
+        "score.precision": "fp32",
+        "score.batch_size": batch_size_for(_eligible_per_block(config, pool), AUTO_BATCH_SIZE[slots.device]),
+    }
+    given = config.leaves()
+    return {key: value if given[key] == "auto" else given[key] for key, value in auto.items()}
+
+
+def resolved(config: Config, constants: JsonObject) -> Config:
+    """The configuration with a value in place of every `auto` that can change a bit of the answer."""
+    return config.with_values({key: constants[key] for key in config.autos()})
+
+
+def fixed(config: Config, pool: Pool | None, test: Pool | None = None) -> JsonObject:
+    """What must stay the same for as long as a run exists; config is resolved. Of a pool that is not at hand nothing
+    is said."""
+    what = dict(config.fixed())
+    if pool is not None:
+        what |= {"pool content (pool.path)": pool.content_sha256, "pool classes": list(pool.classes or ())}
+        what |= {"test content (pool.test)": test.content_sha256 if test else None}
+    return what
+
+
+def _eligible_per_block(config: Config, pool: Pool) -> int:
+    """About how many samples of a block will be scored while little is labelled."""
+    size = config.pool.block_size
+    block_size = auto_block_size(pool.n_samples) if size == "auto" else size
+    n_scored = min(config.pool.limit or pool.n_readable, pool.n_readable) - config.loop.initial
+    return max(1, min(block_size, pool.n_samples) * n_scored // pool.n_samples)
