@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from distal import __version__
-from distal.errors import ConfigError, DistalError
+from distal.errors import ConfigError, DistalError, UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +49,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
-def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("distal.yaml")) -> None:
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("distal.yaml"), as_json: Json = False
+) -> None:
     """Write a commented configuration with every key."""
     from distal.config import commented_yaml
 
@@ -60,7 +62,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("di
         path.write_text(commented_yaml())
         return {"path": str(path)}
 
-    _answer(work, False, lambda result: f"wrote {result['path']}; next: distal run {result['path']}")
+    _answer(work, as_json, lambda result: f"wrote {result['path']}; next: distal run {result['path']}")
 
 
 @app.command()
@@ -180,17 +182,26 @@ def _answer(
     try:
         result = work()
     except DistalError as error:
-        line = " ".join(str(error).split())
-        print(f"distal: {line}", file=sys.stderr)
-        if as_json:
-            print(json.dumps({"state": "error", "error": line, "exit_code": error.exit_code}))
-        raise typer.Exit(error.exit_code) from None
+        raise _refuse(" ".join(str(error).split()), error.exit_code, as_json) from None
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        if error.filename is None:
+            raise
+        line = f"{os.fsdecode(error.filename)}: {(error.strerror or '').lower()}; give a path that can be written"
+        raise _refuse(line, UserError.exit_code, as_json) from None
     if as_json:
         print(json.dumps(result))
     else:
         from rich.console import Console
 
         Console(soft_wrap=True).print(render(result), highlight=False)
+
+
+def _refuse(line: str, exit_code: int, as_json: bool) -> typer.Exit:
+    """Say in one line what went wrong."""
+    print(f"distal: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"state": "error", "error": line, "exit_code": exit_code}))
+    return typer.Exit(exit_code)
 
 
 def _stop_on_signals(as_json: bool, resume: bool) -> None:

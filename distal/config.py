@@ -228,7 +228,12 @@ class Config(Section):
     label: LabelConfig = LabelConfig()
 
     @model_validator(mode="after")
-    def _recorded(self) -> Self:
+    def _consistent(self) -> Self:
+        if self.loop.initial < 2 * self.train.workers:
+            raise ValueError(
+                f"loop.initial: {self.loop.initial} must be at least 2 per rank (train.workers: {self.train.workers}): "
+                "batch norm needs two images"
+            )
         if self.select.measure in get_args(Recorded) and self.select.measure not in self.score.record:
             raise ValueError(f"select.measure: {self.select.measure} needs score.record to contain it")
         if self.select.tie_break == "margin" and "margin" not in self.score.record:
@@ -478,7 +483,8 @@ def _kinds(kind: Any) -> list[str]:
     if kind in words:
         return [words[kind]]
     if get_origin(kind) is Annotated:
-        return [", ".join(_kinds(members[0])) + _bounds(kind.__metadata__[0].metadata)]
+        bounds = [bound for part in kind.__metadata__ for bound in getattr(part, "metadata", ())]
+        return [", ".join(_kinds(members[0])) + _bounds(bounds)]
     if get_origin(kind) is tuple:
         return [f"list of {' or '.join(_kinds(members[0]))}"]
     if get_origin(kind) is Literal:

@@ -73,9 +73,10 @@ def _is_complete(directory: Run, config: Config) -> bool:
     """Whether nothing is left to do, told from storage alone. Raises RunConflict when the run is another one."""
     if directory.identity is None or not directory.is_complete(config.loop.cycles):
         return False
+    fixed = inputs.resolved(config, directory.identity["constants"]).fixed()
     folder = Path(config.pool.path)
-    pool = Pool.open(folder) if (folder / MANIFEST).exists() else None  # a finished run does not need its pool
-    fixed = inputs.fixed(inputs.resolved(config, directory.identity["constants"]), pool)
+    if (folder / MANIFEST).exists():  # a finished run does not need its pool
+        fixed |= inputs.content(Pool.open(folder))
     directory.check(fixed)
     return True
 
@@ -116,7 +117,14 @@ class _Driver:
 
     def run(self) -> None:
         """Every cycle in turn; stages that are complete are skipped."""
-        self._event("attempt", distal=__version__, host=platform.node(), pid=os.getpid(), device=self.slots.device)
+        self._event(
+            "attempt",
+            distal=__version__,
+            host=platform.node(),
+            pid=os.getpid(),
+            device=self.slots.device,
+            slots=self.slots.scoring,
+        )
         self._initial()
         try:
             for index in range(self.config.loop.cycles):
@@ -319,7 +327,10 @@ class _Driver:
             label_from_pool(self.pool, chosen.indices, cycle.labels)
             return {"n_answered": len(chosen)}
 
-        self._stage(cycle, "label", lambda: {"selection": cycle.chosen().sha256}, work)
+        def made_from() -> dict[str, str]:
+            return {"selection": cycle.chosen().sha256, "labels": Ledger.read([cycle.labels]).sha256}
+
+        self._stage(cycle, "label", made_from, work)
 
     def _stage(
         self, cycle: Cycle, stage: str, made_from: Callable[[], dict[str, str]], work: Callable[[], JsonObject]

@@ -112,14 +112,14 @@ def resolved(config: Config, constants: JsonObject) -> Config:
     return config.with_values({key: constants[key] for key in config.autos()})
 
 
-def fixed(config: Config, pool: Pool | None, test: Pool | None = None) -> JsonObject:
-    """What must stay the same for as long as a run exists; config is resolved. Of a pool that is not at hand nothing
-    is said."""
-    what = dict(config.fixed())
-    if pool is not None:
-        what |= {"pool content (pool.path)": pool.content_sha256, "pool classes": list(pool.classes or ())}
-        what |= {"test content (pool.test)": test.content_sha256 if test else None}
-    return what
+def fixed(config: Config, pool: Pool, test: Pool | None) -> JsonObject:
+    """What must stay the same for as long as a run exists; `config` is resolved."""
+    return {**config.fixed(), **content(pool), "test content (pool.test)": test.content_sha256 if test else None}
+
+
+def content(pool: Pool) -> JsonObject:
+    """What of a pool must stay the same, wherever it lies."""
+    return {"pool content (pool.path)": pool.content_sha256, "pool classes": list(pool.classes or ())}
 
 
 def _eligible_per_block(config: Config, pool: Pool) -> int:

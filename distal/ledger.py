@@ -48,7 +48,7 @@ class Ledger:
         """The union of label files.
 
         Raises:
-            Damage: two files answer for the same sample.
+            Damage: a file is missing, or two answer for the same sample.
         """
         tables = [read_table(file, ["sample_index", "sample_id", "label"]) for file in files]
         table = pa.concat_tables(tables).sort_by("sample_index")

@@ -109,10 +109,7 @@ class Cycle:
         Raises:
             Damage: the file is missing, or is not the selection that was made.
         """
-        try:
-            selection = Selection.read(self.selection)
-        except FileNotFoundError:
-            raise Damage(f"{self.selection}: missing, although the stage is complete") from None
+        selection = Selection.read(self.selection)
         marker = self.marker("select")
         if marker is None or selection.sha256 != marker["selection_sha256"]:
             raise Damage(f"{self.selection}: not the selection that was made; put the old file back")
@@ -192,7 +189,7 @@ class Run:
         """What `run.yaml` says; None when the run has not begun."""
         try:
             return storage.read_yaml(self.path / "run.yaml", required=("fixed", "constants"))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
 
     def check(self, fixed: JsonObject) -> None:

@@ -36,7 +36,7 @@ class Selection:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a selection; raises FileNotFoundError when there is none."""
+        """Read a selection; raises Damage when there is none."""
         return cls(read_table(path))
 
     @property

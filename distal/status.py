@@ -18,21 +18,22 @@ def status(path: Path) -> JsonObject:
     run = Run.open(path)
     begun = run.begun_cycles()
     n_cycles = begun[-1].config.loop.cycles if begun and begun[-1].config else 0
-    cycles = [_cycle(cycle, last=cycle.index + 1 >= n_cycles) for cycle in begun]
-    complete = 0 < n_cycles <= len(cycles) and all(cycle["next"] is None for cycle in cycles)
-    return {"run": str(run.path), "state": "complete" if complete else "unfinished", "cycles": cycles}
+    return {
+        "run": str(run.path),
+        "state": "complete" if run.is_complete(n_cycles) else "unfinished",
+        "cycles": [_cycle(cycle, last=cycle.index + 1 >= n_cycles) for cycle in begun],
+    }
 
 
 def _cycle(cycle: Cycle, last: bool) -> JsonObject:
     assert cycle.config is not None
     due = [stage for stage in STAGES if not (last and stage == "label")]  # the last cycle does not label
     markers = {stage: cycle.marker(stage) for stage in STAGES}
-    try:
+    done = total = 0
+    if Assignments.begun(cycle.assignments):
         assignments = Assignments.open(cycle.assignments)
         done = sum(len(assignments.committed(row)) for row in range(assignments.n_rows))
         total = assignments.n_rows * len(assignments.blocks)
-    except FileNotFoundError:
-        done = total = 0
     return {
         "cycle": cycle.index,
         "complete": [stage for stage, marker in markers.items() if marker],

@@ -118,13 +118,15 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Read a Parquet file whole.
 
     Raises:
-        Damage: the file is there but is not valid Parquet.
+        Damage: the file is missing, or is not valid Parquet.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.read_table(path, columns=columns, partitioning=None)
+    except FileNotFoundError:
+        raise Damage(f"{path}: missing") from None
     except pa.ArrowInvalid as error:
         raise Damage(f"{path}: not a valid Parquet file ({str(error).splitlines()[0]})") from error
 

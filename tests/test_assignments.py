@@ -138,11 +138,11 @@ def filled(path: Path) -> Assignments:
 def test_a_flipped_bit_is_named_and_the_block_scored_again(tmp_path: Path, array: str, where: float) -> None:
     assignments = filled(tmp_path / "a.zarr")
     flip_a_bit(assignments.path / array / "c/2/0", where)
-    with pytest.raises(Damage, match=f"array {array}, row 2, block 0"):
+    with pytest.raises(Damage, match=f"{array}: row 2, block 0 does not decode"):
         assignments.read(0, N) if array == "assignments" else assignments.read_recorded("margin", 2, 0, N)
     assert assignments.remove_damaged(0) == []
     (bad,) = assignments.remove_damaged(2)
-    assert f"array {array}, row 2, block 0" in bad
+    assert f"{array}: row 2, block 0 does not decode" in bad
     assert assignments.committed(2) == {1, 2}
     assert assignments.committed(1) == {0, 1, 2}
     assert not (assignments.path / "margin/c/2/0").exists()
@@ -152,19 +152,49 @@ def test_a_truncated_chunk_is_damage(tmp_path: Path) -> None:
     assignments = filled(tmp_path / "a.zarr")
     chunk = assignments.path / "assignments/c/0/1"
     chunk.write_bytes(chunk.read_bytes()[:5])
-    with pytest.raises(Damage, match="array assignments, row 0, block 1"):
+    with pytest.raises(Damage, match="assignments: row 0, block 1 does not decode"):
         assignments.read(0, N)
 
 
-def test_laying_out_that_was_cut_off_is_no_array(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        Assignments.open(tmp_path / "missing.zarr")
-    assignments = create(tmp_path / "a.zarr")
-    metadata = assignments.path / "zarr.json"
-    metadata.write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
-    with pytest.raises(FileNotFoundError):
+def test_laying_out_that_was_cut_off_is_not_begun(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    assert not Assignments.begun(path)
+    with pytest.raises(Damage, match="a.zarr: no assignments here"):
+        Assignments.open(path)
+    create(path)
+    assert Assignments.begun(path)
+    (path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    assert not Assignments.begun(path)
+    assert create(path).committed(0) == set()
+
+
+@pytest.mark.parametrize("text", [None, "", "{", '{"zarr_format": 3, "node_type": "array"}'])
+@pytest.mark.parametrize("array", ["assignments", "margin", "eligible"])
+def test_metadata_that_is_gone_or_broken_is_damage(tmp_path: Path, array: str, text: str | None) -> None:
+    assignments = filled(tmp_path / "a.zarr")
+    metadata = assignments.path / array / "zarr.json"
+    metadata.unlink() if text is None else metadata.write_text(text)
+    with pytest.raises(Damage, match=f"{array}: cannot be opened"):
         Assignments.open(assignments.path)
-    assert create(tmp_path / "a.zarr").committed(0) == set()
+
+
+@pytest.mark.parametrize("array", ["margin", "eligible"])
+def test_a_lost_chunk_is_not_read_as_the_fill_value(tmp_path: Path, array: str) -> None:
+    assignments = filled(tmp_path / "a.zarr")
+    (assignments.path / array / ("c/2/1" if array == "margin" else "c/1")).unlink()
+    with pytest.raises(Damage, match=f"{array}: (row 2, )?block 1 is missing"):
+        assignments.read_recorded("margin", 2, 0, N) if array == "margin" else assignments.eligible(0, N)
+
+
+def test_a_row_is_scored_with_one_set_of_weights(tmp_path: Path) -> None:
+    assignments = create(tmp_path / "a.zarr")
+    assignments.adopt_weights(1, "a" * 64)
+    assignments.adopt_weights(1, "a" * 64)
+    again = Assignments.open(assignments.path)
+    again.adopt_weights(0, "b" * 64)
+    with pytest.raises(Damage, match="row 1 was begun with weights a{12}, and checkpoint 1 now is c{12}"):
+        again.adopt_weights(1, "c" * 64)
+    assert Assignments.open(assignments.path).attributes["weights"] == ["b" * 64, "a" * 64, None]
 
 
 def test_the_first_fingerprint_is_kept(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ STATE = {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)}
 
 
 def test_commit_and_load(tmp_path: Path) -> None:
-    ref = checkpoints.commit(tmp_path, 7, 14, STATE, {"train_loss": 0.5})
+    ref = checkpoints.commit(tmp_path, 7, 14, STATE, inputs="abc", metrics={"train_loss": 0.5})
     assert ref == checkpoints.read(tmp_path, 7)
     assert (ref.index, ref.epoch, ref.metrics) == (7, 14, {"train_loss": 0.5})
     assert ref.path == tmp_path / "0007" / f"weights-{ref.sha256[:12]}.pt"
@@ -29,6 +29,12 @@ def test_the_first_commit_wins(tmp_path: Path) -> None:
     late = checkpoints.commit(tmp_path, 0, 1, {"w": torch.zeros(2), "n": torch.tensor(0)})
     assert late == first
     assert torch.equal(checkpoints.load(late)["w"], STATE["w"])
+
+
+def test_weights_that_were_trained_from_something_else_are_not_taken_up(tmp_path: Path) -> None:
+    checkpoints.commit(tmp_path, 0, 1, STATE, inputs="abc")
+    with pytest.raises(Damage, match="0000: trained from other inputs than the cycle has now"):
+        checkpoints.commit(tmp_path, 0, 1, STATE, inputs="xyz")
 
 
 def test_weights_without_a_manifest_are_not_published(tmp_path: Path) -> None:

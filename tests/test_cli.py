@@ -96,11 +96,15 @@ def test_pool_build_with_other_columns(cluster: str, tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     described = json.loads(built.stdout)
     assert described["image_shape"] == [1, 8, 10]
-    assert described["classes"] == ["circle", "cross", "dot", "line"]
+    assert list(described["classes"]) == ["circle", "cross", "dot", "line"]
+    assert sum(described["classes"].values()) == described["n_labeled"] == 20
 
 
 def test_init_writes_a_configuration_that_loads(tmp_path: Path) -> None:
     path = tmp_path / "new" / "mine.yaml"
+    assert json.loads(distal("init", str(tmp_path / "other.yaml"), "--json").stdout) == {
+        "path": str(tmp_path / "other.yaml")
+    }
     assert f"next: distal run {path}" in " ".join(distal("init", str(path)).stdout.split())
     from distal.config import load
 
@@ -118,6 +122,9 @@ def test_init_writes_a_configuration_that_loads(tmp_path: Path) -> None:
         (["run", CONFIG, "loop.budget=0"], "loop.budget must be greater than or equal to 1, got 0"),
         (["run", CONFIG, "pool.source=null", "pool.path=/no/pool"], "/no/pool: no such pool; make it with"),
         (["run", CONFIG, "pool.path=s3://bucket/pool"], "only local and shared file systems"),
+        (["run", CONFIG, f"run={CONFIG}"], "quickstart.yaml"),
+        (["init", f"{CONFIG}/mine.yaml"], "quickstart.yaml: file exists; give a path that can be written"),
+        (["status", CONFIG], "quickstart.yaml/run.yaml: not a directory"),
         (["status", "/no/run"], "/no/run: no run here (run.yaml is missing)"),
         (["pool", "info", "/no/pool"], "/no/pool: no such pool"),
         (["pool", "build", "builtin:fashion-mnist-12k", "/tmp/x", "--size=0x5"], "--size must be WIDTHxHEIGHT"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distal import cluster as ray_cluster
-from distal.cluster import Slots
+from distal.cluster import Node, divide, find_slots
 from distal.errors import ConfigError
 from distal.pool import Pool
 from distal.runs import Run
@@ -17,31 +17,52 @@ from tests.helpers import small_overrides
 CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 
 
-def slots(total: int = 8, cpus: int = 8, device: str = "cpu", *roles: str) -> Slots:
-    return Slots(device, total, cpus, frozenset(roles))
+class TestSlots:
+    """Which nodes train and which score, and how many slots training takes from scoring."""
 
+    def test_one_machine_does_both(self) -> None:
+        slots = divide([Node(8)], "auto")
+        assert (slots.device, slots.scoring, slots.shared) == ("cpu", 8, True)
+        assert slots.selectors == {"train": None, "score": None}
+        assert slots.training(workers=2, threads=3) == 6
 
-def test_training_takes_its_slots_from_scoring_unless_it_has_nodes_of_its_own() -> None:
-    assert slots().training(workers=2, threads=3) == 6
-    assert slots(2, 16, "cuda").training(workers=2, threads=4) == 2
-    assert slots(8, 8, "cpu", "train", "score").training(workers=2, threads=3) == 0
+    @pytest.mark.parametrize(("cpus", "workers", "threads"), [(1, 1, 1), (2, 1, 1), (8, 1, 4), (8, 2, 2), (2, 4, 1)])
+    def test_training_gets_half_of_the_cpus(self, cpus: int, workers: int, threads: int) -> None:
+        assert divide([Node(cpus)], "auto").train_threads(workers) == threads
 
+    def test_the_ranks_of_a_node_fit_on_it(self) -> None:
+        assert divide([Node(8), Node(8)], "cpu").train_threads(4) == 2
+        labelled = divide([Node(16, role="train"), Node(16, role="train"), Node(4, role="score")], "cpu")
+        assert labelled.train_threads(4) == 8  # all of the CPUs: nothing is scored there
 
-@pytest.mark.parametrize(("cpus", "workers", "threads"), [(1, 1, 1), (2, 1, 1), (8, 1, 4), (8, 2, 2), (2, 4, 1)])
-def test_training_gets_half_of_the_cpus(cpus: int, workers: int, threads: int) -> None:
-    assert slots(cpus, cpus).train_threads(workers) == threads
+    def test_labelled_nodes_have_one_role(self) -> None:
+        slots = divide([Node(0), Node(4, role="train"), Node(16, role="score"), Node(2, role="other")], "auto")
+        assert slots.selectors == {"train": {"distal-role": "train"}, "score": {"distal-role": "score"}}
+        assert (slots.scoring, slots.training(2, 2)) == (16, 0)
 
+    def test_where_one_role_is_labelled_the_other_gets_the_rest(self) -> None:
+        slots = divide([Node(4, role="train"), Node(16), Node(8)], "auto")
+        assert slots.selectors == {"train": {"distal-role": "train"}, "score": {"distal-role": "!train"}}
+        assert slots.scoring == 24
+        slots = divide([Node(4), Node(16, role="score")], "auto")
+        assert slots.selectors == {"train": {"distal-role": "!score"}, "score": {"distal-role": "score"}}
 
-def test_roles_select_nodes_only_where_nodes_have_them() -> None:
-    assert slots().selector("train") is None
-    assert slots(8, 8, "cpu", "train").selector("train") == {"distal-role": "train"}
-    assert slots(8, 8, "cpu", "train").selector("score") is None
+    def test_labels_that_leave_a_role_without_a_node_are_ignored(self) -> None:
+        slots = divide([Node(4, role="train"), Node(2, role="train")], "auto")
+        assert slots.selectors == {"train": None, "score": None}
+        assert slots.scoring == 6
 
+    def test_gpus_are_the_slots_where_there_are_any(self) -> None:
+        nodes = [Node(64, gpus=4), Node(64, gpus=4), Node(32)]
+        slots = divide(nodes, "auto")
+        assert (slots.device, slots.scoring, slots.training(workers=2, threads=4)) == ("cuda", 8, 2)
+        assert slots.train_threads(2) == 8  # half of the CPUs over the GPUs of a node
+        assert divide(nodes, "cpu").scoring == 160
+        with pytest.raises(ConfigError, match="device: cuda, but no node of the cluster has a GPU; set device=cpu"):
+            divide([Node(8)], "cuda")
 
-def test_the_slots_of_a_cluster(cluster: str) -> None:
-    assert ray_cluster.find_slots("auto") == Slots("cpu", 3, 3, frozenset())
-    with pytest.raises(ConfigError, match="device: cuda, but no node of the cluster has a GPU"):
-        ray_cluster.find_slots("cuda")
+    def test_those_of_a_cluster(self, cluster: str) -> None:
+        assert find_slots("auto") == divide([Node(3)], "cpu")
 
 
 def test_a_cluster_is_never_joined_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,14 +89,17 @@ def test_no_cluster_at_the_address(tmp_path: Path, pool: Pool) -> None:
 
 
 @pytest.mark.cluster
-def test_training_and_scoring_on_nodes_of_their_own(pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
-    """Three nodes on this machine: a head without slots, one labelled for training and one for scoring."""
+@pytest.mark.parametrize("score_labels", [{"distal-role": "score"}, {}], ids=["both labelled", "one labelled"])
+def test_training_and_scoring_on_nodes_of_their_own(
+    pool: Pool, test_pool: Pool, tmp_path: Path, score_labels: dict[str, str]
+) -> None:
+    """Three nodes on this machine: a head without slots, one labelled for training, and one that scores."""
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         nodes.add_node(num_cpus=1, labels={"distal-role": "train"})
-        nodes.add_node(num_cpus=2, labels={"distal-role": "score"})
+        nodes.add_node(num_cpus=2, labels=score_labels)
         overrides = [*small_overrides(tmp_path / "run", pool, test_pool), f"ray.address={nodes.address}"]
         command = [sys.executable, "-m", "distal", "run", CONFIG, *overrides]
         result = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from distal import config as configuration
-from distal.config import Config, check_unchanged, load, parse
+from distal.config import check_unchanged, load, parse
 from distal.errors import ConfigError, RunConflict
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +33,7 @@ def test_every_key_is_described_and_says_when_it_may_change() -> None:
         assert field.json_schema_extra["changes"] in (  # type: ignore[index]
             configuration.NEVER,
             configuration.NEXT_CYCLE,
+            configuration.PLACE,
             configuration.ANY_TIME,
         )
 
@@ -61,6 +62,10 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (["pool.pth=x"], "unknown key pool.pth; known keys: pool.block_size, pool.limit, pool.path"),
         (["trian.lr=1"], "unknown key trian; known keys: device, label, loop"),
+        (["loop.budget=true"], "loop.budget must be a valid integer, got True"),
+        (["pool.limit=10.0"], "pool.limit must be .*, got 10.0"),
+        (["train.lr=.inf"], "train.lr must be a finite number, got inf"),
+        (["train.batch_size=4", "train.workers=4"], "train: batch_size 4 must be at least 2 per worker"),
         (["train.lr=-1"], "train.lr must be greater than 0, got -1"),
         (["loop.budget=0"], "loop.budget must be greater than or equal to 1, got 0"),
         (["pool.block_size=x"], "pool.block_size must be .* or 'auto', got 'x'"),
@@ -71,6 +76,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["pool.path=s3://bucket/p"], "pool.path: 's3://bucket/p' is a s3:// URL; only local"),
         (["select.measure=entropy"], "select.measure: entropy needs score.record to contain it"),
         (["score.record=[]"], "select.tie_break: margin needs score.record to contain it"),
+        (["loop.initial=3", "train.workers=2"], r"loop.initial: 3 must be at least 2 per rank \(train.workers: 2\)"),
         (["train"], "'train': an override is written key.sub=value"),
         (["train.lr=[1"], r"'train.lr=\[1': '\[1' is not a valid YAML value"),
         (["pool=3"], "pool must be a valid dictionary"),
@@ -122,24 +128,37 @@ class TestChanges:
 
     old = parse(MINIMAL)
 
-    def changed(self, *overrides: str) -> Config:
-        return parse(MINIMAL, overrides)
+    @pytest.mark.parametrize(
+        ("override", "said"),
+        [
+            ("train.lr=0.1", "train.lr: 0.05 -> 0.1"),
+            ("select.measure=margin", "select.measure: dispersion -> margin"),
+            ("score.record=[margin, entropy]", r"score.record: \[margin\] -> \[margin, entropy\]"),
+            ("model.weights=IMAGENET1K_V1", "model.weights: null -> IMAGENET1K_V1"),
+        ],
+    )
+    def test_results_are_fixed_once_a_cycle_has_begun(self, override: str, said: str) -> None:
+        with pytest.raises(RunConflict, match=rf"{said}: cycle 2 has begun .* may apply from cycle 3"):
+            check_unchanged(self.old, parse(MINIMAL, [override]), 2)
 
-    def test_results_are_fixed_once_a_cycle_has_begun(self) -> None:
-        with pytest.raises(RunConflict, match=r"train.lr: 0.05 -> 0.1: cycle 2 has begun .* may apply from cycle 3"):
-            check_unchanged(self.old, self.changed("train.lr=0.1"), 2, finished=False)
+    def test_speed_length_and_places_may_change_any_time(self) -> None:
+        new = [
+            "loop.cycles=9",
+            "score.actors=4",
+            "score.cache_gb=2",
+            "ray.address=auto",
+            "pool.path=elsewhere",
+            "run=r",
+        ]
+        check_unchanged(self.old, parse(MINIMAL, new), 2)
 
-    def test_and_free_for_the_next_cycle(self) -> None:
-        check_unchanged(self.old, self.changed("train.lr=0.1", "loop.budget=5"), 2, finished=True)
+    def test_what_a_run_is(self) -> None:
+        assert sorted(self.old.fixed()) == ["loop.initial", "pool.block_size", "pool.limit", "seed"]
 
-    @pytest.mark.parametrize("override", ["seed=1", "pool.limit=100", "loop.initial=5", "pool.block_size=128"])
-    def test_what_the_run_is_never_changes(self, override: str) -> None:
-        with pytest.raises(RunConflict, match="part of what this run is; give another run directory"):
-            check_unchanged(self.old, self.changed(override), 2, finished=True)
-
-    def test_speed_and_length_may_change_any_time(self) -> None:
-        new = self.changed("loop.cycles=9", "score.actors=4", "score.cache_gb=2", "ray.address=auto")
-        check_unchanged(self.old, new, 2, finished=False)
+    def test_a_hash_is_of_what_is_not_a_default(self) -> None:
+        """A key that is added later, with a default that changes nothing, changes no hash."""
+        assert self.old.digest("train.") == parse(MINIMAL, ["train.lr=0.05", "select.measure=random"]).digest("train.")
+        assert self.old.digest("train.") == self.old.digest("label.") != parse(MINIMAL, ["train.lr=1"]).digest("train.")
 
 
 def test_decisive_keys_and_autos() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 import zarr
 
 from distal import checkpoints, driver
-from distal.errors import Damage, DistalError, ModelError, PoolError, RunConflict, UserError
+from distal.errors import ConfigError, Damage, DistalError, ModelError, PoolError, RunConflict, UserError
 from distal.ledger import Ledger
 from distal.models import ModelSpec
 from distal.pool import Pool
 from distal.pool.build import build
+from distal.records import Progress
 from distal.runs import Run
 from distal.score.predict import Predictor
 from distal.status import status
@@ -107,12 +109,15 @@ def test_summary(finished: Path, test_pool: Pool, pool: Pool) -> None:
         assert cycle["test_accuracy"] == (predictor(test_pool.read(0, 100)).labels == labels).mean()
 
 
-def test_constants_are_resolved_and_frozen(finished: Path, pool: Pool) -> None:
+def test_what_a_run_is_and_what_its_autos_came_to(finished: Path, pool: Pool, test_pool: Pool) -> None:
     run = Run.open(finished)
     assert run.identity["constants"] == {
         "device": "cpu", "pool.block_size": 64, "train.threads": 1, "score.precision": "fp32", "score.batch_size": 32,
     }  # fmt: skip
-    assert run.identity["classes"] == list(CLASSES)
+    assert run.identity["fixed"] == {
+        "seed": 0, "pool.limit": None, "pool.block_size": 64, "loop.initial": INITIAL, "pool classes": list(CLASSES),
+        "pool content (pool.path)": pool.content_sha256, "test content (pool.test)": test_pool.content_sha256,
+    }  # fmt: skip
     assert run.cycle(0).config.autos() == []
 
 
@@ -137,9 +142,12 @@ def test_status_from_storage_alone(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=1", "seed: 0 -> 1: it is part of what this run is"),
-        ("loop.initial=30", "loop.initial: 24 -> 30: it is part of what this run is"),
-        ("pool.block_size=128", "pool.block_size: 64 -> 128: it is part of what this run is"),
+        ("seed=1", "seed: 0 -> 1: it is part of what the run in .* is; give another run directory"),
+        ("loop.initial=30", "loop.initial: 24 -> 30: it is part of what the run in .* is; give another run directory"),
+        (
+            "pool.block_size=128",
+            "pool.block_size: 64 -> 128: it is part of what the run in .* is; give another run directory",
+        ),
     ],
 )
 def test_what_a_finished_run_is_cannot_change(
@@ -150,7 +158,7 @@ def test_what_a_finished_run_is_cannot_change(
 
 
 def test_another_pool_is_another_run(finished: Path, test_pool: Pool) -> None:
-    with pytest.raises(RunConflict, match="the run was begun with pool_sha256"):
+    with pytest.raises(RunConflict, match=r"pool content \(pool.path\): .* it is part of what the run in"):
         driver.run(small_config(finished, test_pool, None, "loop.cycles=3"))
 
 
@@ -172,38 +180,126 @@ def test_a_changed_input_of_a_complete_stage_is_noticed(
     table = pq.read_table(labels)
     turned = pa.array([(label + 1) % 4 for label in table["label"].to_pylist()], pa.int32())
     pq.write_table(table.set_column(2, table.schema.field(2), turned), labels)
-    with pytest.raises(Damage, match=r"cycles/001/train.json: ledger changed after this stage was completed"):
+    with pytest.raises(Damage, match=r"cycles/000/label.json: labels changed after this stage was completed"):
         driver.run(small_config(copy, pool, test_pool, "loop.cycles=3"))
+    labels.unlink()
+    with pytest.raises(Damage, match=r"cycles/000/labels.parquet: missing"):
+        driver.run(small_config(copy, pool, test_pool, "loop.cycles=3"))
+
+
+def test_a_selection_that_was_altered_is_not_labelled(
+    finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path
+) -> None:
+    copy = copy_run(finished, tmp_path / "run")
+    selection = copy / "cycles/001/selection.parquet"
+    pq.write_table(pq.read_table(selection).slice(1), selection)
+    with pytest.raises(Damage, match=r"cycles/001/selection.parquet: not the selection that was made"):
+        driver.run(small_config(copy, pool, test_pool, "loop.cycles=3"))
+
+
+def unfinish(run: Path, *stages: str) -> Path:
+    """Take the completion markers of some stages of the last cycle away."""
+    for stage in stages:
+        (run / f"cycles/001/{stage}.json").unlink()
+    return run / "cycles/001"
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_an_unfinished_stage_is_scored_again(
+    finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path
+) -> None:
+    copy = copy_run(finished, tmp_path / "run")
+    cycle = unfinish(copy, "score", "test", "reduce", "select")
+    flip_a_bit(cycle / "assignments.zarr/assignments/c/1/2")
+    display = Lines()
+    result = driver.run(small_config(copy, pool, test_pool), display)
+    assert hashes(result) == hashes(json.loads((finished / "summary.json").read_text()))
+    (line,) = [line for line in display.lines if "damaged block" in line]
+    assert "assignments: row 1, block 2 does not decode" in line
+    both = [zarr.open(run / "cycles/001/assignments.zarr")["assignments"][:] for run in (copy, finished)]
+    assert np.array_equal(*both)
+
+
+def test_a_flipped_bit_in_a_finished_stage_is_damage(
+    finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path
+) -> None:
+    copy = copy_run(finished, tmp_path / "run")
+    flip_a_bit(unfinish(copy, "reduce", "select") / "assignments.zarr/assignments/c/1/2")
+    with pytest.raises(Damage, match="assignments: row 1, block 2 does not decode") as caught:
+        driver.run(small_config(copy, pool, test_pool))
+    assert caught.value.exit_code == 4
+
+
+def test_a_lost_score_is_not_left_out_of_the_selection(
+    finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path
+) -> None:
+    copy = copy_run(finished, tmp_path / "run")
+    (unfinish(copy, "select") / "scores.zarr/dispersion/c/1").unlink()
+    with pytest.raises(Damage, match="dispersion: block 1 is missing"):
+        driver.run(small_config(copy, pool, test_pool))
 
 
 def test_a_run_may_grow_with_other_settings(finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
     """The next cycle takes the new configuration; the cycle that was last is labelled first."""
     longer = copy_run(finished, tmp_path / "run")
     overrides = ["loop.cycles=3", "train.epochs=2", "loop.budget=1000", "train.init=warm", "select.measure=margin"]
-    lines: list[str] = []
-
-    class Display:
-        def say(self, line: str) -> None:
-            lines.append(line)
-
-        def progress(self, state: object) -> None:
-            pass
-
-    result = driver.run(small_config(longer, pool, test_pool, *overrides), Display())
+    display = Lines()
+    result = driver.run(small_config(longer, pool, test_pool, *overrides), display)
     left = N_READABLE - INITIAL - 2 * BUDGET
     assert hashes(result)[:2] == hashes(json.loads((finished / "summary.json").read_text()))
     assert (longer / "cycles/001/labels.parquet").exists()
     assert result["cycles"][2]["n_labeled"] == INITIAL + 2 * BUDGET
     assert result["cycles"][2]["images_scored"] == 2 * left
     assert result["cycles"][2]["n_selected"] == left  # a short cycle takes what is left, and says so
-    assert any(f"{left} eligible images are left, fewer than the budget of 1000" in line for line in lines)
+    assert any(f"{left} eligible images are left, fewer than the budget of 1000" in line for line in display.lines)
     assert json.loads((longer / "cycles/002/train.json").read_text())["inputs"]["warm_from"]
 
-    lines.clear()
-    result = driver.run(small_config(longer, pool, test_pool, *overrides, "loop.cycles=4"), Display())
-    assert any("every eligible image is labelled: the loop ends before cycle 3" in line for line in lines)
+    display.lines.clear()
+    result = driver.run(small_config(longer, pool, test_pool, *overrides, "loop.cycles=4"), display)
+    assert any("every eligible image is labelled: the loop ends before cycle 3" in line for line in display.lines)
     assert len(result["cycles"]) == 3
+    assert status(longer)["state"] == "complete"
+    display.lines.clear()
+    driver.run(small_config(longer, pool, test_pool, *overrides, "loop.cycles=4"), display)
+    assert display.lines == [f"{longer}: complete"]
     assert len(Ledger.read(Run.open(longer).label_files(before=3))) == N_READABLE
+
+
+def test_ranks_stop_when_the_run_fails(pool: Pool, tmp_path: Path) -> None:
+    """In a Ray of the caller's, training must not go on behind its back."""
+
+    class Broken(Lines):
+        def progress(self, state: Progress) -> None:
+            if state.published:
+                raise BrokenPipeError("nobody is watching")
+
+    with pytest.raises(BrokenPipeError):
+        driver.run(small_config(tmp_path / "run", pool, None, "train.epochs=500"), Broken())
+    folder = Run.open(tmp_path / "run").cycle(0).checkpoints
+    deadline = time.monotonic() + 60
+    published = -1
+    while published != (published := len(checkpoints.committed(folder))):
+        assert time.monotonic() < deadline
+        time.sleep(2)
+    assert published < 500
+
+
+class Lines:
+    """A display that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def progress(self, state: Progress) -> None:
+        pass
 
 
 def copy_run(source: Path, dest: Path) -> Path:
@@ -232,6 +328,19 @@ class TestMistakes:
     def test_no_such_pool(self, pool: Pool, tmp_path: Path) -> None:
         missing = f"pool.path={tmp_path / 'missing'}"
         self.refuse(PoolError, "no such pool; make it with `distal pool build", tmp_path / "run", pool, None, missing)
+
+    def test_a_pool_that_was_packed_from_something_else(self, pool: Pool, source: Path, tmp_path: Path) -> None:
+        message = f"pool.source: .* was packed from {source}, not from .*/other.parquet; remove it to pack it again"
+        self.refuse(PoolError, message, tmp_path / "run", pool, None, "pool.source=other.parquet")
+
+    def test_more_ranks_than_this_machine_has_slots(self, pool: Pool, tmp_path: Path) -> None:
+        message = "train.workers: 8 ranks of 1 threads need 8 CPU slots, this machine has 3; lower train.workers"
+        self.refuse(ConfigError, message, tmp_path / "run", pool, None, "train.workers=8")
+
+    def test_a_run_directory_that_is_a_file(self, pool: Pool, tmp_path: Path) -> None:
+        (tmp_path / "run").touch()
+        with pytest.raises(NotADirectoryError):
+            driver.run(small_config(tmp_path / "run", pool, None))
 
     def test_fewer_images_than_initial_and_one(self, pool: Pool, tmp_path: Path) -> None:
         run = tmp_path / "run"

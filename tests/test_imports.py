@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "distal"
 # From the top: a module imports what stands on its own rung or below. Stages share a rung and never meet.
 LADDER = [
     ["cli", "__main__"],
-    ["driver", "status", "monitor"],
+    ["driver", "status", "inputs", "monitor"],
     ["score", "reduce", "acquire", "labels", "train"],
     [
         "runs",
@@ -22,6 +22,7 @@ LADDER = [
         "selection",
         "scores",
         "assignments",
+        "arrays",
         "models",
         "checkpoints",
         "ledger",
@@ -32,7 +33,7 @@ LADDER = [
 ]
 STAGES = LADDER[2]
 MAY_IMPORT_RAY = {"cluster", "pool/build", "score/actors", "train/launch", "train/loop"}
-MAY_IMPORT_ZARR = {"assignments", "scores", "pool/images", "pool/build"}
+MAY_IMPORT_ZARR = {"arrays"}
 MAY_IMPORT_DISTRIBUTED = {"train/loop"}
 
 

@@ -241,8 +241,9 @@ class _Rank:
 def batches(n: int, batch_size: int, rank: int, world_size: int, seed: int) -> list[NDArray[np.int64]]:
     """What one rank trains on in one epoch: a share of every batch.
 
-    The batches of all ranks together are those of a single rank with the same seed, but for up to world_size - 1
-    samples that are repeated at the end so that all ranks have as many.
+    The batches of all ranks together are those of a single rank with the same seed. Only the end of an epoch may
+    differ: up to world_size - 1 samples are repeated so that all ranks have as many, and no rank's last batch is a
+    single image.
 
     Args:
         n: labelled samples.

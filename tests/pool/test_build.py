@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import zarr
 
 from distal.errors import Damage, PoolError, SourceError
@@ -111,14 +115,20 @@ def test_colour_images_of_several_sizes(cluster: str, tmp_path: Path) -> None:
     assert pool.read(2, 3).max() == 10
 
 
-def test_a_colour_image_after_grey_ones_is_quarantined(cluster: str, tmp_path: Path) -> None:
-    images = [png(np.zeros((4, 4), dtype=np.uint8))] * 130 + [png(np.zeros((4, 4, 3), dtype=np.uint8))]
+def test_a_colour_image_after_grey_ones_stops_the_build_until_it_is_said_what_to_do(
+    cluster: str, tmp_path: Path
+) -> None:
+    """The first 128 images are grey: taking the colour out of the 131st unasked would be silent damage."""
+    images = [png(np.zeros((4, 4), dtype=np.uint8))] * 130 + [png(np.full((4, 4, 3), 200, dtype=np.uint8))]
     pq.write_table(pa.table({"sample_id": [str(i) for i in range(131)], "image": images}), tmp_path / "a.parquet")
-    pool = build(str(tmp_path / "a.parquet"), tmp_path / "grey")
-    assert pool.samples(130, 131)["status"].to_pylist() == [
-        "unreadable: a colour image in a grey pool; build with --channels rgb"
-    ]
-    assert build(str(tmp_path / "a.parquet"), tmp_path / "rgb", channels="rgb").n_unreadable == 0
+    message = r"130 is in colour and the first images are grey; .* --channels rgb \(or grey\)"
+    with pytest.raises(SourceError, match=message):
+        build(str(tmp_path / "a.parquet"), tmp_path / "auto")
+    assert not (tmp_path / "auto").exists()
+    for channels, n_channels in (("rgb", 3), ("grey", 1)):
+        pool = build(str(tmp_path / "a.parquet"), tmp_path / channels, channels=channels)
+        assert (pool.n_unreadable, pool.image_shape) == (0, (n_channels, 4, 4))
+        assert np.all(pool.read(130, 131) == 200)
 
 
 def test_no_readable_image(cluster: str, tmp_path: Path) -> None:
@@ -128,21 +138,69 @@ def test_no_readable_image(cluster: str, tmp_path: Path) -> None:
     assert not (tmp_path / "pool").exists()
 
 
-def test_folders_that_are_not_free(cluster: str, pool: Pool, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(PoolError, match="there is a pool already"):
-        build(str(source), pool.path)
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(PoolError, match=r"not an empty folder \(it holds notes.txt\)"):
-        build(str(source), tmp_path)
+class TestRoom:
+    """A build makes a folder of its own, and removes nothing that it did not make."""
+
+    def refused(self, source: Path, dest: Path, message: str) -> None:
+        before = {path: path.read_bytes() for path in dest.parent.rglob("*") if path.is_file()}
+        with pytest.raises(PoolError, match=message):
+            build(str(source), dest)
+        assert {path: path.read_bytes() for path in dest.parent.rglob("*") if path.is_file()} == before
+
+    def test_a_pool(self, cluster: str, pool: Pool, source: Path) -> None:
+        self.refused(source, pool.path, "there is a pool already")
+
+    @pytest.mark.parametrize("name", ["notes.txt", ".hidden", "samples.parquet", "images.zarr"])
+    def test_a_folder_that_holds_something(self, cluster: str, source: Path, tmp_path: Path, name: str) -> None:
+        (tmp_path / "dest").mkdir()
+        (tmp_path / "dest" / name).write_text("dear to someone")
+        self.refused(source, tmp_path / "dest", rf"not an empty folder \(it holds {name}\)")
+
+    def test_the_source_itself(self, cluster: str, tmp_path: Path) -> None:
+        """`distal pool build data data` and `distal pool build data/samples.parquet data`."""
+        (tmp_path / "data").mkdir()
+        path = write_source(tmp_path / "data" / "samples.parquet", 20, seed=5)
+        self.refused(path, tmp_path / "data", "not an empty folder")
+        self.refused(tmp_path / "data", tmp_path / "data", "not an empty folder")
+
+    def test_a_file(self, cluster: str, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "dest").write_text("dear to someone")
+        self.refused(source, tmp_path / "dest", "dest: a file; the pool needs a folder of its own")
+
+    def test_an_interrupted_build_with_something_of_the_users(self, cluster: str, source: Path, tmp_path: Path) -> None:
+        interrupted(source, tmp_path / "dest")
+        (tmp_path / "dest" / "notes.txt").write_text("dear to someone")
+        self.refused(source, tmp_path / "dest", r"not an empty folder \(it holds notes.txt\)")
+
+    def test_an_interrupted_build_is_no_pool_and_is_started_over(
+        self, cluster: str, pool: Pool, source: Path, tmp_path: Path
+    ) -> None:
+        dest = interrupted(source, tmp_path / "pool")
+        with pytest.raises(PoolError, match="the build of this pool was interrupted; run `distal pool build SOURCE"):
+            Pool.open(dest)
+        assert build(str(source), dest).content_sha256 == pool.content_sha256
+        assert sorted(path.name for path in dest.iterdir()) == ["images.zarr", "pool.json", "samples.parquet"]
+
+    def test_a_lost_record_is_not_an_interrupted_build(self, cluster: str, source: Path, tmp_path: Path) -> None:
+        """Days of packing are not thrown away because one small file is missing."""
+        build(str(source), tmp_path / "pool")
+        (tmp_path / "pool" / "pool.json").unlink()
+        self.refused(source, tmp_path / "pool", "not an empty folder")
 
 
-def test_an_interrupted_build_is_no_pool_and_is_started_over(cluster: str, tmp_path: Path) -> None:
-    path = str(write_source(tmp_path / "a.parquet", 20, seed=5))
-    build(path, tmp_path / "pool")
-    (tmp_path / "pool" / "pool.json").unlink()
-    with pytest.raises(PoolError, match="the build of this pool was interrupted; run `distal pool build SOURCE"):
-        Pool.open(tmp_path / "pool")
-    assert build(path, tmp_path / "pool").n_samples == 20
+def interrupted(source: Path, dest: Path) -> Path:
+    """A build that gets SIGKILL when its first chunk is there."""
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "distal", "pool", "build", str(source), str(dest), f"--ray-address={address}"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not any(dest.glob("images.zarr/c/*/0/0/0")):
+        assert process.poll() is None
+        time.sleep(0.0005)
+    process.kill()
+    process.wait()
+    assert not (dest / "pool.json").exists(), "the build was quicker than the kill"
+    time.sleep(1)  # until its tasks have ended, too
+    return dest
 
 
 def test_no_pool(tmp_path: Path) -> None:
@@ -157,11 +215,11 @@ def test_a_missing_or_damaged_chunk_is_not_read_as_black(cluster: str, tmp_path:
     data[len(data) // 2] ^= 1
     first.write_bytes(data)
     second.unlink()
-    with pytest.raises(Damage, match=r"samples \[0, 10\) cannot be read"):
+    with pytest.raises(Damage, match="images.zarr: block 0 does not decode"):
         pool.read(0, 10)
-    with pytest.raises(Damage, match="chunk 1 is missing"):
+    with pytest.raises(Damage, match="images.zarr: block 1 is missing"):
         pool.read(128, 130)
-    with pytest.raises(Damage, match="chunk 1 is missing"):
+    with pytest.raises(Damage, match="images.zarr: block 1 is missing"):
         pool.take([150])
 
 

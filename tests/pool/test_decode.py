@@ -30,9 +30,17 @@ def test_grey_in_a_colour_pool_is_repeated() -> None:
     assert np.array_equal(image[..., 0], image[..., 2])
 
 
-def test_colour_in_a_grey_pool_is_refused() -> None:
-    with pytest.raises(Unreadable, match="colour image in a grey pool"):
-        pixels(decode(encoded(COLOUR)), "grey", (4, 6))
+def test_colour_in_a_grey_pool_becomes_its_luma() -> None:
+    image = pixels(decode(encoded(COLOUR)), "grey", (4, 6))[..., 0]
+    red, green, blue = np.moveaxis(np.asarray(COLOUR, dtype=float), -1, 0)
+    assert np.abs(image - (0.299 * red + 0.587 * green + 0.114 * blue)).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_an_unknown_range_are_unreadable(dtype: type) -> None:
+    deep = Image.fromarray(np.array([[0, 70_000]], dtype=dtype))
+    with pytest.raises(Unreadable, match=r"32-bit pixels \(mode [IF]\) have no known range; convert to 8 or 16 bits"):
+        pixels(decode(encoded(deep, "TIFF")), "grey", (1, 2))
 
 
 def test_other_sizes_are_resized() -> None:

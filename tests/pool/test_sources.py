@@ -81,7 +81,18 @@ class TestParquet:
         assert source.classes == ("ant", "bee")
         assert [row.label for row in rows] == [1, 0, None]
         assert [row.data for row in rows] == [IMAGE, IMAGE, None]
+        assert rows[2].error == "the file cannot be read (No such file or directory)"
         assert [row.sample_id for row in rows] == ["hf.parquet#0", "hf.parquet#1", "hf.parquet#2"]
+
+    def test_a_path_does_not_lead_out_of_the_folder(self, tmp_path: Path) -> None:
+        """Whoever made a data file does not choose which files of this machine end up in a pool."""
+        (tmp_path / "secret.png").write_bytes(IMAGE)
+        (tmp_path / "data").mkdir()
+        images = [{"bytes": None, "path": path} for path in ("../secret.png", str(tmp_path / "secret.png"))]
+        path = tmp_path / "data" / "a.parquet"
+        pq.write_table(pa.table({"image": images}), path)
+        for row in open_source(str(path)).rows(0, 2):
+            assert (row.data, row.error) == (None, "its path leads out of the folder of the Parquet file")
 
     def test_it_can_be_sent_to_a_task(self, tmp_path: Path) -> None:
         source = open_source(str(write_source(tmp_path / "a.parquet", 5, seed=3)))
@@ -96,6 +107,7 @@ class TestParquet:
             ({"sample_id": ["a", None]}, "row 1 has no sample_id"),
             ({"sample_id": ["a", "b"], "label": [1, 1], "class_name": ["x", "y"]}, "label 1 is called both"),
             ({"sample_id": ["a", "b"], "label": [1, 2], "class_name": ["x", "x"]}, "two labels share one name"),
+            ({"sample_id": ["a", "b"], "label": [0, -1]}, "label -1 is negative; leave the label of images .* empty"),
             ({"sample_id": pa.array([], pa.string())}, "no rows"),
         ],
     )
@@ -133,7 +145,8 @@ class TestFolder:
         return source
 
     def test_class_folders(self, tmp_path: Path) -> None:
-        source = self.make(tmp_path, "dog/1.png", "cat/b/2.JPG", "cat/1.png", "cat/notes.txt", "cat/.hidden.png")
+        hidden = ("cat/.hidden.png", ".thumbnails/1.png", "dog/.cache/1.png")
+        source = self.make(tmp_path, "dog/1.png", "cat/b/2.JPG", "cat/1.png", "cat/notes.txt", *hidden)
         rows = list(source.rows(0, len(source)))
         assert source.classes == ("cat", "dog")
         assert [(row.sample_id, row.label) for row in rows] == [("cat/1.png", 0), ("cat/b/2.JPG", 0), ("dog/1.png", 1)]

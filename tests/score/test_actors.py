@@ -20,18 +20,21 @@ from distal import checkpoints
 from distal.assignments import Assignments
 from distal.config import ModelConfig
 from distal.eligibility import Eligibility
-from distal.errors import Damage, Diverged, RunConflict
+from distal.errors import Damage, Diverged, PoolError, RunConflict
 from distal.models import ModelSpec, seeded_build
 from distal.pool import Pool
-from distal.records import Progress, split_blocks
-from distal.score.actors import Job, Scorers, score
-from distal.score.predict import Predictor
+from distal.records import CheckpointRef, Progress, split_blocks
+from distal.score.actors import Job, Scorer, Scorers, score
+from distal.score.predict import Prediction, Predictor
 
 ROWS, BLOCK, BATCH = 4, 32, 16
 
 
 class Silent:
     """A producer that has published everything."""
+
+    def finished(self) -> bool:
+        return True
 
     def slots_held(self) -> int:
         return 0
@@ -47,7 +50,9 @@ def commit(folder: Path, pool: Pool, row: int) -> None:
     checkpoints.commit(folder, row, row + 1, net.state_dict())
 
 
-def prepare(folder: Path, pool: Pool, n_rows: int = ROWS, published: int = ROWS) -> tuple[Job, Assignments]:
+def prepare(
+    folder: Path, pool: Pool, n_rows: int = ROWS, published: int = ROWS, block_size: int = BLOCK
+) -> tuple[Job, Assignments]:
     for row in range(published):
         commit(folder / "checkpoints", pool, row)
     eligible = Eligibility(pool, 0, None)
@@ -55,13 +60,14 @@ def prepare(folder: Path, pool: Pool, n_rows: int = ROWS, published: int = ROWS)
         folder / "assignments.zarr",
         n_rows=n_rows,
         n_samples=pool.n_samples,
-        block_size=BLOCK,
+        block_size=block_size,
         n_classes=4,
-        eligible=(eligible.read(block.start, block.stop) for block in split_blocks(pool.n_samples, BLOCK)),
+        eligible=(eligible.read(block.start, block.stop) for block in split_blocks(pool.n_samples, block_size)),
         recorded=("margin", "entropy"),
     )
     job = Job(
         pool=pool.path,
+        pool_sha256=pool.content_sha256,
         assignments=assignments.path,
         checkpoints=folder / "checkpoints",
         model=spec(pool),
@@ -205,6 +211,9 @@ def test_checkpoints_are_scored_as_they_appear(
     class Trainer:
         published = 0
 
+        def finished(self) -> bool:
+            return self.published == ROWS
+
         def slots_held(self) -> int:
             return int(self.published < ROWS)
 
@@ -224,8 +233,8 @@ def test_checkpoints_are_scored_as_they_appear(
 
 
 def test_a_failed_producer_stops_the_pass(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
-    class Failed:
-        def slots_held(self) -> int:
+    class Failed(Silent):
+        def finished(self) -> bool:
             raise Diverged("the loss is nan")
 
     job, assignments = prepare(tmp_path, pool, published=1)
@@ -235,6 +244,7 @@ def test_a_failed_producer_stops_the_pass(pool: Pool, scorers: Scorers, tmp_path
 
 def test_a_logit_that_is_not_finite_names_checkpoint_and_sample(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
     job, assignments = prepare(tmp_path, pool, published=2)
+    commit(job.checkpoints, pool, 3)
     state = seeded_build(spec(pool), 0, 0).state_dict()
     state["14.bias"][1] = torch.nan
     checkpoints.commit(job.checkpoints, 2, 3, state)
@@ -273,10 +283,119 @@ def test_test_images_at_the_last_checkpoint_only(
     assert digest(assignments.path)["assignments/c/0/0"] == reference[f"assignments/c/{ROWS - 1}/0"]
 
 
-def test_memory_stays_within_the_budget(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
-    """With no room at all for decoded images the answer is the same."""
-    job, assignments = prepare(tmp_path, pool)
-    scorers = new_scorers("no-cache", cache_bytes=0)
-    run(job, assignments, scorers, 1)
+def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+    """The others go on without it."""
+    scorers = new_scorers("mixed")
+    first, assignments = prepare(tmp_path / "first", pool)
+    run(first, assignments, scorers, 1)
+    scorers._arguments = (2**20, 2)  # the next actor has two threads
+    job, mixed = prepare(tmp_path / "mixed", pool)
+    mixed.adopt_fingerprint(assignments.attributes["fingerprint"])
+    events: list[tuple[str, object]] = []
+    run(job, mixed, scorers, 2, on_event=lambda name, **values: events.append((name, values["actor"])))
+    assert sorted(events) == [("actor_joined", 0), ("actor_refused", 1)]
+    assert list(scorers.actors) == [0]
     scorers.shrink(0)
-    assert digest(assignments.path) == reference
+    assert digest(mixed.path) == reference
+
+
+def test_a_checkpoint_that_never_comes_is_missed(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+    """Training says it is done, and a folder is not there: on a cluster, a file system that nodes do not share."""
+    job, assignments = prepare(tmp_path, pool)
+    (job.checkpoints / "0002/manifest.json").unlink()
+    with pytest.raises(Damage, match="training is complete, and checkpoint 2 is not here"):
+        run(job, assignments, scorers, 1)
+
+
+def test_a_row_is_not_finished_with_other_weights(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+    job, assignments = prepare(tmp_path, pool)
+    run(job, assignments, scorers, 1)
+    (assignments.path / "assignments/c/1/3").unlink()
+    (job.checkpoints / "0001/manifest.json").unlink()
+    checkpoints.commit(job.checkpoints, 1, 2, seeded_build(spec(pool), seed=99, cycle=0).state_dict())
+    with pytest.raises(Damage, match="row 1 was begun with weights"):
+        run(job, Assignments.open(assignments.path), scorers, 1)
+
+
+def test_another_pool_at_the_same_place_is_refused(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+    job, assignments = prepare(tmp_path, pool)
+    with pytest.raises(PoolError, match="not the pool of this run .* every node must see the same files"):
+        run(replace(job, pool_sha256="0" * 64), assignments, scorers, 1)
+
+
+class TestReading:
+    """How often an actor reads, and how much it keeps; in this process, to look inside."""
+
+    @pytest.fixture
+    def reads(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+        seen: list[tuple[int, int]] = []
+        read = Pool.read
+
+        def counted(pool: Pool, start: int, stop: int) -> np.ndarray:
+            seen.append((start, stop))
+            return read(pool, start, stop)
+
+        monkeypatch.setattr(Pool, "read", counted)
+        return seen
+
+    def refs(self, job: Job) -> list[CheckpointRef]:
+        return [checkpoints.read(job.checkpoints, row) for row in range(ROWS)]
+
+    def test_a_block_is_read_once_for_all_checkpoints_that_wait(
+        self, pool: Pool, tmp_path: Path, reads: list[tuple[int, int]], reference: dict[str, str]
+    ) -> None:
+        job, assignments = prepare(tmp_path, pool)
+        scorer = Scorer("one", cache_bytes=0, threads=1)
+        for block in assignments.blocks:
+            scorer.score(job, block, self.refs(job))
+        assert reads == [(block.start, block.stop) for block in assignments.blocks]
+        assert digest(assignments.path) == reference
+
+    def test_a_block_that_is_kept_is_read_once_for_all_checkpoints_to_come(
+        self, pool: Pool, tmp_path: Path, reads: list[tuple[int, int]]
+    ) -> None:
+        job, assignments = prepare(tmp_path, pool)
+        keeping, forgetting = Scorer("keeping", 2**20, threads=1), Scorer("forgetting", 0, threads=1)
+        for ref in self.refs(job):
+            keeping.score(job, assignments.blocks[0], [ref])
+            forgetting.score(job, assignments.blocks[1], [ref])
+        assert reads.count((0, BLOCK)) == 1
+        assert reads.count((BLOCK, 2 * BLOCK)) == ROWS
+
+    @pytest.mark.parametrize("n_kept", [0, 3])
+    def test_what_is_kept_stays_within_the_budget(
+        self, pool: Pool, tmp_path: Path, n_kept: int, reference: dict[str, str]
+    ) -> None:
+        """When the budget is spent the blocks that are kept stay, and the answer is the same."""
+        job, assignments = prepare(tmp_path, pool)
+        budget = n_kept * BLOCK * 12 * 12
+        scorer = Scorer("small", cache_bytes=budget, threads=1)
+        for ref in self.refs(job):
+            for block in assignments.blocks:
+                scorer.score(job, block, [ref])
+                kept = sum(piece.images.nbytes for pieces in scorer._pieces.values() for piece in pieces)
+                assert kept <= budget
+        assert len(scorer._pieces) == n_kept
+        assert digest(assignments.path) == reference
+
+    def test_a_block_larger_than_a_chunk_is_never_whole_in_memory(
+        self, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It goes through the network in pieces of whole batches, of about a chunk each."""
+        job, assignments = prepare(tmp_path, pool, block_size=256)
+        sizes: list[int] = []
+        predict = Predictor.__call__
+
+        def measured(predictor: Predictor, images: np.ndarray) -> Prediction:
+            sizes.append(len(images))
+            return predict(predictor, images)
+
+        monkeypatch.setattr(Predictor, "__call__", measured)
+        Scorer("pieces", 0, threads=1).score(job, assignments.blocks[0], self.refs(job)[:1])
+        assert sum(sizes) == 238
+        assert max(sizes) < pool.chunk_size + BATCH
+        assert sizes[0] % BATCH == 0
+        blocks, other = prepare(tmp_path / "blocks", pool)
+        for block in other.blocks:
+            Scorer("blocks", 0, threads=1).score(blocks, block, self.refs(blocks)[:1])
+        assert np.array_equal(assignments.read(0, 240)[0], other.read(0, 240)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -16,12 +17,12 @@ from torch import nn
 from distal import checkpoints
 from distal.config import ModelConfig, TrainConfig
 from distal.eligibility import Eligibility
-from distal.errors import Damage, Diverged, TrainingFailed
+from distal.errors import Damage, Diverged, PoolError, Superseded, TrainingFailed
 from distal.labels.oracle import choose_initial, label_from_pool
 from distal.models import ModelSpec
 from distal.pool import Pool
 from distal.storage import write_bytes
-from distal.train.launch import Ranks, train
+from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob, read_state
 from tests.helpers import descendants
 
@@ -48,6 +49,7 @@ def job(folder: Path, pool: Pool, **config: object) -> TrainJob:
     settings = {"epochs": 3, "batch_size": 12, "threads": 1, **config}
     return TrainJob(
         pool=pool.path,
+        pool_sha256=pool.content_sha256,
         folder=folder,
         labels=(labels,),
         model=ModelSpec(ModelConfig(), 4, pool.image_shape, pool.mean, pool.std),
@@ -138,11 +140,41 @@ def test_a_state_from_other_inputs_is_refused(one_rank: TrainJob, tmp_path: Path
     other = replace(one_rank, folder=tmp_path, inputs="others")
     assert read_state(other) is None
     write_bytes(other.state_path, one_rank.state_path.read_bytes())
-    with pytest.raises(Damage, match="from other inputs than this cycle's; delete it to train again"):
+    with pytest.raises(Damage, match="from other inputs than the cycle has now; put back what was there, or remove"):
         read_state(other)
     write_bytes(other.state_path, one_rank.state_path.read_bytes()[:-100])
-    with pytest.raises(Damage, match="cannot be read .*; delete it to train again"):
+    with pytest.raises(Damage, match="state.pt: cannot be read .*; put back what was there, or remove"):
         read_state(other)
+
+
+def test_a_checkpoint_that_was_lost_is_not_trained_again(one_rank: TrainJob, tmp_path: Path) -> None:
+    """All epochs are done, so nothing will bring it back."""
+    shutil.copytree(one_rank.folder, tmp_path / "copy")
+    copy = replace(one_rank, folder=tmp_path / "copy")
+    (copy.checkpoints / "0000" / "manifest.json").unlink()
+    with pytest.raises(Damage, match="all ranks are done, and checkpoint 0 is not here"):
+        train(copy, ranks(1))
+
+
+def test_ranks_whose_driver_gave_up_stop_writing(pool: Pool, tmp_path: Path) -> None:
+    """`abandon` takes the right to write away: the ranks of a failed run must not go on in the caller's cluster."""
+    long = job(tmp_path, pool, epochs=500)
+
+    def give_up() -> None:
+        while not checkpoints.committed(long.checkpoints):
+            time.sleep(0.001)
+        abandon(long)
+
+    threading.Thread(target=give_up, daemon=True).start()
+    with pytest.raises(Superseded, match="another attempt has taken over training"):
+        train(long, ranks(1))
+    assert 1 <= len(checkpoints.committed(long.checkpoints)) < 500
+
+
+def test_another_pool_at_the_same_place_is_refused(pool: Pool, tmp_path: Path) -> None:
+    other = replace(job(tmp_path, pool), pool_sha256="0" * 64)
+    with pytest.raises(PoolError, match="not the pool of this run"):
+        train(other, ranks(1))
 
 
 def test_divergence_stops_at_once_and_says_what_to_do(pool: Pool, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from distal.config import TrainConfig
 from distal.hashing import mix64
-from distal.train.loop import crop_flip, learning_rate
+from distal.train.loop import batches, crop_flip, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,32 @@ def test_what_happens_to_an_image_depends_on_its_draw_alone() -> None:
     order = np.random.default_rng(0).permutation(20)
     assert torch.equal(crop_flip(images[order], draws[order]), whole[order])
     assert torch.equal(crop_flip(images[3:5], draws[3:5]), whole[3:5])
+
+
+@pytest.mark.parametrize("n", [2, 12, 41, 97, 300])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_ranks_share_every_batch(n: int, world_size: int) -> None:
+    """Together they train on the batches of a single rank, in the same order; only the end of an epoch differs."""
+    batch_size = 12
+    shares = [batches(n, batch_size, rank, world_size, seed=7) for rank in range(world_size)]
+    alone = batches(n, batch_size, 0, 1, seed=7)
+    assert len({tuple(len(batch) for batch in share) for share in shares}) == 1  # all ranks step together
+    assert set(np.concatenate([batch for share in shares for batch in share])) == set(range(n))
+    for step in range(n // batch_size - 1):
+        together = np.concatenate([share[step] for share in shares])
+        assert np.array_equal(np.sort(together), np.sort(alone[step]))
+        assert len(together) == batch_size
+    repeated = sum(len(batch) for share in shares for batch in share) - n
+    assert 0 <= repeated < world_size
+
+
+@pytest.mark.parametrize("n", range(2, 60))
+def test_no_batch_has_one_image(n: int) -> None:
+    """Batch norm cannot learn from it."""
+    assert min(map(len, batches(n, 12, 0, 1, seed=0))) > 1
+
+
+def test_every_epoch_has_its_own_order() -> None:
+    first, again, other = (np.concatenate(batches(50, 12, 0, 1, seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
