@@ -135,12 +135,10 @@ def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, scorers: Scor
         stored = assignments.read(0, 240)[row]
         assert np.array_equal(stored[eligible], expected.labels[eligible])
         assert np.all(stored[~eligible] == 255)
-        margin = assignments.read_recorded("margin", row, 0, 240)
-        if row < ROWS - 1:
-            assert np.isnan(margin).all()  # kept at the last checkpoint only
-        else:
-            assert np.array_equal(margin[eligible], expected.margin[eligible].astype(np.float16))
-            assert np.isnan(margin[~eligible]).all()
+    margin = assignments.read_recorded("margin", ROWS - 1, 0, 240)
+    assert np.array_equal(margin[eligible], expected.margin[eligible].astype(np.float16))
+    assert np.isnan(margin[~eligible]).all()
+    assert not (assignments.path / "margin/c/0").exists()  # kept at the last checkpoint only
     assert len(np.unique(assignments.read(0, 240)[:, eligible])) > 1
 
 
@@ -289,10 +287,26 @@ def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, refe
     first, assignments = prepare(tmp_path / "first", pool)
     run(first, assignments, scorers, 1)
     scorers._arguments = (2**20, 2)  # the next actor has two threads
-    job, mixed = prepare(tmp_path / "mixed", pool)
+    job, mixed = prepare(tmp_path / "mixed", pool, published=ROWS - 1)
     mixed.adopt_fingerprint(assignments.attributes["fingerprint"])
     events: list[tuple[str, object]] = []
-    run(job, mixed, scorers, 2, on_event=lambda name, **values: events.append((name, values["actor"])))
+
+    class Waiting(Silent):
+        """Publishes the last checkpoint when both actors have come."""
+
+        def finished(self) -> bool:
+            if len(events) == 2:
+                commit(job.checkpoints, pool, ROWS - 1)
+            return len(events) == 2
+
+    run(
+        job,
+        mixed,
+        scorers,
+        2,
+        producer=Waiting(),
+        on_event=lambda name, **values: events.append((name, values["actor"])),
+    )
     assert sorted(events) == [("actor_joined", 0), ("actor_refused", 1)]
     assert list(scorers.actors) == [0]
     scorers.shrink(0)
