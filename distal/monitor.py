@@ -168,8 +168,17 @@ def status_table(status: JsonObject) -> Table:
 
 def pool_table(pool: JsonObject) -> Table:
     """What a pool is."""
-    table = Table(show_header=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in pool.items():
-        text = ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
-        table.add_row(name, text)
+        if isinstance(value, dict):
+            value = [f"{key} ({count:,})" for key, count in value.items()]
+        table.add_row(name, ", ".join(map(_number, value)) if isinstance(value, list) else _number(value))
     return table
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
