@@ -214,8 +214,8 @@ def _stop_on_signals(as_json: bool, resume: bool) -> None:
     def stop(number: int, _: FrameType | None) -> None:
         again = f"; continue with: distal {shlex.join(sys.argv[1:])}" if resume else ""
         line = f"stopped by {signal.Signals(number).name}{again}"
-        # os.write: the signal may have come in the middle of a print. A progress bar had hidden the cursor.
-        bar = "\r\x1b[2K\x1b[?25h" if sys.stderr.isatty() else ""
+        # os.write: the signal may have come in the middle of a print. A progress bar stays and had hidden the cursor.
+        bar = "\n\x1b[?25h" if sys.stderr.isatty() else ""
         os.write(2, f"{bar}distal: {line}\n".encode())
         if as_json:
             os.write(1, json.dumps({"state": "stopped", "error": line, "exit_code": 128 + number}).encode() + b"\n")

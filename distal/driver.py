@@ -73,11 +73,14 @@ def _is_complete(directory: Run, config: Config) -> bool:
     """Whether nothing is left to do, told from storage alone. Raises RunConflict when the run is another one."""
     if directory.identity is None or not directory.is_complete(config.loop.cycles):
         return False
-    fixed = inputs.resolved(config, directory.identity["constants"]).fixed()
+    config = inputs.resolved(config, directory.identity["constants"])
+    fixed = config.fixed()
     folder = Path(config.pool.path)
     if (folder / MANIFEST).exists():  # a finished run does not need its pool
         fixed |= inputs.content(Pool.open(folder))
     directory.check(fixed)
+    last = directory.begun_cycles()[: config.loop.cycles][-1]
+    check_unchanged(_begun(last), config, last.index)  # what would never be used is no answer to what was asked
     return True
 
 

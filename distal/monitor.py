@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from distal.records import JsonObject, Progress
 
@@ -39,19 +41,29 @@ class Silent:
         """Ignore it."""
 
 
-class Terminal:
-    """Shows progress on stderr; use as a context manager."""
+class _Bars(Bars):
+    """A bar with a line below it, so that both fit into 80 columns."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.below:
+            yield Text(f"  {self.below}", no_wrap=True, overflow="ellipsis")
+
+
+class Terminal:
+    """Shows progress on stderr, or on another console; use as a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
         self._shown_at = 0.0
         self._shown: tuple[int, str] | None = None
         self._task: TaskID | None = None
-        self._bars = Bars(
+        self._bars = _Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
@@ -86,14 +98,11 @@ class Terminal:
             self._shown = (state.cycle, state.stage)
             if self._task is not None:
                 self._bars.remove_task(self._task)
-            self._task = self._bars.add_task("", detail="")
+            self._task = self._bars.add_task("", total=None)
         assert self._task is not None
+        self._bars.below = _detail(state)
         self._bars.update(
-            self._task,
-            description=_title(state),
-            completed=state.images_scored,
-            total=state.images or None,
-            detail=_detail(state),
+            self._task, description=_title(state), completed=state.images_scored, total=state.images or None
         )
 
 

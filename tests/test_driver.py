@@ -142,6 +142,10 @@ def test_status_from_storage_alone(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (
+            "train.lr=0.1",
+            r"train.lr: 0.05 -> 0.1: cycle 1 has begun .* may apply from cycle 2, when cycle 1 is finished",
+        ),
         ("seed=1", "seed: 0 -> 1: it is part of what the run in .* is; give another run directory"),
         ("loop.initial=30", "loop.initial: 24 -> 30: it is part of what the run in .* is; give another run directory"),
         (
