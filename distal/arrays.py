@@ -7,7 +7,8 @@ decode; a chunk that equals the fill value is deleted; a chunk that is not there
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from distal.errors import Damage
+from distal.errors import Damage, one_line
 from distal.records import JsonObject
 from distal.storage import disk_errors
 
@@ -62,12 +63,11 @@ def get_attributes(path: Path) -> JsonObject:
     Raises:
         Damage: the metadata is not valid.
     """
-    try:
-        return zarr.open_group(path, mode="r").attrs.asdict()
-    except FileNotFoundError:
-        return {}
-    except Exception as error:
-        raise Damage(f"{path}: cannot be opened ({_line(error)})") from error
+    with _decoding(lambda: f"{path}: cannot be opened"):
+        try:
+            return zarr.open_group(path, mode="r").attrs.asdict()
+        except FileNotFoundError:
+            return {}
 
 
 class Array:
@@ -79,12 +79,10 @@ class Array:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with _decoding(lambda: f"{path}: cannot be opened"):
             # Written also when equal to the fill value: the existence of a chunk means something. The setting is not
             # persisted, so every handle sets it anew.
             self._array: zarr.Array[Any] = zarr.open_array(path, mode="r+").with_config({"write_empty_chunks": True})
-        except Exception as error:
-            raise Damage(f"{path}: cannot be opened ({_line(error)})") from error
         self.shape: tuple[int, ...] = self._array.shape
         self.chunks: tuple[int, ...] = self._array.chunks
         self.dtype: np.dtype[Any] = np.dtype(self._array.dtype)
@@ -107,10 +105,8 @@ class Array:
             for chunk in self._chunks(where):
                 if not self.chunk_path(*chunk).exists():
                     raise Damage(f"{self.path}: {self._name(chunk)} is missing")
-        try:
+        with _decoding(lambda: f"{self.path}: {self._culprit(where)} does not decode"):
             return np.asarray(self._array[where])
-        except Exception as error:
-            raise Damage(f"{self.path}: {self._culprit(where, error)}") from error
 
     def chunk_path(self, *index: int) -> Path:
         """The file of one chunk."""
@@ -124,19 +120,29 @@ class Array:
             ranges.append(range(start // size, -(-stop // size) if stop > start else start // size))
         return list(itertools.product(*ranges))
 
-    def _culprit(self, where: tuple[slice, ...], error: Exception) -> str:
+    def _culprit(self, where: tuple[slice, ...]) -> str:
         """Find the chunk that does not decode."""
         for chunk in self._chunks(where):
             region = tuple(slice(i * size, (i + 1) * size) for i, size in zip(chunk, self.chunks, strict=True))
             try:
                 self._array[region]
-            except Exception as reason:
-                return f"{self._name(chunk)} does not decode ({_line(reason)})"
-        return _line(error)
+            except Exception:
+                return self._name(chunk)
+        return "a block"
 
     def _name(self, chunk: tuple[int, ...]) -> str:
         return f"row {chunk[0]}, block {chunk[1]}" if len(chunk) == 2 else f"block {chunk[0]}"
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+@contextmanager
+def _decoding(what: Callable[[], str]) -> Iterator[None]:
+    """Turn what Zarr raises for bytes that are not what was written into Damage.
+
+    A disk that cannot be read just now is not damage: other OSErrors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
+        raise Damage(f"{what()} ({one_line(error)})") from error

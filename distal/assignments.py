@@ -179,13 +179,13 @@ class Assignments:
         """Indices of the blocks of `row` that are committed."""
         return {int(name) for name in names_in(self._arrays[ARRAY].chunk_path(row)) if name.isdigit()}
 
-    def read(self, start: int, stop: int, rows: slice = slice(None)) -> LabelArray:
-        """Columns [start, stop) of the given rows: (n_rows, stop - start); UNASSIGNED where not scored.
+    def read(self, start: int, stop: int) -> LabelArray:
+        """Columns [start, stop) of all rows: (n_rows, stop - start); UNASSIGNED where not scored.
 
         Raises:
             Damage: a chunk does not decode; the message names array, row and block.
         """
-        return self._arrays[ARRAY].read((rows, slice(start, stop)), complete=False)
+        return self._arrays[ARRAY].read((slice(None), slice(start, stop)), complete=False)
 
     def read_recorded(self, name: str, row: int, start: int, stop: int) -> NDArray[np.float16]:
         """Columns [start, stop) of one row of a recorded array: (stop - start,), NaN where not eligible.
@@ -222,8 +222,11 @@ class Assignments:
                 f"{sha256[:12]}; put the old checkpoint back, or remove {self.path} to score all rows again"
             )
 
-    def remove_damaged(self, row: int) -> list[str]:
+    def remove_damaged(self, row: int, *, recorded: bool) -> list[str]:
         """Delete every committed block of `row` that does not decode, so that it is scored again.
+
+        Args:
+            recorded: whether this row has recorded values, which then must be there.
 
         Returns:
             What was wrong with each.
@@ -232,18 +235,15 @@ class Assignments:
         for block in self.blocks:
             if not self.has(row, block):
                 continue
-            for name in self._arrays:
-                array = self._arrays[name]
-                if name == ELIGIBLE or not array.chunk_path(row, block.index).exists():
-                    continue
-                try:
-                    array.read((slice(row, row + 1), slice(block.start, block.stop)))
-                except Damage as damage:
-                    found.append(str(damage))
-                    # The commit goes first: a block without its recorded values is not committed.
-                    for other in (ARRAY, *self.recorded):
-                        self._arrays[other].chunk_path(row, block.index).unlink(missing_ok=True)
-                    break
+            where = (slice(row, row + 1), slice(block.start, block.stop))
+            try:
+                for name in (ARRAY, *(self.recorded if recorded else ())):
+                    self._arrays[name].read(where)
+            except Damage as damage:
+                found.append(str(damage))
+                # The commit goes first: a block without its recorded values is not committed.
+                for name in (ARRAY, *self.recorded):
+                    self._arrays[name].chunk_path(row, block.index).unlink(missing_ok=True)
         return found
 
     def _keep(self, name: str, value: object) -> None:

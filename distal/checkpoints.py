@@ -12,6 +12,7 @@ was killed cannot change it.
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and looking at a queue does 
     StateDict = dict[str, torch.Tensor]
 
 MANIFEST = "manifest.json"
+VISIBLE_S = 60.0
 
 
 def commit(
@@ -76,6 +78,22 @@ def read(folder: Path, index: int) -> CheckpointRef:
 def committed(folder: Path) -> list[int]:
     """Indices of the committed checkpoints, in order."""
     return [int(name) for name in names_in(folder) if (folder / name / MANIFEST).exists()]
+
+
+def wait_for(folder: Path, n: int) -> list[int]:
+    """Wait until the checkpoints 0 .. n - 1 can be seen, after they have been written.
+
+    A shared file system may show a new file to other nodes some time later.
+
+    Returns:
+        Those that are not here after `VISIBLE_S` seconds.
+    """
+    deadline = time.monotonic() + VISIBLE_S
+    while True:
+        missing = sorted(set(range(n)) - set(committed(folder)))
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.5)
 
 
 def load(checkpoint: CheckpointRef) -> StateDict:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from distal import __version__
-from distal.errors import ConfigError, DistalError, UserError
+from distal.errors import ConfigError, DistalError, UserError, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -182,12 +182,16 @@ def _answer(
     try:
         result = work()
     except DistalError as error:
-        raise _refuse(" ".join(str(error).split()), error.exit_code, as_json) from None
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        if error.filename is None:
+        raise _refuse(one_line(error), error.exit_code, as_json) from None
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
             raise
-        line = f"{os.fsdecode(error.filename)}: {(error.strerror or '').lower()}; give a path that can be written"
+        line = f"{os.fsdecode(error.filename)}: {error.strerror.lower()}; give a path that can be used"
         raise _refuse(line, UserError.exit_code, as_json) from None
+    except Exception as error:
+        if as_json:
+            print(json.dumps({"state": "error", "error": one_line(error), "exit_code": 1}))
+        raise
     if as_json:
         print(json.dumps(result))
     else:

@@ -343,8 +343,8 @@ def check_unchanged(old: Config, new: Config, cycle: int) -> None:
         if before[name] != value:
             raise RunConflict(
                 f"{name}: {_yaml(before[name])} -> {_yaml(value)}: cycle {cycle} has begun with the old value; the new "
-                f"one may apply from cycle {cycle + 1}, when cycle {cycle} is finished; or give another run directory "
-                "(run=...)"
+                f"one may apply from cycle {cycle + 1}, when cycle {cycle} is finished; or remove cycles/{cycle:03d} "
+                "from the run to do it again, or give another run directory (run=...)"
             )
 
 

@@ -55,6 +55,7 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
         UserError: the configuration, the pool and the run directory do not fit together.
         DistalError: a stage failed; what was committed stays, and the same call continues.
     """
+    config = config.absolute()
     display = display or Silent()
     directory = Run(Path(config.run))
     if _is_complete(directory, config):
@@ -79,6 +80,7 @@ def _is_complete(directory: Run, config: Config) -> bool:
     if (folder / MANIFEST).exists():  # a finished run does not need its pool
         fixed |= inputs.content(Pool.open(folder))
     directory.check(fixed)
+    directory.check_answers()
     last = directory.begun_cycles()[: config.loop.cycles][-1]
     check_unchanged(_begun(last), config, last.index)  # what would never be used is no answer to what was asked
     return True
@@ -198,21 +200,31 @@ class _Driver:
             inputs=digest(made_from),
         )
 
+        given_up = threading.Event()
+
+        def on_event(name: str, **values: Any) -> None:
+            self._event(name, cycle=cycle.index, **values)
+            if name == "training_waits":
+                training.starve()
+
         def work() -> JsonObject:
-            train(job, self.ranks, on_event=partial(self._event, cycle=cycle.index))
+            train(job, self.ranks, given_up=given_up, on_event=on_event)
             return {
                 "n_labeled": len(ledger),
                 "device": self.slots.device,
                 "world_size": self.ranks.workers,
-                "deterministic": True,  # on a GPU as far as its kernels allow; see `be_deterministic`
+                "deterministic": self.slots.device == "cpu",  # a GPU may lack such a kernel; see `be_deterministic`
             }
 
-        return _Training(
+        training = _Training(
             stage=partial(self._stage, cycle, "train", lambda: made_from, work),
-            abandon=partial(abandon, job),
+            abandon=partial(abandon, job, given_up),
+            published=lambda: len(checkpoints.committed(cycle.checkpoints)),
             slots=self.slots.training(self.ranks.workers, self.ranks.threads),
-            complete=cycle.marker("train") is not None,
+            all_slots=self.slots.scoring if self.slots.shared else 0,
         )
+        training.start(at_once=cycle.marker("train") is not None)
+        return training
 
     def _score(self, cycle: Cycle, training: _Training) -> None:
         """Score the eligible samples of the pool at every checkpoint, those still to come included."""
@@ -228,6 +240,7 @@ class _Driver:
                 n_rows,
                 eligible.read,
                 config.score.record,
+                recorded_from=n_rows - 1 if config.score.record_rows == "last" else 0,
             )
             job = self._job(cycle, self.pool, cycle.assignments)
             if config.score.record_rows == "last":
@@ -352,6 +365,7 @@ class _Driver:
         n_rows: int,
         eligible: Callable[[int, int], NDArray[np.bool_]],
         recorded: tuple[str, ...],
+        recorded_from: int = 0,
     ) -> Assignments:
         """Lay out an array, or take up one that an earlier attempt began; its damaged blocks are deleted."""
         assert self.pool.classes is not None
@@ -367,7 +381,7 @@ class _Driver:
             )
         assignments = Assignments.open(path)
         for row in range(assignments.n_rows):
-            for damage in assignments.remove_damaged(row):
+            for damage in assignments.remove_damaged(row, recorded=row >= recorded_from):
                 self._event("damaged_block", reason=f"{damage}; it will be scored again")
         return assignments
 
@@ -442,17 +456,35 @@ class _Training:
     Args:
         stage: the work.
         abandon: tells ranks that are still at work to stop.
+        published: how many checkpoints there are.
         slots: held while it runs.
-        complete: whether there is nothing to do but to check.
+        all_slots: held while the ranks find no room.
     """
 
-    def __init__(self, stage: Callable[[], None], abandon: Callable[[], None], slots: int, *, complete: bool) -> None:
-        self._stage, self._abandon, self._slots = stage, abandon, slots
+    def __init__(
+        self,
+        stage: Callable[[], None],
+        abandon: Callable[[], None],
+        published: Callable[[], int],
+        slots: int,
+        all_slots: int,
+    ) -> None:
+        self._stage, self._abandon, self._published = stage, abandon, published
+        self._slots, self._all_slots = slots, all_slots
+        self._starved_at: int | None = None
         self._future: Future[None] = Future()
-        if complete:
+
+    def start(self, *, at_once: bool) -> None:
+        """Begin; `at_once` when there is nothing to do but to check."""
+        if at_once:
             self._run()
         else:
             threading.Thread(target=self._run, name="train", daemon=True).start()
+
+    def starve(self) -> None:
+        """The ranks find no room: what is free is spread over nodes, or taken by others. They get all slots until they
+        run."""
+        self._starved_at = self._published()
 
     def _run(self) -> None:
         try:
@@ -478,7 +510,9 @@ class _Training:
 
     def slots_held(self) -> int:
         """Slots that the ranks take from scoring now."""
-        return 0 if self._future.done() else self._slots
+        if self._future.done():
+            return 0
+        return self._all_slots if self._starved_at == self._published() else self._slots
 
     def wait(self) -> None:
         """Return when training is done; raises what went wrong with it."""

@@ -14,9 +14,7 @@ from distal.hashing import mix64
 from distal.ledger import Ledger
 from distal.pool import Pool
 from distal.pool.images import OK
-from distal.records import split_blocks
-
-STRIPE_SAMPLES = 2**20
+from distal.records import STRIPE_SAMPLES, split_blocks
 
 
 @dataclass(frozen=True)

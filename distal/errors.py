@@ -83,3 +83,8 @@ class Damage(DistalError):
     """Stored bytes are not what was written."""
 
     exit_code = 4
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its name when it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

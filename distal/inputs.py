@@ -26,22 +26,25 @@ def open_pools(config: Config, connect: Callable[[], None], display: Display) ->
     Args:
         connect: connects to Ray, which packing needs.
     """
-    pool = _open(Path(config.pool.path), config.pool.source, "pool.source", connect, display)
+    pool = _open(Path(config.pool.path), config.pool.source, "pool.source", "pool.source=null", connect, display)
     if config.pool.test is None:
         return pool, None
     packed = Path(config.pool.test)
     if not config.pool.test.startswith(BUILTIN) and (packed / MANIFEST).exists():
         return pool, Pool.open(packed)
-    return pool, _open(Path(f"{config.pool.path}-test"), config.pool.test, "pool.test", connect, display)
+    beside = Path(f"{config.pool.path}-test")
+    return pool, _open(beside, config.pool.test, "pool.test", f"pool.test={beside}", connect, display)
 
 
-def _open(folder: Path, source: str | None, key: str, connect: Callable[[], None], display: Display) -> Pool:
+def _open(
+    folder: Path, source: str | None, key: str, as_it_is: str, connect: Callable[[], None], display: Display
+) -> Pool:
     if source is None or (folder / MANIFEST).exists():
         pool = Pool.open(folder)
         if source not in (None, pool.source):
             raise PoolError(
-                f"{key}: {folder} was packed from {pool.source}, not from {source}; remove it to pack it again, choose "
-                "another folder, or set pool.source=null to use it as it is"
+                f"{key}: {folder} was packed from {pool.source}, not from {source}; remove it to pack it again, or use "
+                f"it as it is with {as_it_is}"
             )
     else:
         connect()

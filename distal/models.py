@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distal.checkpoints import deserialize
 from distal.config import ModelConfig
-from distal.errors import ModelError
+from distal.errors import ModelError, one_line
 from distal.hashing import seed_for
 from distal.pool import Pool
 
@@ -90,9 +90,9 @@ class ModelSpec:
                 with torch.no_grad():
                     output = net.train(mode)(preprocess(images))
             except Exception as error:
-                reason = " ".join(str(error).split())
                 raise ModelError(
-                    f"model.name: {self.config.name} does not take images of shape {self.image_shape} ({reason})"
+                    f"model.name: {self.config.name} does not take images of shape {self.image_shape} "
+                    f"({one_line(error)})"
                 ) from error
             if not isinstance(output, Tensor) or output.shape != (2, self.n_classes):
                 got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -214,7 +214,7 @@ def _weights(config: ModelConfig) -> StateDict:
         except FileNotFoundError:
             raise ModelError(f"model.weights: {path}: no such file") from None
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise ModelError(f"model.weights: {path} is not a file of plain tensors ({reason})") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ModelError(f"model.weights: {path} is not a state_dict; save model.state_dict() alone")

@@ -9,6 +9,7 @@ from typing import Any
 
 SAMPLES_PER_BLOCK_STEP = 128
 MAX_BLOCK_SIZE = 65_536
+STRIPE_SAMPLES = 2**20  # looked at together in a pass over a pool: some 100 bytes each
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,9 +202,9 @@ class Run:
             RunConflict: the run was begun with something else, or the folder holds something else.
         """
         if self.identity is None:
-            found = storage.names_in(self.path)
-            if set(found) - {"events"}:
-                raise RunConflict(f"{self.path}: not an empty folder and not a run (it holds {found[0]})")
+            foreign = [name for name in storage.names_in(self.path) if name != "events"]
+            if foreign:
+                raise RunConflict(f"{self.path}: not an empty folder and not a run (it holds {foreign[0]})")
             return
         for name, value in fixed.items():
             kept = self.identity["fixed"].get(name)
@@ -232,6 +232,19 @@ class Run:
             return False
         last = begun[-1]
         return last.index + 1 == n_cycles or (last.took_all() and last.marker("label") is not None)
+
+    def check_answers(self) -> None:
+        """Look at what people take from a finished run: what is labelled, and what was selected.
+
+        Raises:
+            Damage: one of these files is missing, or is not what was written.
+        """
+        for cycle in self.begun_cycles():
+            trained = cycle.marker("train")
+            if trained is not None and trained["inputs"].get("ledger") != self.ledger(before=cycle.index).sha256:
+                raise Damage(f"{self.path}: a label file is not the one that cycle {cycle.index} was trained with")
+            if cycle.marker("select") is not None:
+                cycle.chosen()
 
     @property
     def initial(self) -> Path:

@@ -51,8 +51,9 @@ class Selection:
 
     @property
     def sha256(self) -> str:
-        """Of the sample ids in rank order, one per line (hex): equal batches have equal hashes."""
-        return hashlib.sha256("".join(f"{sample_id}\n" for sample_id in self.sample_ids).encode()).hexdigest()
+        """Of `<sample_index> <sample_id>` in rank order, one per line (hex): equal batches have equal hashes."""
+        lines = (f"{i} {sample_id}\n" for i, sample_id in zip(self.indices, self.sample_ids, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
     def tie_share(self) -> float:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.core import split_protocol
 
-from distal.errors import ConfigError, Damage, DiskFull, UnknownFormat
+from distal.errors import ConfigError, Damage, DiskFull, UnknownFormat, one_line
 from distal.records import JsonObject
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with _temporary(path) as temporary:
-        with pq.ParquetWriter(temporary, schema) as writer:
+        with pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
             yield writer
         temporary.replace(path)
 
@@ -110,7 +110,7 @@ def write_table(path: Path, table: pa.Table) -> None:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    pq.write_table(table, buffer, write_page_checksum=True)
     write_bytes(path, buffer.getbuffer())
 
 
@@ -120,15 +120,28 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     Raises:
         Damage: the file is missing, or is not valid Parquet.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        with parquet_errors(path):
+            return pq.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
     except FileNotFoundError:
         raise Damage(f"{path}: missing") from None
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises for bytes that are not Parquet, or have changed, into Damage."""
+    import pyarrow as pa
+
+    try:
+        yield
     except pa.ArrowInvalid as error:
-        raise Damage(f"{path}: not a valid Parquet file ({str(error).splitlines()[0]})") from error
+        raise Damage(f"{path}: not a valid Parquet file ({one_line(error)})") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise Damage(f"{path}: damaged ({one_line(error)})") from error  # such as a page that fails its checksum
 
 
 def write_json(path: Path, record: JsonObject) -> None:
@@ -199,6 +212,25 @@ def _checked(path: Path, record: object, required: Sequence[str]) -> JsonObject:
 def sha256(data: bytes | memoryview) -> str:
     """sha256 of `data` (hex)."""
     return hashlib.sha256(data).hexdigest()
+
+
+def write_sealed(path: Path, data: bytes) -> None:
+    """Write a file atomically, with the sha256 of its bytes in front."""
+    write_bytes(path, sha256(data).encode() + data)
+
+
+def read_sealed(path: Path) -> bytes:
+    """Read what `write_sealed` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        Damage: the bytes are not those that were written.
+    """
+    sealed = path.read_bytes()
+    data = sealed[64:]
+    if sealed[:64] != sha256(data).encode():
+        raise Damage(f"{path}: its bytes have changed")
+    return data
 
 
 def names_in(folder: Path) -> list[str]:

@@ -123,7 +123,7 @@ def test_init_writes_a_configuration_that_loads(tmp_path: Path) -> None:
         (["run", CONFIG, "pool.source=null", "pool.path=/no/pool"], "/no/pool: no such pool; make it with"),
         (["run", CONFIG, "pool.path=s3://bucket/pool"], "only local and shared file systems"),
         (["run", CONFIG, f"run={CONFIG}"], "quickstart.yaml"),
-        (["init", f"{CONFIG}/mine.yaml"], "quickstart.yaml: file exists; give a path that can be written"),
+        (["init", f"{CONFIG}/mine.yaml"], "quickstart.yaml: file exists; give a path that can be used"),
         (["status", CONFIG], "quickstart.yaml/run.yaml: not a directory"),
         (["status", "/no/run"], "/no/run: no run here (run.yaml is missing)"),
         (["pool", "info", "/no/pool"], "/no/pool: no such pool"),

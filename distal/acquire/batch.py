@@ -12,11 +12,9 @@ from distal.assignments import Assignments
 from distal.config import SelectConfig
 from distal.hashing import mix64
 from distal.pool import Pool
-from distal.records import split_blocks
+from distal.records import STRIPE_SAMPLES, split_blocks
 from distal.scores import Scores
 from distal.selection import Selection
-
-STRIPE_SAMPLES = 2**20
 
 
 def select(

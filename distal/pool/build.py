@@ -1,4 +1,4 @@
-"""Pack a source into a pool: decode once, in parallel, one Ray task per image chunk.
+"""Pack a source into a pool: decode once, in parallel, one Ray task per block.
 
 The order of samples is the order of the source, whatever the number of tasks. `pool.json` is written last,
 so a build that was interrupted leaves no pool behind.
@@ -7,6 +7,9 @@ so a build that was interrupted leaves no pool behind.
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,15 +22,17 @@ import ray
 from numpy.typing import NDArray
 
 from distal.arrays import Array, create_array
-from distal.errors import DiskFull, PoolError, SourceError
+from distal.errors import DiskFull, DistalError, PoolError, SourceError, one_line
 from distal.hashing import sample_keys
 from distal.pool.decode import Channels, Unreadable, decode, is_grey, pixels
 from distal.pool.images import BUILDING, IMAGES, MANIFEST, OK, SAMPLES, SCHEMA, UNREADABLE, Pool
 from distal.pool.sources import Columns, Row, Source, open_source
 from distal.records import Block, auto_block_size, split_blocks
-from distal.storage import parquet_writer, remove_tree, write_json
+from distal.storage import create_json, parquet_writer, read_json, remove_tree, write_json
 
 MAX_CHUNK_BYTES = 16 * 2**20
+STALE_S = 300  # seconds without a new chunk after which a build on another host counts as interrupted
+MAX_SAMPLES_PER_TASK = 8192
 _MAX_SAMPLED = 128  # images looked at to learn the size and the channels
 
 
@@ -55,7 +60,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a build task returns for one chunk; its images are in the array already."""
+    """What a build task returns for one block; its images are in the array already."""
 
     table: pa.Table
     histogram: NDArray[np.int64]  # (C, 256): how often each value occurs in the readable images
@@ -112,7 +117,27 @@ def _make_room(dest: Path) -> None:
     if found and (BUILDING not in found or found - ours):
         other = min(found - ours, default=min(found))
         raise PoolError(f"{dest}: not an empty folder (it holds {other}); choose another")
+    if BUILDING in found:
+        _check_interrupted(dest)
     _discard(dest)
+    if not create_json(dest / BUILDING, {"host": platform.node(), "pid": os.getpid()}):
+        _check_interrupted(dest)
+
+
+def _check_interrupted(dest: Path) -> None:
+    """Make sure that an unfinished build is not another process's, at work now."""
+    builder = read_json(dest / BUILDING, required=("host", "pid"))
+    if builder["host"] == platform.node():
+        try:
+            os.kill(builder["pid"], 0)
+        except ProcessLookupError:
+            return
+    elif time.time() - max(path.stat().st_mtime for path in (dest / BUILDING, *dest.glob(f"{IMAGES}/c"))) > STALE_S:
+        return
+    raise PoolError(
+        f"{dest}: process {builder['pid']} on {builder['host']} is packing this pool; wait until it is done, or remove "
+        "the folder if it is not"
+    )
 
 
 def _discard(dest: Path) -> None:
@@ -154,7 +179,6 @@ def _layout(
 def _build(source: Source, name: str, dest: Path, layout: Layout, on_progress: Callable[[int, int], None]) -> Pool:
     n_samples = len(source)
     chunk = _chunk_size(n_samples, layout)
-    write_json(dest / BUILDING, {"source": name})
     dimensions = ("sample", "height", "width", "channel")
     create_array(dest / IMAGES, (n_samples, *layout.shape), (chunk, *layout.shape), "uint8", 0, dimensions)
 
@@ -162,18 +186,14 @@ def _build(source: Source, name: str, dest: Path, layout: Layout, on_progress: C
     class_counts = np.zeros(len(source.classes or ()), dtype=np.int64)
     n_unreadable = 0
     content = hashlib.sha256(repr((n_samples, layout.shape, source.classes)).encode())
-    rows_per_group = auto_block_size(n_samples)
+    blocks = split_blocks(n_samples, min(auto_block_size(n_samples), MAX_SAMPLES_PER_TASK))
     with parquet_writer(dest / SAMPLES, SCHEMA) as writer:
-        pending: list[pa.Table] = []
-        for block, part in _in_order(source, split_blocks(n_samples, chunk), dest, layout):
+        for block, part in _in_order(source, blocks, dest, layout):
             histogram += part.histogram
             class_counts += part.class_counts
             n_unreadable += part.n_unreadable
             content.update(part.sha256)
-            pending.append(part.table)
-            if block.stop % rows_per_group == 0 or block.stop == n_samples:
-                writer.write_table(pa.concat_tables(pending), row_group_size=rows_per_group)
-                pending.clear()
+            writer.write_table(part.table)
             on_progress(block.stop, n_samples)
     if n_unreadable == n_samples:
         raise SourceError(f"{name}: none of its {n_samples} images can be decoded")
@@ -188,7 +208,6 @@ def _build(source: Source, name: str, dest: Path, layout: Layout, on_progress: C
             "channels": layout.shape[2],
             "height": layout.size[0],
             "width": layout.size[1],
-            "resized": layout.resize,
             "classes": None if source.classes is None else list(source.classes),
             "class_counts": class_counts.tolist(),
             "mean": mean,
@@ -224,6 +243,8 @@ def _in_order(source: Source, blocks: list[Block], dest: Path, layout: Layout) -
             yield block, ray.get(running.pop(block.index))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except ray.exceptions.RayError as error:  # such as no memory left, again and again
+        raise DistalError(f"{dest}: packing a block failed ({one_line(error)})") from error
     finally:
         # Nothing may write into the folder of a failed build after it has been removed.
         for ref in running.values():
@@ -232,40 +253,44 @@ def _in_order(source: Source, blocks: list[Block], dest: Path, layout: Layout) -
 
 
 def _pack_block(source: Source, block: Block, dest: Path, layout: Layout) -> _Part:
-    """Decode one block and write its chunk. Doing it twice writes the same bytes, so a retry is safe."""
-    images = np.zeros((len(block), *layout.shape), dtype=np.uint8)
+    """Decode one block and write its chunks. Doing it twice writes the same bytes, so a retry is safe."""
+    array = Array(dest / IMAGES)
+    source_rows = source.rows(block.start, block.stop)
     rows: list[Row] = []
     statuses: list[str] = []
-    for i, row in enumerate(source.rows(block.start, block.stop)):
-        rows.append(replace(row, data=None))  # the bytes are not needed any more
-        try:
-            images[i] = _pixels(row, layout)
-            statuses.append(OK)
-        except Unreadable as error:
-            statuses.append(UNREADABLE + str(error))
-    Array(dest / IMAGES).write((slice(block.start, block.stop),), images)
-    table = pa.table(
-        {
-            "sample_index": np.arange(block.start, block.stop),
-            "sample_id": [row.sample_id for row in rows],
-            "sample_key": sample_keys(row.sample_id for row in rows),
-            "uri": [row.uri for row in rows],
-            "status": statuses,
-            "label": [row.label for row in rows],
-            "group_id": [row.group_id for row in rows],
-        },
-        schema=SCHEMA,
-    )
-    described = [(row.sample_id, row.label, row.group_id, status) for row, status in zip(rows, statuses, strict=True)]
-    digest = hashlib.sha256(images.tobytes())
-    digest.update(repr(described).encode())
-    ok = np.array([status == OK for status in statuses])
-    labels = [row.label for row, readable in zip(rows, ok, strict=True) if readable and row.label is not None]
+    histogram = np.zeros((layout.shape[2], 256), dtype=np.int64)
+    digest = hashlib.sha256()
+    for start in range(block.start, block.stop, array.chunks[0]):
+        images = np.zeros((min(array.chunks[0], block.stop - start), *layout.shape), dtype=np.uint8)
+        for image, row in zip(images, source_rows, strict=False):
+            rows.append(replace(row, data=None))  # the bytes are not needed any more
+            try:
+                image[:] = _pixels(row, layout)
+            except Unreadable as error:
+                statuses.append(UNREADABLE + str(error))
+            else:
+                statuses.append(OK)
+                histogram += [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(image, -1, 0)]
+        array.write((slice(start, start + len(images)),), images)
+        digest.update(images.data)
+    digest.update(repr([(r.sample_id, r.label, r.group_id, s) for r, s in zip(rows, statuses, strict=True)]).encode())
+    labels = [row.label for row, status in zip(rows, statuses, strict=True) if status == OK and row.label is not None]
     return _Part(
-        table=table,
-        histogram=np.array([np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(images[ok], -1, 0)]),
+        table=pa.table(
+            {
+                "sample_index": np.arange(block.start, block.stop),
+                "sample_id": [row.sample_id for row in rows],
+                "sample_key": sample_keys(row.sample_id for row in rows),
+                "uri": [row.uri for row in rows],
+                "status": statuses,
+                "label": [row.label for row in rows],
+                "group_id": [row.group_id for row in rows],
+            },
+            schema=SCHEMA,
+        ),
+        histogram=histogram,
         class_counts=np.bincount(np.array(labels, dtype=np.int64), minlength=len(source.classes or ())),
-        n_unreadable=int(np.count_nonzero(~ok)),
+        n_unreadable=len(statuses) - statuses.count(OK),
         sha256=digest.digest(),
     )
 

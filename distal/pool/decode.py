@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from distal.errors import one_line
+
 Channels = Literal["grey", "rgb"]
 
 _MODE: dict[Channels, str] = {"grey": "L", "rgb": "RGB"}
@@ -63,6 +65,6 @@ def pixels(image: Image.Image, channels: Channels, size: tuple[int, int]) -> NDA
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     # Pillow prints the address of the buffer, which would differ from run to run.
     return "not an image of a known format" if text.startswith("cannot identify image file") else text

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from distal.arrays import Array
 from distal.errors import Damage, PoolError
 from distal.records import JsonObject
-from distal.storage import names_in, read_json
+from distal.storage import names_in, parquet_errors, read_json
 
 MANIFEST, SAMPLES, IMAGES = "pool.json", "samples.parquet", "images.zarr"
 BUILDING = "building.json"  # written first and removed last: a folder that has it holds an unfinished build
@@ -176,7 +176,8 @@ class Pool:
         first = int(np.searchsorted(self._row_group_starts, start, side="right")) - 1
         last = int(np.searchsorted(self._row_group_starts, stop, side="left"))
         offset = start - int(self._row_group_starts[first])
-        table = self._samples.read_row_groups(range(first, last), columns=columns)
+        with parquet_errors(self.path / SAMPLES):
+            table = self._samples.read_row_groups(range(first, last), columns=columns)
         return table.slice(offset, stop - start)
 
     def take_samples(self, indices: Sequence[int] | NDArray[np.int64], columns: list[str] | None = None) -> pa.Table:
@@ -186,7 +187,8 @@ class Pool:
         for row_group in np.unique(np.searchsorted(self._row_group_starts, wanted, side="right") - 1):
             start, stop = self._row_group_starts[row_group], self._row_group_starts[row_group + 1]
             positions = np.flatnonzero((wanted >= start) & (wanted < stop))
-            table = self._samples.read_row_group(int(row_group), columns=columns)
+            with parquet_errors(self.path / SAMPLES):
+                table = self._samples.read_row_group(int(row_group), columns=columns)
             tables.append(table.take(pa.array(wanted[positions] - start)))
             order.append(positions)
         if not tables:
@@ -205,9 +207,10 @@ class Pool:
     @cached_property
     def _samples(self) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self.path / SAMPLES, memory_map=True)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise Damage(f"{self.path / SAMPLES}: cannot be opened ({error})") from error
+            with parquet_errors(self.path / SAMPLES):
+                return pq.ParquetFile(self.path / SAMPLES, memory_map=True, page_checksum_verification=True)
+        except FileNotFoundError:
+            raise Damage(f"{self.path / SAMPLES}: missing") from None
 
     @cached_property
     def _row_group_starts(self) -> NDArray[np.int64]:

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from distal.assignments import Assignments
 from distal.errors import Damage
 from distal.pool import Pool
-from distal.records import Block, split_blocks
+from distal.records import STRIPE_SAMPLES, Block, split_blocks
 from distal.reduce.measures import FROM_RECORDED, FROM_VOTES, SEEDED, count
 from distal.scores import Scores
 
 STRIPE_BYTES = 32 * 2**20
-STRIPE_SAMPLES = 2**20  # counts and scores take some 100 bytes per sample, however few checkpoints there are
 
 
 def reduce(

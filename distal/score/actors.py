@@ -18,11 +18,11 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from distal import checkpoints
 from distal.assignments import Assignments, unassigned
-from distal.errors import Damage, DistalError, Diverged, RunConflict
+from distal.errors import Damage, DistalError, Diverged, RunConflict, one_line
 from distal.models import ModelSpec, be_deterministic
 from distal.pool import Pool
 from distal.records import Block, CheckpointRef, Progress
@@ -193,6 +193,7 @@ class Scorer:
         kept = []
         for piece in _pieces(self._pool, block, eligible, self._job.batch_size):
             if keep:
+                piece = replace(piece, images=piece.images.copy(order="K"))  # a slice would keep all it was cut from
                 kept.append(piece)
                 self._room -= piece.images.nbytes
             yield piece
@@ -212,8 +213,8 @@ class Scorer:
     def _not_finite(self, ref: CheckpointRef, sample_index: int) -> str:
         sample_id = self._pool.take_samples([sample_index], ["sample_id"])["sample_id"][0].as_py()
         return (
-            f"checkpoint {ref.index} gives a logit that is not finite for sample {sample_id}; "
-            "training diverged: lower train.lr"
+            f"checkpoint {ref.index} gives a logit that is not finite for sample {sample_id}: training diverged; "
+            f"remove {ref.path.parents[2]} to do the cycle again, with a lower train.lr"
         )
 
 
@@ -350,6 +351,7 @@ class _Pass:
         self.working: dict[Any, Work] = {}
         self.failed_starts = 0
         self.refused = 0
+        self.missed_since: float | None = None
         self.recent: deque[tuple[float, int]] = deque()
 
     def run(self) -> int:
@@ -362,6 +364,7 @@ class _Pass:
             if time.monotonic() - polled >= POLL_S:
                 polled = time.monotonic()
                 self._look_for_checkpoints()
+                self._shrink()
                 for actor in self.scorers.grow(min(self._allowed(), self.plan.n_unfinished_blocks)):
                     self._greet(actor)
                 self._report()
@@ -388,7 +391,11 @@ class _Pass:
                 self.refs[row] = ref
                 self.plan.published(row)
         lacking = [row for row in range(self.assignments.n_rows) if row not in self.refs]
-        if finished and lacking:
+        if not finished or not lacking:
+            self.missed_since = None
+            return
+        self.missed_since = self.missed_since or time.monotonic()
+        if time.monotonic() - self.missed_since > checkpoints.VISIBLE_S:
             raise Damage(
                 f"{self.job.checkpoints}: training is complete, and checkpoint {lacking[0] + self.job.first_index} is "
                 "not here; every node must see the same files; put it back, or start another run directory"
@@ -404,13 +411,15 @@ class _Pass:
             return
         ready, _ = ray.wait(pending, timeout=POLL_S)
         for ref in ready:
+            if ref not in self.joining and ref not in self.working:
+                continue  # of an actor that was lost just now
             actor = self.joining[ref] if ref in self.joining else self.working[ref].actor
             try:
                 result = ray.get(ref)
-            except RayActorError as error:
-                self._lost(actor, error)
-            except RayTaskError as error:
+            except RayTaskError as error:  # the code in the actor raised
                 self._failed(ref, error)
+            except RayError as error:  # the actor is gone: it died, its node did, or it had no memory left
+                self._lost(actor, error)
             else:
                 self._join(ref, result) if ref in self.joining else self._commit(ref, result)
 
@@ -443,13 +452,23 @@ class _Pass:
         self.images += self.eligible[work.block] * len(work.rows)
         self.recent.append((time.monotonic(), n_predicted))
 
-    def _lost(self, actor: int, error: RayActorError) -> None:
-        self.on_event("actor_lost", actor=actor, reason=" ".join(str(error).split())[:300])
+    def _shrink(self) -> None:
+        """Give slots back that are needed elsewhere; the youngest actors go, and what they had in hand waits again."""
+        for actor in list(self.scorers.actors)[self._allowed() :]:
+            if self._forget(actor):
+                self.plan.actor_left(actor)
+
+    def _forget(self, actor: int) -> bool:
+        """Stop an actor; returns whether it had joined the plan."""
         joined = actor not in self.joining.values()
         self.joining = {ref: a for ref, a in self.joining.items() if a != actor}
         self.working = {ref: work for ref, work in self.working.items() if work.actor != actor}
         self.scorers.drop(actor)
-        if joined:
+        return joined
+
+    def _lost(self, actor: int, error: RayError) -> None:
+        self.on_event("actor_lost", actor=actor, reason=one_line(error)[:300])
+        if self._forget(actor):
             self.plan.actor_lost(actor)
             return
         self.failed_starts += 1

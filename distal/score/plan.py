@@ -47,6 +47,7 @@ class Plan:
             self._missing[row] -= 1
         self._published: set[int] = set()
         self._attempts: dict[int, int] = {}
+        self._failed_at: dict[int, int] = {}  # the actor at which a block failed last
         self._owner: dict[int, int] = {}  # the actor that scored a block last, and may have it decoded
         self._work: dict[int, list[Work]] = {}  # what each actor has in hand, in the order it was handed out
 
@@ -78,17 +79,22 @@ class Plan:
         """An actor is ready for work."""
         self._work[actor] = []
 
+    def actor_left(self, actor: int) -> list[Work]:
+        """An actor was sent away; what it had in hand waits again, and is returned."""
+        self._owner = {block: owner for block, owner in self._owner.items() if owner != actor}
+        in_hand = self._work.pop(actor)
+        for work in in_hand:
+            self._waiting[work.block].update(work.rows)
+        return in_hand
+
     def actor_lost(self, actor: int) -> None:
-        """An actor is gone; what it had in hand waits again.
+        """An actor has died; what it had in hand waits again.
 
         Raises:
             BlockFailed: the block it was working on has been lost too often.
         """
-        self._owner = {block: owner for block, owner in self._owner.items() if owner != actor}
-        for position, work in enumerate(self._work.pop(actor)):
-            self._waiting[work.block].update(work.rows)
-            if position == 0:  # the others were only queued behind it
-                self._count_failure(work.block, "the actor died")
+        for work in self.actor_left(actor)[:1]:  # the others were only queued behind it
+            self._count_failure(work.block, "the actor died")
 
     def done(self, work: Work) -> None:
         """A hand-out is committed."""
@@ -98,6 +104,7 @@ class Plan:
         for row in work.rows:
             self._missing[row] -= 1
         self._attempts.pop(work.block, None)
+        self._failed_at.pop(work.block, None)
 
     def failed(self, work: Work, reason: str) -> None:
         """A hand-out failed without taking its actor down; it waits again.
@@ -107,6 +114,8 @@ class Plan:
         """
         self._work[work.actor].remove(work)
         self._waiting[work.block].update(work.rows)
+        self._owner.pop(work.block, None)
+        self._failed_at[work.block] = work.actor  # another one tries it next: it may be the actor that is at fault
         self._count_failure(work.block, reason)
 
     def next_work(self) -> list[Work]:
@@ -127,7 +136,12 @@ class Plan:
     def _choose(self, actor: int) -> int | None:
         """The block whose oldest row is the most behind: own blocks first, then free ones, then others'."""
         busy = {work.block for in_hand in self._work.values() for work in in_hand}
-        candidates = [b for b, rows in enumerate(self._waiting) if rows and b not in busy]
+        alone = len(self._work) == 1
+        candidates = [
+            block
+            for block, rows in enumerate(self._waiting)
+            if rows and block not in busy and (alone or self._failed_at.get(block) != actor)
+        ]
         if not candidates:
             return None
         own = [b for b in candidates if self._owner.get(b) == actor]

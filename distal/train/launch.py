@@ -6,14 +6,16 @@ Ray Train only places and starts ranks: nothing is reported to it, and what surv
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from distal import checkpoints
-from distal.errors import Damage, DistalError, TrainingFailed
+from distal.errors import Damage, DistalError, Superseded, TrainingFailed
 from distal.storage import remove_tree, write_bytes
 from distal.train.loop import TrainJob, train_rank
 
@@ -45,16 +47,24 @@ class Ranks:
         return f"{self.workers} ranks of {self.threads} CPU slots{gpu} each{where}"
 
 
-def train(job: TrainJob, ranks: Ranks, *, on_event: Callable[..., None] = lambda name, **values: None) -> None:
+def train(
+    job: TrainJob,
+    ranks: Ranks,
+    *,
+    given_up: threading.Event | None = None,
+    on_event: Callable[..., None] = lambda name, **values: None,
+) -> None:
     """Train all epochs of a cycle; returns when the last checkpoint is committed.
 
     Ranks that die are started again, with the same world size, from the last finished epoch. While the cluster has no
     room for them this waits, and says so about once a minute.
 
     Args:
+        given_up: no attempt is begun once it is set; see `abandon`.
         on_event: called with the name and the values of what happened.
 
     Raises:
+        Superseded: given up, or another driver has taken over.
         Diverged, Damage, DiskFull: as a rank raised it.
         TrainingFailed: ranks died more than `train.max_failures` times in a row without finishing an epoch.
         Damage: a checkpoint is missing although all ranks are done: they do not write to the folder seen here.
@@ -66,7 +76,7 @@ def train(job: TrainJob, ranks: Ranks, *, on_event: Callable[..., None] = lambda
     while True:
         before = _state_version(job)
         try:
-            _fit(job, ranks)
+            _fit(job, ranks, given_up or threading.Event())
             break
         except TrainingFailedError as error:
             ours = _find(error, DistalError)
@@ -83,17 +93,24 @@ def train(job: TrainJob, ranks: Ranks, *, on_event: Callable[..., None] = lambda
                     f"cycle {job.cycle}: training failed {failures} times in a row without finishing an epoch; "
                     f"the last reason: {reason}"
                 ) from error
-    missing = set(range(len(job.config.checkpoint_epochs))) - set(checkpoints.committed(job.checkpoints))
+    remove_tree(_storage(job))
+    missing = checkpoints.wait_for(job.checkpoints, len(job.config.checkpoint_epochs))
     if missing:
         raise Damage(
-            f"{job.checkpoints}: all ranks are done, and checkpoint {min(missing)} is not here; "
+            f"{job.checkpoints}: all ranks are done, and checkpoint {missing[0]} is not here; "
             "every node must see the run directory at the same path"
         )
 
 
-def abandon(job: TrainJob) -> None:
-    """Have ranks that are still at work stop at the end of their epoch, without writing it."""
+def abandon(job: TrainJob, given_up: threading.Event) -> None:
+    """Begin no more attempts, and have ranks that are still at work stop at the end of their epoch, without writing."""
+    given_up.set()  # before the owner: `_fit` looks at it after it has written its own name
     write_bytes(job.owner_path, b"")
+
+
+def _storage(job: TrainJob) -> Path:
+    """Where Ray Train keeps its files while it runs; nothing reads them."""
+    return job.folder / "train" / "ray"
 
 
 def _set_environment() -> None:
@@ -101,14 +118,17 @@ def _set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _fit(job: TrainJob, ranks: Ranks) -> None:
+def _fit(job: TrainJob, ranks: Ranks, given_up: threading.Event) -> None:
     """One attempt, under a name of its own, with Ray Train's files inside the cycle."""
-    name = f"cycle-{job.cycle:03d}-{uuid.uuid4().hex[:8]}"
-    write_bytes(job.owner_path, name.encode())
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    storage = job.folder / "train" / "ray"
+    name = f"cycle-{job.cycle:03d}-{uuid.uuid4().hex[:8]}"
+    if not given_up.is_set():
+        write_bytes(job.owner_path, name.encode())
+    if given_up.is_set():
+        write_bytes(job.owner_path, b"")
+        raise Superseded(f"{job.folder}: training was given up")
     resources = {"CPU": float(ranks.threads)} | ({"GPU": 1.0} if ranks.use_gpu else {})
     try:
         TorchTrainer(
@@ -122,14 +142,14 @@ def _fit(job: TrainJob, ranks: Ranks) -> None:
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=str(storage),
+                storage_path=str(_storage(job)),
                 # What goes wrong ends this attempt, placement too; `train` looks at the reason and starts the next.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         ).fit()
     finally:
         with suppress(OSError):  # a process that is being killed may still write there; nothing reads it
-            remove_tree(storage)
+            remove_tree(_storage(job) / name)  # another attempt may use the folder around it
 
 
 def _entry(config: dict[str, Any]) -> None:

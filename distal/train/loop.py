@@ -29,7 +29,7 @@ from distal.ledger import Ledger
 from distal.models import ModelSpec, be_deterministic, seeded_build
 from distal.pool import Pool
 from distal.records import CheckpointRef
-from distal.storage import write_bytes
+from distal.storage import read_sealed, write_sealed
 
 STATE = "state.pt"
 
@@ -201,7 +201,10 @@ class _Rank:
             dist.all_reduce(total)
         mean = float(total[0] / total[1])
         if not math.isfinite(mean):  # the sum is over all ranks, so all of them stop here
-            raise Diverged(f"the loss of epoch {epoch} is {mean}: training diverged; lower train.lr")
+            raise Diverged(
+                f"the loss of epoch {epoch} is {mean}: training diverged; remove {self.job.folder} to do the cycle "
+                "again, with a lower train.lr"
+            )
         return mean
 
     def save(self, epoch: int, loss: float) -> None:
@@ -215,7 +218,7 @@ class _Rank:
                 "model": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
-            write_bytes(self.job.state_path, checkpoints.serialize(state))
+            write_sealed(self.job.state_path, checkpoints.serialize(state))
             self._commit(epoch, loss)
 
     def _commit(self, epoch: int, loss: float) -> None:
@@ -302,16 +305,14 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
 
 
 def read_state(job: TrainJob) -> bytes | None:
-    """The bytes of `state.pt`; None when no epoch is finished."""
+    """The state of the last finished epoch, serialized; None when none is finished."""
     try:
-        data = job.state_path.read_bytes()
+        data = read_sealed(job.state_path)
     except FileNotFoundError:
         return None
-    try:
-        inputs = checkpoints.deserialize(data)["inputs"]
-    except Exception as error:
-        raise Damage(f"{job.state_path}: cannot be read ({error}); {_again(job)}") from error
-    if inputs != job.inputs:
+    except Damage as damage:
+        raise Damage(f"{damage}; {_again(job)}") from None
+    if checkpoints.deserialize(data)["inputs"] != job.inputs:
         raise Damage(f"{job.state_path}: trained from other inputs than the cycle has now; {_again(job)}")
     return data
 
