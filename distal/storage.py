@@ -139,7 +139,7 @@ def parquet_errors(path: Path) -> Iterator[None]:
     except pa.ArrowInvalid as error:
         raise Damage(f"{path}: not a valid Parquet file ({one_line(error)})") from error
     except OSError as error:
-        if error.errno is not None:
+        if error.errno is not None or isinstance(error, FileNotFoundError):
             raise
         raise Damage(f"{path}: damaged ({one_line(error)})") from error  # such as a page that fails its checksum
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import pickle
 from pathlib import Path
 
@@ -140,12 +141,34 @@ def test_a_flipped_bit_is_named_and_the_block_scored_again(tmp_path: Path, array
     flip_a_bit(assignments.path / array / "c/2/0", where)
     with pytest.raises(Damage, match=f"{array}: row 2, block 0 does not decode"):
         assignments.read(0, N) if array == "assignments" else assignments.read_recorded("margin", 2, 0, N)
-    assert assignments.remove_damaged(0) == []
-    (bad,) = assignments.remove_damaged(2)
+    assert assignments.remove_damaged(0, recorded=True) == []
+    (bad,) = assignments.remove_damaged(2, recorded=True)
     assert f"{array}: row 2, block 0 does not decode" in bad
     assert assignments.committed(2) == {1, 2}
     assert assignments.committed(1) == {0, 1, 2}
     assert not (assignments.path / "margin/c/2/0").exists()
+
+
+def test_a_block_without_its_recorded_values_is_not_committed(tmp_path: Path) -> None:
+    assignments = filled(tmp_path / "a.zarr")
+    (assignments.path / "margin/c/2/1").unlink()
+    assert assignments.remove_damaged(2, recorded=False) == []
+    (lost,) = assignments.remove_damaged(2, recorded=True)
+    assert "margin: row 2, block 1 is missing" in lost
+    assert assignments.committed(2) == {0, 2}
+
+
+def test_a_disk_that_cannot_be_read_just_now_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleting what cannot be read for a moment would throw work away."""
+    assignments = filled(tmp_path / "a.zarr")
+
+    async def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        assignments.remove_damaged(1, recorded=True)
+    assert assignments.committed(1) == {0, 1, 2}
 
 
 def test_a_truncated_chunk_is_damage(tmp_path: Path) -> None:

@@ -191,6 +191,21 @@ def test_a_changed_input_of_a_complete_stage_is_noticed(
         driver.run(small_config(copy, pool, test_pool, "loop.cycles=3"))
 
 
+def test_a_finished_run_whose_answers_were_altered_is_not_complete(
+    finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path
+) -> None:
+    copy = copy_run(finished, tmp_path / "run")
+    initial = copy / "initial.parquet"
+    kept = initial.read_bytes()
+    pq.write_table(pq.read_table(initial).slice(1), initial)
+    with pytest.raises(Damage, match="a label file is not the one that cycle 0 was trained with"):
+        driver.run(small_config(copy, pool, test_pool))
+    initial.write_bytes(kept)
+    (copy / "cycles/001/selection.parquet").unlink()
+    with pytest.raises(Damage, match=r"cycles/001/selection.parquet: missing"):
+        driver.run(small_config(copy, pool, test_pool))
+
+
 def test_a_selection_that_was_altered_is_not_labelled(
     finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path
 ) -> None:

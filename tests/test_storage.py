@@ -86,6 +86,31 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
         storage.read_table(path)
 
 
+def test_a_flipped_bit_in_parquet_is_damage(tmp_path: Path) -> None:
+    """Without page checksums most of them would read as other ids or other labels."""
+    path = tmp_path / "table.parquet"
+    storage.write_table(path, pa.table({"label": pa.array(range(1000), pa.int32())}))
+    whole = path.read_bytes()
+    for where in range(40, 1000, 97):  # in the pages: the footer comes last
+        data = bytearray(whole)
+        data[where] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(Damage, match=r"table\.parquet: (damaged|not a valid Parquet file)"):
+            storage.read_table(path)
+
+
+def test_sealed_bytes_that_changed_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    storage.write_sealed(path, b"weights")
+    assert storage.read_sealed(path) == b"weights"
+    for where in (3, 70):
+        data = bytearray(path.read_bytes())
+        data[where] ^= 1
+        (tmp_path / "flipped").write_bytes(data)
+        with pytest.raises(Damage, match="flipped: its bytes have changed"):
+            storage.read_sealed(tmp_path / "flipped")
+
+
 @pytest.mark.parametrize(
     ("location", "expected"),
     [("file:///data/pool", "/data/pool"), ("/data/../x", "/x"), ("pool", "pool")],

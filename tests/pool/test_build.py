@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import platform
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from distal.pool import Pool
 from distal.pool.build import build
 from distal.pool.decode import Unreadable, decode
 from distal.pool.sources import open_source
+from distal.storage import write_json
 from tests.helpers import CLASSES, SIDE, png, write_source
 
 
@@ -180,6 +183,16 @@ class TestRoom:
             Pool.open(dest)
         assert build(str(source), dest).content_sha256 == pool.content_sha256
         assert sorted(path.name for path in dest.iterdir()) == ["images.zarr", "pool.json", "samples.parquet"]
+
+    def test_a_build_that_is_at_work_is_not_interrupted(self, cluster: str, source: Path, tmp_path: Path) -> None:
+        dest = tmp_path / "pool"
+        write_json(dest / "building.json", {"host": platform.node(), "pid": os.getpid()})
+        self.refused(source, dest, f"process {os.getpid()} on .* is packing this pool; wait until it is done")
+        write_json(dest / "building.json", {"host": "another host", "pid": 1})
+        self.refused(source, dest, "process 1 on another host is packing this pool")
+        long_ago = time.time() - 3600
+        os.utime(dest / "building.json", (long_ago, long_ago))
+        assert build(str(source), dest).n_samples == 240
 
     def test_a_lost_record_is_not_an_interrupted_build(self, cluster: str, source: Path, tmp_path: Path) -> None:
         """Days of packing are not thrown away because one small file is missing."""

@@ -313,12 +313,50 @@ def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, refe
     assert digest(mixed.path) == reference
 
 
-def test_a_checkpoint_that_never_comes_is_missed(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+def test_a_checkpoint_that_never_comes_is_missed(
+    pool: Pool, scorers: Scorers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Training says it is done, and a folder is not there: on a cluster, a file system that nodes do not share."""
+    monkeypatch.setattr(checkpoints, "VISIBLE_S", 1.0)
     job, assignments = prepare(tmp_path, pool)
     (job.checkpoints / "0002/manifest.json").unlink()
     with pytest.raises(Damage, match="training is complete, and checkpoint 2 is not here"):
         run(job, assignments, scorers, 1)
+
+
+def test_a_checkpoint_that_is_seen_late_is_waited_for(
+    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
+) -> None:
+    """A shared file system shows a new file to other nodes some time later."""
+    job, assignments = prepare(tmp_path, pool)
+    manifest = job.checkpoints / "0002/manifest.json"
+    hidden = manifest.rename(tmp_path / "hidden")
+    threading.Timer(1.0, lambda: hidden.rename(manifest)).start()
+    run(job, assignments, scorers, 1)
+    assert digest(assignments.path) == reference
+
+
+def test_actors_make_room_for_training_that_comes_back(
+    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
+) -> None:
+    """Ranks that died need their slots again while two actors are at work."""
+    seen: list[int] = []
+
+    class Returning(Silent):
+        def finished(self) -> bool:
+            shrunk = 2 in seen and seen[-1] == 1
+            if shrunk:
+                commit(job.checkpoints, pool, ROWS - 1)
+            return shrunk
+
+        def slots_held(self) -> int:
+            return 1 if 2 in seen else 0
+
+    job, assignments = prepare(tmp_path, pool, published=ROWS - 1)
+    run(job, assignments, scorers, 2, producer=Returning(), on_progress=lambda state: seen.append(state.actors))
+    assert seen[-1] == 1
+    assert len(scorers.actors) == 1
+    assert digest(assignments.path) == reference
 
 
 def test_a_row_is_not_finished_with_other_weights(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:

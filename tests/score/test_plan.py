@@ -116,6 +116,26 @@ def test_a_block_that_keeps_failing_stops_the_pass() -> None:
         plan.failed(work, "ValueError: bad")
 
 
+def test_a_block_that_failed_is_tried_by_another_actor_next() -> None:
+    plan = plan_with(1, 1, 0, 1, published=1)
+    (work,) = plan.next_work()
+    plan.failed(work, "a bad disk")
+    (again,) = plan.next_work()
+    assert (again.block, again.actor) == (work.block, 1 - work.actor)
+
+
+def test_an_actor_that_is_sent_away_is_not_blamed_for_its_blocks() -> None:
+    plan = plan_with(1, 1, published=1)
+    for actor in range(4):
+        plan.actor_joined(actor)
+        (work,) = plan.next_work()
+        assert plan.actor_left(actor) == [work]
+    plan.actor_joined(4)
+    (work,) = plan.next_work()
+    plan.done(work)
+    assert plan.finished
+
+
 def test_a_block_that_keeps_killing_actors_stops_the_pass() -> None:
     plan = plan_with(1, 4, published=1)
     for actor in range(2):

@@ -21,7 +21,7 @@ from distal.errors import Damage, Diverged, PoolError, Superseded, TrainingFaile
 from distal.labels.oracle import choose_initial, label_from_pool
 from distal.models import ModelSpec
 from distal.pool import Pool
-from distal.storage import write_bytes
+from distal.storage import read_sealed, write_bytes
 from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob, read_state
 from tests.helpers import descendants
@@ -136,19 +136,22 @@ def test_killed_ranks_are_started_again_and_give_the_same_bits(pool: Pool, tmp_p
 
 
 def test_a_state_from_other_inputs_is_refused(one_rank: TrainJob, tmp_path: Path) -> None:
-    assert read_state(one_rank) == one_rank.state_path.read_bytes()
+    assert read_state(one_rank) == read_sealed(one_rank.state_path)
     other = replace(one_rank, folder=tmp_path, inputs="others")
     assert read_state(other) is None
     write_bytes(other.state_path, one_rank.state_path.read_bytes())
     with pytest.raises(Damage, match="from other inputs than the cycle has now; put back what was there, or remove"):
         read_state(other)
     write_bytes(other.state_path, one_rank.state_path.read_bytes()[:-100])
-    with pytest.raises(Damage, match="state.pt: cannot be read .*; put back what was there, or remove"):
+    with pytest.raises(Damage, match="state.pt: its bytes have changed; put back what was there, or remove"):
         read_state(other)
 
 
-def test_a_checkpoint_that_was_lost_is_not_trained_again(one_rank: TrainJob, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_lost_is_not_trained_again(
+    one_rank: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All epochs are done, so nothing will bring it back."""
+    monkeypatch.setattr(checkpoints, "VISIBLE_S", 1.0)
     shutil.copytree(one_rank.folder, tmp_path / "copy")
     copy = replace(one_rank, folder=tmp_path / "copy")
     (copy.checkpoints / "0000" / "manifest.json").unlink()
@@ -159,16 +162,27 @@ def test_a_checkpoint_that_was_lost_is_not_trained_again(one_rank: TrainJob, tmp
 def test_ranks_whose_driver_gave_up_stop_writing(pool: Pool, tmp_path: Path) -> None:
     """`abandon` takes the right to write away: the ranks of a failed run must not go on in the caller's cluster."""
     long = job(tmp_path, pool, epochs=500)
+    given_up = threading.Event()
 
     def give_up() -> None:
         while not checkpoints.committed(long.checkpoints):
             time.sleep(0.001)
-        abandon(long)
+        abandon(long, given_up)
 
     threading.Thread(target=give_up, daemon=True).start()
     with pytest.raises(Superseded, match="another attempt has taken over training"):
-        train(long, ranks(1))
+        train(long, ranks(1), given_up=given_up)
     assert 1 <= len(checkpoints.committed(long.checkpoints)) < 500
+
+
+def test_nothing_is_begun_once_the_driver_gave_up(cluster: str, pool: Pool, tmp_path: Path) -> None:
+    never = job(tmp_path, pool)
+    given_up = threading.Event()
+    abandon(never, given_up)
+    with pytest.raises(Superseded, match="training was given up"):
+        train(never, ranks(1), given_up=given_up)
+    assert never.owner_path.read_bytes() == b""
+    assert checkpoints.committed(never.checkpoints) == []
 
 
 def test_another_pool_at_the_same_place_is_refused(pool: Pool, tmp_path: Path) -> None:
@@ -180,7 +194,9 @@ def test_another_pool_at_the_same_place_is_refused(pool: Pool, tmp_path: Path) -
 def test_divergence_stops_at_once_and_says_what_to_do(pool: Pool, tmp_path: Path) -> None:
     events: list[str] = []
     diverging = job(tmp_path, pool, lr=1e30, workers=2)
-    with pytest.raises(Diverged, match=r"the loss of epoch \d is (nan|inf): training diverged; lower train.lr"):
+    with pytest.raises(
+        Diverged, match=r"the loss of epoch \d is (nan|inf): training diverged; remove .*, with a lower"
+    ):
         train(diverging, ranks(2), on_event=lambda name, **_: events.append(name))
     assert events == []
 
