@@ -162,7 +162,7 @@ def test_a_disk_that_cannot_be_read_just_now_is_not_damage(tmp_path: Path, monke
     """Deleting what cannot be read for a moment would throw work away."""
     assignments = filled(tmp_path / "a.zarr")
 
-    async def fail(*_: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "input/output error")
 
     monkeypatch.setattr(zarr.storage.LocalStore, "get", fail)
