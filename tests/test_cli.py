@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from distal import cli
 from distal.pool import Pool
 from tests.helpers import small_overrides, write_source
 
@@ -147,6 +148,19 @@ def test_mistakes_as_json() -> None:
         "error": "/no/run: no run here (run.yaml is missing); start one with `distal run CONFIG`",
         "exit_code": 2,
     }
+
+
+def test_a_fault_of_ours_is_json_too_and_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_stop_on_signals", lambda *_: None)
+
+    def fail() -> dict[str, object]:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        cli._answer(fail, True, str)
+    assert json.loads(capsys.readouterr().out) == {"state": "error", "error": "'a bug'", "exit_code": 1}
 
 
 def test_a_parquet_without_the_image_column(cluster: str, tmp_path: Path) -> None:
