@@ -2,6 +2,9 @@
 
 Three habits of Zarr would pass damage off as numbers, and are turned off here: without a checksum most flipped bits
 decode; a chunk that equals the fill value is deleted; a chunk that is not there reads as the fill value.
+
+What is written is plain Zarr. Chunks are read here and not through `zarr.Array`, which spends 0.2 to 0.4 ms on each
+before it decodes anything: seven times as long as decoding 65,536 labels takes.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
+from numcodecs import zstd
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -83,6 +88,9 @@ class Array:
             # Written also when equal to the fill value: the existence of a chunk means something. The setting is not
             # persisted, so every handle sets it anew.
             self._array: zarr.Array[Any] = zarr.open_array(path, mode="r+").with_config({"write_empty_chunks": True})
+            codecs = [type(codec) for codec in self._array.compressors]
+        if codecs != [ZstdCodec, Crc32cCodec]:
+            raise Damage(f"{path}: not laid out by distal (its chunks are not zstd with CRC-32C)")
         self.shape: tuple[int, ...] = self._array.shape
         self.chunks: tuple[int, ...] = self._array.chunks
         self.dtype: np.dtype[Any] = np.dtype(self._array.dtype)
@@ -93,7 +101,7 @@ class Array:
             self._array[where] = values
 
     def read(self, where: tuple[slice, ...], *, complete: bool = True) -> NDArray[Any]:
-        """Read a region.
+        """Read a region; trailing axes may be left out.
 
         Args:
             complete: whether all of its chunks must be there; else a missing one reads as the fill value.
@@ -101,37 +109,49 @@ class Array:
         Raises:
             Damage: naming the first chunk that is missing or does not decode.
         """
-        if complete:
-            for chunk in self._chunks(where):
-                if not self.chunk_path(*chunk).exists():
-                    raise Damage(f"{self.path}: {self._name(chunk)} is missing")
-        with _decoding(lambda: f"{self.path}: {self._culprit(where)} does not decode"):
-            return np.asarray(self._array[where])
+        spans = [
+            (where[axis] if axis < len(where) else slice(None)).indices(n)[:2] for axis, n in enumerate(self.shape)
+        ]
+        region = np.empty([max(0, stop - start) for start, stop in spans], self.dtype)
+        if not region.size:
+            return region
+        touched = [range(start // n, -(-stop // n)) for (start, stop), n in zip(spans, self.chunks, strict=True)]
+        for index in itertools.product(*touched):
+            begins = [i * n for i, n in zip(index, self.chunks, strict=True)]
+            shared = [
+                (max(start, begin), min(stop, begin + n))
+                for (start, stop), begin, n in zip(spans, begins, self.chunks, strict=True)
+            ]
+            target = tuple(
+                slice(low - start, high - start) for (low, high), (start, _) in zip(shared, spans, strict=True)
+            )
+            try:
+                chunk = self._decode(index)
+            except FileNotFoundError:
+                if complete:
+                    raise Damage(f"{self.path}: {_name(index)} is missing") from None
+                region[target] = self._array.fill_value
+            else:
+                region[target] = chunk[
+                    tuple(slice(low - b, high - b) for (low, high), b in zip(shared, begins, strict=True))
+                ]
+        return region
+
+    def _decode(self, index: tuple[int, ...]) -> NDArray[Any]:
+        """One whole chunk. At the end of an axis it reaches beyond the array, as Zarr stores it."""
+        data = memoryview(self.chunk_path(*index).read_bytes())
+        if len(data) < 4 or google_crc32c.value(bytes(data[:-4])) != int.from_bytes(data[-4:], "little"):
+            raise Damage(f"{self.path}: {_name(index)} does not decode (its bytes have changed)")
+        with _decoding(lambda: f"{self.path}: {_name(index)} does not decode"):
+            return np.frombuffer(zstd.decompress(data[:-4]), self.dtype.newbyteorder("<")).reshape(self.chunks)
 
     def chunk_path(self, *index: int) -> Path:
         """The file of one chunk."""
         return self.path.joinpath("c", *map(str, index))
 
-    def _chunks(self, where: tuple[slice, ...]) -> list[tuple[int, ...]]:
-        """Indices of the chunks that a region touches."""
-        ranges = []
-        for axis, (length, size) in enumerate(zip(self.shape, self.chunks, strict=True)):
-            start, stop, _ = (where[axis] if axis < len(where) else slice(None)).indices(length)
-            ranges.append(range(start // size, -(-stop // size) if stop > start else start // size))
-        return list(itertools.product(*ranges))
 
-    def _culprit(self, where: tuple[slice, ...]) -> str:
-        """Find the chunk that does not decode."""
-        for chunk in self._chunks(where):
-            region = tuple(slice(i * size, (i + 1) * size) for i, size in zip(chunk, self.chunks, strict=True))
-            try:
-                self._array[region]
-            except Exception:
-                return self._name(chunk)
-        return "a block"
-
-    def _name(self, chunk: tuple[int, ...]) -> str:
-        return f"row {chunk[0]}, block {chunk[1]}" if len(chunk) == 2 else f"block {chunk[0]}"
+def _name(index: tuple[int, ...]) -> str:
+    return f"row {index[0]}, block {index[1]}" if len(index) == 2 else f"block {index[0]}"
 
 
 @contextmanager

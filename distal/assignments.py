@@ -15,7 +15,7 @@ only ever written whole, by one actor at a time, so no lock is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -104,6 +104,44 @@ class Assignments:
         return "recorded" in get_attributes(path)
 
     @classmethod
+    def take_up(
+        cls,
+        path: Path,
+        *,
+        n_rows: int,
+        n_samples: int,
+        block_size: int,
+        n_classes: int,
+        eligible: Callable[[int, int], NDArray[np.bool_]],
+        recorded: Sequence[str] = (),
+        recorded_from: int = 0,
+        on_damage: Callable[[str], None],
+    ) -> Self:
+        """Lay out the arrays, or take up those that an earlier attempt began; their damaged blocks are deleted.
+
+        Args:
+            eligible: tells of [start, stop) which samples are to be scored.
+            recorded_from: first row that must have recorded values.
+            on_damage: told what was wrong with each deleted block.
+        """
+        if not cls.begun(path):
+            flags = (eligible(block.start, block.stop) for block in split_blocks(n_samples, block_size))
+            return cls.create(
+                path,
+                n_rows=n_rows,
+                n_samples=n_samples,
+                block_size=block_size,
+                n_classes=n_classes,
+                eligible=flags,
+                recorded=recorded,
+            )
+        assignments = cls.open(path)
+        for row in range(assignments.n_rows):
+            for damage in assignments.remove_damaged(row, recorded=row >= recorded_from):
+                on_damage(damage)
+        return assignments
+
+    @classmethod
     def open(cls, path: Path) -> Self:
         """Open for reading and for writing blocks.
 
@@ -179,13 +217,19 @@ class Assignments:
         """Indices of the blocks of `row` that are committed."""
         return {int(name) for name in names_in(self._arrays[ARRAY].chunk_path(row)) if name.isdigit()}
 
-    def read(self, start: int, stop: int) -> LabelArray:
-        """Columns [start, stop) of all rows: (n_rows, stop - start); UNASSIGNED where not scored.
+    def read(self, start: int, stop: int, rows: Sequence[int] | None = None, *, complete: bool = False) -> LabelArray:
+        """Columns [start, stop) of some rows, by default all: (n_rows, stop - start); UNASSIGNED where not scored.
+
+        Args:
+            complete: whether a block that is not committed is an error.
 
         Raises:
-            Damage: a chunk does not decode; the message names array, row and block.
+            Damage: a chunk does not decode, or is missing; the message names array, row and block.
         """
-        return self._arrays[ARRAY].read((slice(None), slice(start, stop)), complete=False)
+        array, columns = self._arrays[ARRAY], slice(start, stop)
+        if rows is None:
+            return array.read((slice(None), columns), complete=complete)
+        return np.concatenate([array.read((slice(row, row + 1), columns), complete=complete) for row in rows])
 
     def read_recorded(self, name: str, row: int, start: int, stop: int) -> NDArray[np.float16]:
         """Columns [start, stop) of one row of a recorded array: (stop - start,), NaN where not eligible.
@@ -232,8 +276,9 @@ class Assignments:
             What was wrong with each.
         """
         found = []
-        for block in self.blocks:
-            if not self.has(row, block):
+        committed = self.committed(row)
+        for block in self.blocks if committed else ():
+            if block.index not in committed:
                 continue
             where = (slice(row, row + 1), slice(block.start, block.stop))
             try:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and looking at a queue does 
     StateDict = dict[str, torch.Tensor]
 
 MANIFEST = "manifest.json"
+SAFETENSORS = ".safetensors"
 VISIBLE_S = 60.0
 
 
@@ -80,6 +81,43 @@ def committed(folder: Path) -> list[int]:
     return [int(name) for name in names_in(folder) if (folder / name / MANIFEST).exists()]
 
 
+class Queue:
+    """The checkpoints of a folder, as they appear.
+
+    Args:
+        n: how many there will be.
+    """
+
+    def __init__(self, folder: Path, n: int) -> None:
+        self._folder, self._n = folder, n
+        self._refs: dict[int, CheckpointRef] = {}
+        self._missed_since: float | None = None
+
+    def published(self) -> list[CheckpointRef]:
+        """Those that are committed, in order."""
+        for index in committed(self._folder):
+            if index not in self._refs:
+                self._refs[index] = read(self._folder, index)
+        return [self._refs[index] for index in sorted(self._refs)]
+
+    def complete(self) -> bool:
+        """Whether all can be seen, asked after the last was written: a shared file system may show it later.
+
+        Raises:
+            Damage: one is not here after `VISIBLE_S` seconds.
+        """
+        missing = set(range(self._n)) - {ref.index for ref in self.published()}
+        if not missing:
+            return True
+        self._missed_since = self._missed_since or time.monotonic()
+        if time.monotonic() - self._missed_since > VISIBLE_S:
+            raise Damage(
+                f"{self._folder}: training is complete, and checkpoint {min(missing)} is not here; every node must see "
+                "the same files; put it back, or start another run directory"
+            )
+        return False
+
+
 def wait_for(folder: Path, n: int) -> list[int]:
     """Wait until the checkpoints 0 .. n - 1 can be seen, after they have been written.
 
@@ -108,7 +146,8 @@ def load(checkpoint: CheckpointRef) -> StateDict:
         raise Damage(f"{checkpoint.path}: the weights of checkpoint {checkpoint.index} are missing") from None
     if sha256(data) != checkpoint.sha256:
         raise Damage(f"{checkpoint.path}: the bytes of checkpoint {checkpoint.index} have changed")
-    return deserialize(data)
+    state: StateDict = deserialize(data, checkpoint.path.suffix)
+    return state
 
 
 def serialize(value: Any) -> bytes:
@@ -123,9 +162,18 @@ def serialize(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def deserialize(data: bytes) -> Any:
-    """The inverse of `serialize`, on the CPU. Only tensors and plain values are accepted, never code."""
+def deserialize(data: bytes, suffix: str = ".pt") -> Any:
+    """The inverse of `serialize`, on the CPU. Only tensors and plain values are accepted, never code.
+
+    Args:
+        suffix: of the file they come from; `.safetensors` is another format.
+    """
     import torch
+
+    if suffix == SAFETENSORS:
+        from safetensors.torch import load as load_safetensors
+
+        return load_safetensors(data)
 
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 

@@ -33,6 +33,7 @@ pool_app = typer.Typer(help="Pack images into a pool, and look at one.", no_args
 app.add_typer(pool_app, name="pool")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", metavar="[KEY=VALUE]...")]
 Channels = Literal["auto", "grey", "rgb"]
 
 
@@ -68,7 +69,7 @@ def init(
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="YAML file; see docs/config.md.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", metavar="[KEY=VALUE]...")] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Run the whole loop. The same command again continues where it stopped."""
@@ -88,8 +89,145 @@ def run(
 
 
 @app.command()
+def score(
+    config: Annotated[Path, typer.Argument(help="YAML file such as configs/score.yaml; see docs/config.md.")],
+    overrides: Overrides = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Wait for checkpoints that are still to come.")] = False,
+    no_select: Annotated[bool, typer.Option("--no-select", help="Score only; `distal select` selects later.")] = False,
+    exclude: Annotated[Path | None, typer.Option(help="File of samples that are labelled (pool.exclude).")] = None,
+    check: Annotated[Path | None, typer.Option(help="File of known samples (sample_id, label), scored first.")] = None,
+    expect_accuracy: Annotated[
+        float | None, typer.Option(help="With --check: refuse to go on below it.", min=0, max=1)
+    ] = None,
+    check_precision: Annotated[int | None, typer.Option(help="Blocks to score in fp32, too.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a pool at the checkpoints of a directory, then reduce and select. Again, it does what is missing."""
+    from distal import cluster
+    from distal.config import load_foreign
+    from distal.monitor import Terminal, score_table
+
+    def work() -> dict[str, Any]:
+        if expect_accuracy is not None and check is None:
+            raise ConfigError("--expect-accuracy needs --check FILE")
+        extra = [f"pool.exclude={exclude}"] if exclude else []
+        loaded = load_foreign(config, [*(overrides or []), *extra])
+        cluster.secure(loaded.ray.address)
+        with Terminal() as terminal:
+            from distal.scoring import score_directory
+
+            return score_directory(
+                loaded,
+                terminal,
+                watch=watch,
+                select=not no_select,
+                check=check,
+                expect_accuracy=expect_accuracy,
+                check_precision=check_precision,
+            )
+
+    _answer(work, as_json, score_table, resume=True)
+
+
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Which cycle; the last one that is scored.", min=0)]
+Last = Annotated[float | None, typer.Option(help="Only the last checkpoints: a number, or below 1 a share.", min=0)]
+Every = Annotated[int, typer.Option(help="Only every k-th checkpoint, counted from the last one.", min=1)]
+From = Annotated[int, typer.Option("--from", help="Leave out the checkpoints before this one.", min=0)]
+Annotate = Annotated[bool, typer.Option("--annotate", help="Keep each sample's most frequent classes, too.")]
+RayAddress = Annotated[str | None, typer.Option(help="Share the work among the nodes of a cluster: auto or host:port.")]
+
+
+@app.command()
+def reduce(
+    run_directory: RunDirectory,
+    measure: Annotated[list[str] | None, typer.Option(help="A measure; may be given several times.")] = None,
+    last: Last = None,
+    every: Every = 1,
+    first: From = 0,
+    annotate: Annotate = False,
+    cycle: CycleIndex = None,
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+) -> None:
+    """Compute measures of stored assignments, of all checkpoints or of a window; no inference."""
+    from distal.monitor import Terminal, reduce_table
+    from distal.records import Window
+
+    def work() -> dict[str, Any]:
+        with Terminal() as terminal:
+            from distal.analysis import reduce_run
+
+            return reduce_run(
+                run_directory,
+                cycle=cycle,
+                measures=tuple(measure or ()),
+                window=Window(first, last, every),
+                annotate=annotate,
+                ray_address=ray_address,
+                display=terminal,
+            )
+
+    _answer(work, as_json, reduce_table)
+
+
+@app.command()
+def select(
+    run_directory: RunDirectory,
+    budget: Annotated[int, typer.Option(help="Samples to select.", min=1)],
+    measure: Annotated[str | None, typer.Option(help="The measure; by default the run's.")] = None,
+    last: Last = None,
+    every: Every = 1,
+    first: From = 0,
+    annotate: Annotate = False,
+    cycle: CycleIndex = None,
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+) -> None:
+    """Select samples by stored assignments, under another measure, window or budget; no inference."""
+    from distal.monitor import Terminal, select_table
+    from distal.records import Window
+
+    def work() -> dict[str, Any]:
+        with Terminal() as terminal:
+            from distal.analysis import select_run
+
+            return select_run(
+                run_directory,
+                budget=budget,
+                measure=measure,
+                cycle=cycle,
+                window=Window(first, last, every),
+                annotate=annotate,
+                ray_address=ray_address,
+                display=terminal,
+            )
+
+    _answer(work, as_json, select_table)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run, or of `distal score`.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a run will cost before anything starts: passes, objects, disk, memory, and what would be cheaper."""
+    from distal.config import load_any
+    from distal.monitor import forecast_table
+
+    def work() -> dict[str, Any]:
+        loaded = load_any(config, overrides or [])
+        from distal.forecast import forecast
+
+        return forecast(loaded)
+
+    _answer(work, as_json, forecast_table)
+
+
+@app.command()
 def status(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    run_directory: RunDirectory,
     as_json: Json = False,
 ) -> None:
     """Tell from storage alone how far a run is."""

@@ -7,13 +7,16 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from distal.errors import ConfigError
 
 ROLE_LABEL = "distal-role"
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -211,3 +214,22 @@ def find_slots(device: str) -> Slots:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
+
+
+def in_tasks(work: Callable[[Item], Item], items: Sequence[Item]) -> Iterator[Item]:
+    """Do `work` for every item in Ray tasks, a bounded number at a time, and yield the results as they come."""
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=3)(lambda shared, item: shared(item))
+    shared = ray.put(work)
+    window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = list(reversed(items))
+    running: list[Any] = []
+    while waiting or running:
+        while waiting and len(running) < window:
+            running.append(task.remote(shared, waiting.pop()))
+        ready, running = ray.wait(running)
+        try:
+            yield from ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None

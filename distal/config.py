@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
@@ -22,13 +22,20 @@ from distal.hashing import digest
 from distal.records import JsonObject
 from distal.storage import local_path
 
-Measure = Literal["dispersion", "vote_entropy", "flips", "margin", "entropy", "random"]
+VoteMeasure = Literal["dispersion", "vote_entropy", "gini", "vote_margin", "flips", "last_flip", "decayed"]
+Measure = Literal[VoteMeasure, "margin", "entropy", "random"]
 Recorded = Literal["margin", "entropy"]
 Auto = Literal["auto"]
 Integer = Annotated[int, Strict()]  # true is not 1
 Count = Annotated[int, Strict(), Field(ge=1)]
 
 BUILTIN = "builtin:"
+SECTIONS = {  # in the order of the work; what is no section comes first
+    name: place
+    for place, name in enumerate(
+        ("pool", "ray", "model", "checkpoints", "loop", "train", "score", "select", "label"), start=1
+    )
+}
 
 # When a key may change. It says what a change can do to a run that exists already.
 NEVER = "never"  # part of what the run is
@@ -48,7 +55,30 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-class PoolConfig(Section):
+class ChannelStats(Section):
+    """Mean and standard deviation of each channel, of pixels scaled to [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ValueError(f"mean and std need one value per channel each, got {len(self.mean)} and {len(self.std)}")
+        return self
+
+
+Function = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+Normalize = Literal["pool", "imagenet"] | ChannelStats | Function
+NORMALIZE_VALUES = "imagenet, pool, {mean: [...], std: [...]} with a value per channel, or package.module:function"
+NORMALIZE = (
+    "How pixels become the network's input: `pool`, the mean and standard deviation of the pool's pixels; `imagenet`, "
+    "those of ImageNet; `{mean: [...], std: [...]}` per channel, of pixels scaled to [0, 1]; or a function of yours, "
+    "`package.module:function`, from uint8 (B, C, H, W) to that input."
+)
+
+
+class PoolSource(Section):
     """All images, read-only."""
 
     path: str = key(..., "Folder of the packed pool.", PLACE)
@@ -59,12 +89,6 @@ class PoolConfig(Section):
         "exist, whatever it was packed from.",
         PLACE,
     )
-    test: str | None = key(
-        None,
-        "Images and labels for the test accuracy: a packed pool, or a source, which is then packed beside the pool as "
-        "`<path>-test`. Classes are matched by name. null: no test accuracy.",
-        PLACE,
-    )
     limit: Count | None = key(
         None,
         "Number of images to use: a seeded random subset; the others are not eligible. null: all.",
@@ -72,6 +96,28 @@ class PoolConfig(Section):
     )
     block_size: Count | Auto = key(
         "auto", "Samples in a block. auto: about n/64, a multiple of 128 in [128, 65536].", NEVER
+    )
+
+
+class PoolConfig(PoolSource):
+    """All images, read-only, and others to test on."""
+
+    test: str | None = key(
+        None,
+        "Images and labels for the test accuracy: a packed pool, or a source, which is then packed beside the pool as "
+        "`<path>-test`. Classes are matched by name. null: no test accuracy.",
+        PLACE,
+    )
+
+
+class ForeignPool(PoolSource):
+    """All images, read-only; labels are not needed."""
+
+    exclude: str | None = key(
+        None,
+        "File of the samples that are labelled already, which are neither scored nor selected: text with a sample_id "
+        "per line, or CSV or Parquet with a column `sample_id`. null: none.",
+        PLACE,
     )
 
 
@@ -93,26 +139,48 @@ class RayConfig(Section):
         return value
 
 
-class ModelConfig(Section):
-    """The classifier."""
+class Architecture(Section):
+    """The network."""
 
     name: str = key(
         "small_cnn",
         "`small_cnn` (about 0.1 M parameters), a torchvision classifier such as `resnet18`, or a function of "
         "yours as `package.module:function`, called with num_classes and image_shape=(C, H, W).",
     )
-    weights: str | None = key(
-        None,
-        "Pretrained weights to start from: a state_dict file, or a name that torchvision knows for this model "
-        "(`DEFAULT`, `IMAGENET1K_V1`). A head for other classes is left out. null: random.",
-    )
     stem: Literal["auto", "small", "standard"] = key(
         "auto",
         "First layers of a torchvision ResNet. small: 3x3 stride 1 and no max-pool. auto: small for images "
         "under 64 pixels.",
     )
-    normalize: Literal["pool", "imagenet"] = key(
-        "pool", "Mean and standard deviation taken from the pool's pixels, or those of ImageNet."
+
+
+class ModelConfig(Architecture):
+    """The classifier."""
+
+    weights: str | None = key(
+        None,
+        "Pretrained weights to start from: a state_dict file, or a name that torchvision knows for this model "
+        "(`DEFAULT`, `IMAGENET1K_V1`). A head for other classes is left out. null: random.",
+    )
+    normalize: Normalize = key("pool", NORMALIZE)
+
+
+class ForeignModel(Architecture):
+    """The classifier that the checkpoints are of. What they were trained with has no default."""
+
+    num_classes: Integer = key(..., "Length of its output.", ge=2)
+    normalize: Normalize = key(..., NORMALIZE)
+    weights: ClassVar[None] = None
+
+
+class CheckpointsConfig(Section):
+    """A directory of checkpoints that something else writes: state_dicts as .pt, .pth or .safetensors."""
+
+    path: str = key(..., "The directory.", PLACE)
+    pattern: str = key("*.pt", "Which of its files are checkpoints, as in a shell.", NEVER)
+    expect: Count | None = key(None, "How many there will be. null: unknown.", ANY_TIME)
+    idle: float = key(
+        600.0, "With --watch: seconds without a new checkpoint after which none will come.", ANY_TIME, gt=0
     )
 
 
@@ -177,10 +245,10 @@ class ScoreConfig(Section):
     """Predicting the class of every eligible sample at every checkpoint."""
 
     actors: Count | Auto = key("auto", "Scoring actors. auto: one per free CPU slot, or per GPU.", ANY_TIME)
-    precision: Literal["auto", "fp32", "bf16"] = key("auto", "Arithmetic of the forward pass. auto: fp32.")
-    batch_size: Count | Auto = key(
-        "auto", "Images per forward pass. auto: 128 on a CPU, 512 on a GPU, or less where that pads less."
+    precision: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "Arithmetic of the forward pass. auto: bf16 where the processor has it."
     )
+    batch_size: Count | Auto = key("auto", "Images per forward pass. auto: the quickest of a few, tried once.")
     record: tuple[Recorded, ...] = key(
         ("margin",), "Float16 arrays kept beside the assignments: margin p1 - p2, entropy in nats."
     )
@@ -192,6 +260,17 @@ class ScoreConfig(Section):
         ANY_TIME,
     )
     cache_gb: float = key(1.0, "Decoded images that one actor keeps in memory, in GiB.", ANY_TIME, ge=0)
+    eliminate: Literal["none", "exact"] = key(
+        "none",
+        "exact: from half of the checkpoints on, leave out samples that can no longer be selected. The selection stays "
+        "the same; only for measure: dispersion.",
+    )
+
+
+class ForeignScore(ScoreConfig):
+    """Predicting the class of every eligible sample at every checkpoint, and how many to select."""
+
+    budget: Count = key(1000, "Samples to select.")
 
 
 class SelectConfig(Section):
@@ -210,56 +289,47 @@ class LabelConfig(Section):
     oracle: Literal["pool"] = key("pool", "pool: the labels that the pool itself carries (experiments).")
 
 
-class Config(Section):
-    """One active-learning run."""
+class Root(Section):
+    """What a configuration of any kind has."""
 
     run: str = key(..., "Run directory.", PLACE)
     seed: Integer = key(0, "Seed of every random draw.", NEVER, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "Where training and scoring run. auto: cuda when the cluster has a GPU."
     )
-    pool: PoolConfig
+    pool: PoolSource
     ray: RayConfig = RayConfig()
-    model: ModelConfig = ModelConfig()
-    loop: LoopConfig = LoopConfig()
-    train: TrainConfig = TrainConfig()
+    model: Architecture
     score: ScoreConfig = ScoreConfig()
     select: SelectConfig = SelectConfig()
-    label: LabelConfig = LabelConfig()
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.loop.initial < 2 * self.train.workers:
-            raise ValueError(
-                f"loop.initial: {self.loop.initial} must be at least 2 per rank (train.workers: {self.train.workers}): "
-                "batch norm needs two images"
-            )
+    def _measurable(self) -> Self:
         if self.select.measure in get_args(Recorded) and self.select.measure not in self.score.record:
             raise ValueError(f"select.measure: {self.select.measure} needs score.record to contain it")
         if self.select.tie_break == "margin" and "margin" not in self.score.record:
             raise ValueError("select.tie_break: margin needs score.record to contain it; or set tie_break: hash")
+        if self.score.eliminate == "exact" and self.select.measure != "dispersion":
+            raise ValueError(
+                f"score.eliminate: exact is for select.measure: dispersion, not for {self.select.measure}; "
+                "set score.eliminate=none"
+            )
         return self
+
+    def places(self) -> dict[str, str]:
+        """The keys that name a file or folder, with their values; none that is a name of something else."""
+        named = {"run": self.run, "pool.path": self.pool.path}
+        if self.pool.source is not None and not self.pool.source.startswith(BUILTIN):
+            named["pool.source"] = self.pool.source
+        return named
 
     def absolute(self) -> Self:
         """The same configuration with absolute paths; relative ones start at the working directory."""
-        pool = {"path": str(local_path(self.pool.path, "pool.path"))}
-        for name, value in (("source", self.pool.source), ("test", self.pool.test)):
-            if value is not None and not value.startswith(BUILTIN):
-                pool[name] = str(local_path(value, f"pool.{name}"))
-        weights = self.model.weights
-        if weights is not None and (os.sep in weights or Path(weights).suffix):
-            weights = str(local_path(weights, "model.weights"))
-        return self.model_copy(
-            update={
-                "run": str(local_path(self.run, "run")),
-                "pool": self.pool.model_copy(update=pool),
-                "model": self.model.model_copy(update={"weights": weights}),
-            }
-        )
+        return self.with_values({name: str(local_path(place, name)) for name, place in self.places().items()})
 
     def leaves(self) -> dict[str, Any]:
         """Every key with its value, as `{"train.lr": 0.05, ...}`, in order."""
-        return {name: _value(self, name) for name, _ in documented_keys()}
+        return {name: _value(self, name) for name, _ in documented_keys(type(self))}
 
     def decisive(self) -> dict[str, Any]:
         """The keys that can change a bit of the answer, with their values."""
@@ -270,13 +340,13 @@ class Config(Section):
         return self._that_change(NEVER)
 
     def _that_change(self, *when: str) -> dict[str, Any]:
-        fields = dict(documented_keys())
+        fields = dict(documented_keys(type(self)))
         return {name: value for name, value in self.leaves().items() if _changes(fields[name]) in when}
 
     def digest(self, *prefixes: str) -> str:
         """Hash of the decisive keys under some prefixes. A default is left out, so a key that is added later, with a
         default that changes nothing, changes no hash."""
-        defaults = {name: _default(field) for name, field in documented_keys()}
+        defaults = {name: _default(field) for name, field in documented_keys(type(self))}
         return digest(
             {
                 name: value
@@ -294,13 +364,75 @@ class Config(Section):
         return type(self).model_validate(_merged(self.model_dump(), values))
 
 
+AnyRoot = TypeVar("AnyRoot", bound=Root)
+
+
+class Config(Root):
+    """One active-learning run."""
+
+    pool: PoolConfig
+    model: ModelConfig = ModelConfig()
+    loop: LoopConfig = LoopConfig()
+    train: TrainConfig = TrainConfig()
+    label: LabelConfig = LabelConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.loop.initial < 2 * self.train.workers:
+            raise ValueError(
+                f"loop.initial: {self.loop.initial} must be at least 2 per rank (train.workers: {self.train.workers}): "
+                "batch norm needs two images"
+            )
+        return self
+
+    def places(self) -> dict[str, str]:
+        """See `Root.places`."""
+        named = super().places()
+        if self.pool.test is not None and not self.pool.test.startswith(BUILTIN):
+            named["pool.test"] = self.pool.test
+        weights = self.model.weights
+        if weights is not None and (os.sep in weights or Path(weights).suffix):
+            named["model.weights"] = weights
+        return named
+
+
+class ForeignConfig(Root):
+    """Scoring a pool at the checkpoints of a directory, and selecting from it."""
+
+    pool: ForeignPool
+    model: ForeignModel
+    checkpoints: CheckpointsConfig
+    score: ForeignScore = ForeignScore()
+
+    def places(self) -> dict[str, str]:
+        """See `Root.places`."""
+        named = super().places() | {"checkpoints.path": self.checkpoints.path}
+        if self.pool.exclude is not None:
+            named["pool.exclude"] = self.pool.exclude
+        return named
+
+
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `key.sub=value` overrides (values are YAML).
+    """Read the YAML file of a run and apply `key.sub=value` overrides (values are YAML).
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, or a value out of its bounds.
     """
-    file = Path(path)
+    return parse(_read(Path(path)), overrides)
+
+
+def load_foreign(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ForeignConfig:
+    """The same for `distal score`."""
+    return parse_foreign(_read(Path(path)), overrides)
+
+
+def load_any(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config | ForeignConfig:
+    """Either kind: one with a section `checkpoints` is for `distal score`."""
+    tree = _read(Path(path))
+    return parse_foreign(tree, overrides) if "checkpoints" in tree else parse(tree, overrides)
+
+
+def _read(file: Path) -> Mapping[str, Any]:
     try:
         tree = yaml.safe_load(file.read_text())
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -309,11 +441,20 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: a mapping of keys to values was expected")
-    return parse(tree, overrides)
+    return tree
 
 
 def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """A `Config` from nested keys and values; raises `ConfigError` with one line."""
+    return _validated(Config, tree, overrides)
+
+
+def parse_foreign(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> ForeignConfig:
+    """A `ForeignConfig` from nested keys and values; raises `ConfigError` with one line."""
+    return _validated(ForeignConfig, tree, overrides)
+
+
+def _validated(kind: type[AnyRoot], tree: Mapping[str, Any], overrides: Sequence[str]) -> AnyRoot:
     values: dict[str, Any] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
@@ -324,12 +465,12 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         except yaml.YAMLError:
             raise ConfigError(f"{override!r}: {text!r} is not a valid YAML value") from None
     try:
-        return Config.model_validate(_merged(tree, values)).absolute()
+        return kind.model_validate(_merged(tree, values)).absolute()
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_one_line(error, kind)) from None
 
 
-def check_unchanged(old: Config, new: Config, cycle: int) -> None:
+def check_unchanged(old: Root, new: Root, cycle: int) -> None:
     """Refuse a change that a cycle which has begun cannot take.
 
     Args:
@@ -350,7 +491,7 @@ def check_unchanged(old: Config, new: Config, cycle: int) -> None:
 
 def documented_keys(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key of the configuration with its field, depth first: ("train.lr", ...)."""
-    for name, field in model.model_fields.items():
+    for name, field in sorted(model.model_fields.items(), key=lambda item: SECTIONS.get(item[0], 0)):
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             yield from documented_keys(kind, f"{prefix}{name}.")
@@ -368,7 +509,7 @@ def _value(section: BaseModel, name: str) -> Any:
     value: Any = section
     for part in name.split("."):
         value = getattr(value, part)
-    return value
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 def _merged(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -384,19 +525,27 @@ def _merged(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, kind: type[Root]) -> str:
     """The first complaint, as: key, the value, what is allowed, what to do."""
     errors = error.errors(include_url=False)
     first = errors[0]
     # A union reports its members as extra path parts ("block_size.int"): keep the parts that are keys.
-    known = {part for name, _ in documented_keys() for part in name.split(".")}
+    keys = [name for name, _ in documented_keys(kind)]
+    known = {part for name in keys for part in name.split(".")}
     parts = [str(part) for part in first["loc"]]
     name = ".".join(part for i, part in enumerate(parts) if part in known or i == 0 or part.isdigit())
     if first["type"] == "extra_forbidden":
         *outer, last = parts
         prefix = "".join(f"{part}." for part in outer)
-        siblings = {n[len(prefix) :].partition(".")[0] for n, _ in documented_keys() if n.startswith(prefix)}
+        siblings = {n[len(prefix) :].partition(".")[0] for n in keys if n.startswith(prefix)}
         text = f"unknown key {prefix}{last}; known keys: {', '.join(sorted(prefix + s for s in siblings))}"
+    elif first["type"] == "missing" and parts == ["model", "normalize"]:
+        text = (
+            "model.normalize is missing: these weights were not trained with this pool's statistics; give mean and "
+            f"std: model.normalize must be {NORMALIZE_VALUES}"
+        )
+    elif name == "model.normalize":
+        text = f"{name} must be {NORMALIZE_VALUES}, got {first['input']!r}"
     elif first["type"] == "missing":
         text = f"{name} is missing; set it in the file or as {name}=..."
     elif first["type"] == "value_error":
@@ -454,18 +603,29 @@ def markdown() -> str:
         "cycle**: fixed once a cycle has begun, free for the cycles after it. **may move**: the place may change, the",
         "content may not. **any time**: it affects speed or length, or what to put up with, never a result.",
     ]
+    lines += _tables(Config)
+    lines += ["", "# Scoring a directory of checkpoints", ""]
+    lines += ["`distal score` takes a file of these sections; `ray` and `select` are those of a run."]
+    lines += _tables(ForeignConfig, leave_out=("ray", "select"))
+    return "\n".join(lines) + "\n"
+
+
+def _tables(kind: type[Root], leave_out: Sequence[str] = ()) -> list[str]:
+    lines: list[str] = []
     section = None
-    for name, field in documented_keys():
+    for name, field in documented_keys(kind):
         outer, _, last = name.rpartition(".")
+        if outer in leave_out:
+            continue
         if outer != section:
-            about = Config.model_fields[outer].annotation.__doc__ if outer else Config.__doc__
+            about = kind.model_fields[outer].annotation.__doc__ if outer else kind.__doc__
             lines += ["", f"## {outer or 'Top level'}", "", f"{about}", ""]
             lines += ["| key | values | default | may change | meaning |", "|---|---|---|---|---|"]
             section = outer
         default = "required" if field.is_required() else f"`{_yaml(_default(field))}`"
         cells = [f"`{last}`", _allowed(field), default, _changes(field), field.description or ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _default(field: FieldInfo) -> Any:
@@ -480,6 +640,10 @@ def _allowed(field: FieldInfo) -> str:
 def _kinds(kind: Any) -> list[str]:
     words = {int: "integer", float: "number", str: "text", type(None): "null"}
     members = get_args(kind)
+    if kind is ChannelStats:
+        return ["`{mean, std}`"]
+    if kind == Function:
+        return ["`package.module:function`"]
     if kind in words:
         return [words[kind]]
     if get_origin(kind) is Annotated:
@@ -506,14 +670,14 @@ def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width)
 
 
-def to_record(config: Config) -> JsonObject:
+def to_record(config: Root) -> JsonObject:
     """Plain nested values, as written to `cycle.yaml`."""
     return config.model_dump(mode="json")
 
 
-def from_record(record: Mapping[str, Any]) -> Config:
+def from_record(record: Mapping[str, Any]) -> Config | ForeignConfig:
     """The inverse of `to_record`."""
-    return Config.model_validate(record)
+    return (ForeignConfig if "checkpoints" in record else Config).model_validate(record)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import cache, partial
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from distal import __version__, checkpoints, cluster, inputs
 from distal.acquire.batch import select
 from distal.assignments import Assignments
-from distal.config import Config, check_unchanged
+from distal.config import Config, ForeignConfig, Root, check_unchanged
 from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError
 from distal.hashing import digest
@@ -32,16 +32,17 @@ from distal.models import ModelSpec
 from distal.monitor import Display, Silent
 from distal.pool import Pool
 from distal.pool.images import MANIFEST, OK
-from distal.records import CheckpointRef, JsonObject, Progress, auto_block_size, split_blocks
-from distal.reduce.stream import reduce
+from distal.records import CheckpointRef, JsonObject, Progress, auto_block_size
+from distal.reduce.stream import Reduction, reduce
 from distal.runs import Cycle, Run
-from distal.score.actors import Job, Producer, Scorers, score
+from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, score
 from distal.scores import Scores
 from distal.storage import sha256
 from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob
 
 SCORER_THREADS = 1
+ALWAYS_REDUCED = ("dispersion", "vote_entropy", "flips")
 SPOKEN = {"training_waits", "training_failed", "actor_lost", "actor_refused", "block_failed", "damaged_block"}
 
 
@@ -63,7 +64,8 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
     else:
         with ExitStack() as stack:
             connect = cache(partial(stack.enter_context, cluster.connect(config.ray.address)))
-            pool, test = inputs.open_pools(config, connect, display)
+            pool = inputs.open_pool(config, connect, display)
+            test = inputs.open_test_pool(config, connect, display)
             inputs.check(config, pool, test)
             connect()
             _Driver(config, directory, pool, test, display).run()
@@ -101,7 +103,6 @@ class _Driver:
         directory.check(fixed)
         self._check_changes()
         self._check_slots()
-        directory.begin(fixed, constants)
 
         self.unlabeled = Eligibility.of(pool, self.config.pool.limit, self.config.seed)
         self.ranks = Ranks(
@@ -110,15 +111,11 @@ class _Driver:
             use_gpu=self.slots.device == "cuda",
             label_selector=self.slots.selectors["train"],
         )
-        gpu = {"num_gpus": 1} if self.slots.device == "cuda" else {}
-        self.scorers = Scorers(
-            f"scorer-{directory.attempt}",
-            {"num_cpus": SCORER_THREADS, **gpu, "label_selector": self.slots.selectors["score"]},
-            asked=None if config.score.actors == "auto" else config.score.actors,
-            slots=self.slots.scoring,
-            cache_bytes=int(config.score.cache_gb * 2**30),
-            threads=SCORER_THREADS,
-        )
+        self.scorers = new_scorers(self.config, self.slots, directory.attempt)
+        if not kept:
+            constants |= choose(self.config, self.scorers, self.slots, pool, directory, config.loop.initial)
+            self.config = inputs.resolved(config, constants)
+        directory.begin(fixed, constants)
 
     def run(self) -> None:
         """Every cycle in turn; stages that are complete are skipped."""
@@ -219,7 +216,7 @@ class _Driver:
         training = _Training(
             stage=partial(self._stage, cycle, "train", lambda: made_from, work),
             abandon=partial(abandon, job, given_up),
-            published=lambda: len(checkpoints.committed(cycle.checkpoints)),
+            queue=checkpoints.Queue(cycle.checkpoints, len(config.train.checkpoint_epochs)),
             slots=self.slots.training(self.ranks.workers, self.ranks.threads),
             all_slots=self.slots.scoring if self.slots.shared else 0,
         )
@@ -232,24 +229,24 @@ class _Driver:
         n_rows = len(config.train.checkpoint_epochs)
 
         def work() -> JsonObject:
-            eligible = self._eligible(cycle)
+            recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
             assignments = self._assignments(
+                cycle,
                 cycle.assignments,
                 self.pool,
                 int(config.pool.block_size),
                 n_rows,
-                eligible.read,
+                self._eligible(cycle).read,
                 config.score.record,
-                recorded_from=n_rows - 1 if config.score.record_rows == "last" else 0,
+                recorded_from,
             )
-            job = self._job(cycle, self.pool, cycle.assignments)
-            if config.score.record_rows == "last":
-                job = job.recording_from(n_rows - 1)
+            job = self._job(cycle, self.pool, cycle.assignments).recording_from(recorded_from)
             progress = Progress(cycle.index, "train + score", epochs=config.train.epochs)
-            images = self._fill(job, assignments, training, progress)
+            scored = self._fill(job, assignments, training, progress, _elimination(cycle))
             return {
-                "images_scored": images,
-                "n_eligible": images // n_rows,
+                "images_scored": scored.images,
+                "left_out": scored.left_out,
+                "n_eligible": (scored.images + scored.left_out) // n_rows,
                 "n_rows": n_rows,
                 "fingerprint": assignments.attributes["fingerprint"],
             }
@@ -277,10 +274,11 @@ class _Driver:
         def work() -> JsonObject:
             block_size = auto_block_size(test.n_samples)
             assignments = self._assignments(
-                cycle.test_assignments, test, block_size, 1, lambda start, stop: expected(start, stop) >= 0, ()
+                cycle, cycle.test_assignments, test, block_size, 1, lambda start, stop: expected(start, stop) >= 0
             )
             job = self._job(cycle, test, cycle.test_assignments).beginning_at(last)
-            n_test = self._fill(job, assignments, _Published(), Progress(cycle.index, "test"))
+            producer = Published([checkpoints.read(cycle.checkpoints, last)])
+            n_test = self._fill(job, assignments, producer, Progress(cycle.index, "test")).images
             right = sum(
                 int((assignments.read(block.start, block.stop)[0] == expected(block.start, block.stop)).sum())
                 for block in assignments.blocks
@@ -297,13 +295,24 @@ class _Driver:
         self._stage(cycle, "test", made_from, work)
 
     def _reduce(self, cycle: Cycle) -> None:
+        config = _begun(cycle)
+
         def work() -> JsonObject:
-            scores = reduce(
+            measures = dict.fromkeys((*ALWAYS_REDUCED, *config.score.record, config.select.measure))
+            if config.score.eliminate == "exact":
+                measures = {"dispersion": None}  # of the others only a part would be there
+            reduction = Reduction(
                 Assignments.open(cycle.assignments),
                 self.pool,
-                cycle.scores,
+                tuple(measures),
+                range(len(config.train.checkpoint_epochs)),
+                remaining=cycle.remaining(),
                 seed=self.config.seed,
                 cycle=cycle.index,
+            )
+            scores = reduce(
+                reduction,
+                cycle.scores,
                 on_progress=lambda done, total: self.display.progress(
                     Progress(cycle.index, "reduce", images_scored=done, images=total)
                 ),
@@ -322,6 +331,7 @@ class _Driver:
                 self.pool,
                 config.select,
                 cycle.selection,
+                last_row=len(config.train.checkpoint_epochs) - 1,
                 budget=config.loop.budget,
                 seed=config.seed,
                 cycle=cycle.index,
@@ -359,31 +369,29 @@ class _Driver:
 
     def _assignments(
         self,
+        cycle: Cycle,
         path: Path,
         pool: Pool,
         block_size: int,
         n_rows: int,
         eligible: Callable[[int, int], NDArray[np.bool_]],
-        recorded: tuple[str, ...],
+        recorded: tuple[str, ...] = (),
         recorded_from: int = 0,
     ) -> Assignments:
-        """Lay out an array, or take up one that an earlier attempt began; its damaged blocks are deleted."""
         assert self.pool.classes is not None
-        if not Assignments.begun(path):
-            return Assignments.create(
-                path,
-                n_rows=n_rows,
-                n_samples=pool.n_samples,
-                block_size=block_size,
-                n_classes=len(self.pool.classes),
-                eligible=(eligible(b.start, b.stop) for b in split_blocks(pool.n_samples, block_size)),
-                recorded=recorded,
-            )
-        assignments = Assignments.open(path)
-        for row in range(assignments.n_rows):
-            for damage in assignments.remove_damaged(row, recorded=row >= recorded_from):
-                self._event("damaged_block", reason=f"{damage}; it will be scored again")
-        return assignments
+        return Assignments.take_up(
+            path,
+            n_rows=n_rows,
+            n_samples=pool.n_samples,
+            block_size=block_size,
+            n_classes=len(self.pool.classes),
+            eligible=eligible,
+            recorded=recorded,
+            recorded_from=recorded_from,
+            on_damage=lambda damage: self._event(
+                "damaged_block", cycle=cycle.index, reason=f"{damage}; it will be scored again"
+            ),
+        )
 
     def _job(self, cycle: Cycle, pool: Pool, assignments: Path) -> Job:
         config = _begun(cycle)
@@ -392,19 +400,27 @@ class _Driver:
             pool=pool.path,
             pool_sha256=pool.content_sha256,
             assignments=assignments,
-            checkpoints=cycle.checkpoints,
             model=ModelSpec.of(config.model, self.pool),
             precision=config.score.precision,
             batch_size=int(config.score.batch_size),
             device=self.slots.device,
         )
 
-    def _fill(self, job: Job, assignments: Assignments, producer: Producer, progress: Progress) -> int:
+    def _fill(
+        self,
+        job: Job,
+        assignments: Assignments,
+        producer: Producer,
+        progress: Progress,
+        elimination: Elimination | None = None,
+    ) -> Scored:
         return score(
             job,
             assignments,
             self.scorers,
             producer,
+            elimination=elimination,
+            n_expected=assignments.n_rows,
             mixed_hardware=self.config.score.mixed_hardware == "allow",
             progress=progress,
             on_progress=self.display.progress,
@@ -456,7 +472,7 @@ class _Training:
     Args:
         stage: the work.
         abandon: tells ranks that are still at work to stop.
-        published: how many checkpoints there are.
+        queue: where its checkpoints appear.
         slots: held while it runs.
         all_slots: held while the ranks find no room.
     """
@@ -465,11 +481,11 @@ class _Training:
         self,
         stage: Callable[[], None],
         abandon: Callable[[], None],
-        published: Callable[[], int],
+        queue: checkpoints.Queue,
         slots: int,
         all_slots: int,
     ) -> None:
-        self._stage, self._abandon, self._published = stage, abandon, published
+        self._stage, self._abandon, self._queue = stage, abandon, queue
         self._slots, self._all_slots = slots, all_slots
         self._starved_at: int | None = None
         self._future: Future[None] = Future()
@@ -484,7 +500,7 @@ class _Training:
     def starve(self) -> None:
         """The ranks find no room: what is free is spread over nodes, or taken by others. They get all slots until they
         run."""
-        self._starved_at = self._published()
+        self._starved_at = len(self.published())
 
     def _run(self) -> None:
         try:
@@ -501,18 +517,22 @@ class _Training:
         elif not self._future.done():
             self._abandon()
 
+    def published(self) -> Sequence[CheckpointRef]:
+        """The checkpoints so far."""
+        return self._queue.published()
+
     def finished(self) -> bool:
-        """Whether training is done; raises what went wrong with it."""
+        """Whether training is done, and its checkpoints can be seen; raises what went wrong with it."""
         if not self._future.done():
             return False
         self._future.result()
-        return True
+        return self._queue.complete()
 
     def slots_held(self) -> int:
         """Slots that the ranks take from scoring now."""
         if self._future.done():
             return 0
-        return self._all_slots if self._starved_at == self._published() else self._slots
+        return self._all_slots if self._starved_at == len(self.published()) else self._slots
 
     def wait(self) -> None:
         """Return when training is done; raises what went wrong with it."""
@@ -520,14 +540,49 @@ class _Training:
             time.sleep(0.1)  # in slices: one long wait would not let a signal through
 
 
-class _Published:
-    """A producer that has published everything and holds nothing."""
+def new_scorers(config: Root, slots: cluster.Slots, attempt: str) -> Scorers:
+    """Scoring actors as a configuration asks for them; none is started yet."""
+    gpu = {"num_gpus": 1} if slots.device == "cuda" else {}
+    return Scorers(
+        f"scorer-{attempt}",
+        {"num_cpus": SCORER_THREADS, **gpu, "label_selector": slots.selectors["score"]},
+        asked=None if config.score.actors == "auto" else config.score.actors,
+        slots=slots.scoring,
+        cache_bytes=int(config.score.cache_gb * 2**30),
+        threads=SCORER_THREADS,
+    )
 
-    def finished(self) -> bool:
-        return True
 
-    def slots_held(self) -> int:
-        return 0
+def choose(
+    config: Config | ForeignConfig,
+    scorers: Scorers,
+    slots: cluster.Slots,
+    pool: Pool,
+    directory: Run,
+    n_labeled: int = 0,
+) -> JsonObject:
+    """What precision and batch size come to, tried on a scoring actor where they say `auto`."""
+    precision, batch_size = config.score.precision, config.score.batch_size
+    if precision == "auto" or batch_size == "auto":
+        job = Job(
+            pool=pool.path,
+            pool_sha256=pool.content_sha256,
+            assignments=directory.path,
+            model=ModelSpec.of(config.model, pool),
+            precision="fp32",
+            batch_size=1,
+            device=slots.device,
+        )
+        per_block = inputs.eligible_per_block(config, pool, n_labeled)
+        precision, batch_size = scorers.choose(job, precision, batch_size, per_block)
+    return {"score.precision": precision, "score.batch_size": batch_size}
+
+
+def _elimination(cycle: Cycle) -> Elimination | None:
+    config = _begun(cycle)
+    if config.score.eliminate == "none":
+        return None
+    return Elimination(cycle.elimination, config.loop.budget)
 
 
 def _test_labels(test: Pool, pool: Pool, start: int, stop: int) -> NDArray[np.int64]:
@@ -540,7 +595,7 @@ def _test_labels(test: Pool, pool: Pool, start: int, stop: int) -> NDArray[np.in
 
 
 def _begun(cycle: Cycle) -> Config:
-    assert cycle.config is not None, f"cycle {cycle.index} has not begun"
+    assert isinstance(cycle.config, Config), f"cycle {cycle.index} has not begun"
     return cycle.config
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distal.assignments import dtype_for
 from distal.cluster import Slots
-from distal.config import BUILTIN, Config
+from distal.config import BUILTIN, AnyRoot, Config, Root
 from distal.errors import PoolError, UserError
 from distal.models import ModelSpec
 from distal.monitor import Display
@@ -15,25 +15,26 @@ from distal.pool import Pool
 from distal.pool.build import build
 from distal.pool.images import MANIFEST
 from distal.records import JsonObject, Progress, auto_block_size
-from distal.score.plan import batch_size_for
-
-AUTO_BATCH_SIZE = {"cpu": 128, "cuda": 512}
 
 
-def open_pools(config: Config, connect: Callable[[], None], display: Display) -> tuple[Pool, Pool | None]:
-    """The pool and the test pool, packed first where they do not exist yet.
+def open_pool(config: Root, connect: Callable[[], None], display: Display) -> Pool:
+    """The pool, packed first when it does not exist yet.
 
     Args:
         connect: connects to Ray, which packing needs.
     """
-    pool = _open(Path(config.pool.path), config.pool.source, "pool.source", "pool.source=null", connect, display)
+    return _open(Path(config.pool.path), config.pool.source, "pool.source", "pool.source=null", connect, display)
+
+
+def open_test_pool(config: Config, connect: Callable[[], None], display: Display) -> Pool | None:
+    """The test pool, packed first when it does not exist yet; None without one."""
     if config.pool.test is None:
-        return pool, None
+        return None
     packed = Path(config.pool.test)
     if not config.pool.test.startswith(BUILTIN) and (packed / MANIFEST).exists():
-        return pool, Pool.open(packed)
+        return Pool.open(packed)
     beside = Path(f"{config.pool.path}-test")
-    return pool, _open(beside, config.pool.test, "pool.test", f"pool.test={beside}", connect, display)
+    return _open(beside, config.pool.test, "pool.test", f"pool.test={beside}", connect, display)
 
 
 def _open(
@@ -97,22 +98,21 @@ def _check_test(test: Pool, pool: Pool, classes: tuple[str, ...]) -> None:
         raise PoolError(f"pool.test: {test.path} has no labels; set pool.test=null to go without")
 
 
-def constants(config: Config, pool: Pool, slots: Slots) -> JsonObject:
-    """The value of every key that may say `auto` and can change a bit of the answer; kept in `run.yaml`."""
-    auto = {
-        "device": slots.device,
-        "pool.block_size": auto_block_size(pool.n_samples),
-        "train.threads": slots.train_threads(config.train.workers),
-        "score.precision": "fp32",
-        "score.batch_size": batch_size_for(_eligible_per_block(config, pool), AUTO_BATCH_SIZE[slots.device]),
-    }
+def constants(config: Root, pool: Pool, slots: Slots) -> JsonObject:
+    """What a key that says `auto`, and can change a bit of the answer, comes to; kept in `run.yaml`.
+
+    Precision and batch size are found out later, where they will be used: see `Scorers.choose`.
+    """
+    auto: JsonObject = {"device": slots.device, "pool.block_size": auto_block_size(pool.n_samples)}
+    if isinstance(config, Config):
+        auto["train.threads"] = slots.train_threads(config.train.workers)
     given = config.leaves()
     return {key: value if given[key] == "auto" else given[key] for key, value in auto.items()}
 
 
-def resolved(config: Config, constants: JsonObject) -> Config:
-    """The configuration with a value in place of every `auto` that can change a bit of the answer."""
-    return config.with_values({key: constants[key] for key in config.autos()})
+def resolved(config: AnyRoot, constants: JsonObject) -> AnyRoot:
+    """The configuration with a value in place of every `auto` that is in `constants`."""
+    return config.with_values({key: constants[key] for key in config.autos() if key in constants})
 
 
 def fixed(config: Config, pool: Pool, test: Pool | None) -> JsonObject:
@@ -125,9 +125,7 @@ def content(pool: Pool) -> JsonObject:
     return {"pool content (pool.path)": pool.content_sha256, "pool classes": list(pool.classes or ())}
 
 
-def _eligible_per_block(config: Config, pool: Pool) -> int:
-    """About how many samples of a block will be scored while little is labelled."""
-    size = config.pool.block_size
-    block_size = auto_block_size(pool.n_samples) if size == "auto" else size
-    n_scored = min(config.pool.limit or pool.n_readable, pool.n_readable) - config.loop.initial
-    return max(1, min(block_size, pool.n_samples) * n_scored // pool.n_samples)
+def eligible_per_block(config: Root, pool: Pool, n_labeled: int = 0) -> int:
+    """About how many samples of a block will be scored while `n_labeled` are labelled; `config` is resolved."""
+    n_scored = min(config.pool.limit or pool.n_readable, pool.n_readable) - n_labeled
+    return max(1, min(int(config.pool.block_size), pool.n_samples) * n_scored // pool.n_samples)

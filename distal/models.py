@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distal.checkpoints import deserialize
-from distal.config import ModelConfig
+from distal.config import Architecture, ChannelStats, ForeignModel, ModelConfig
 from distal.errors import ModelError, one_line
 from distal.hashing import seed_for
 from distal.pool import Pool
@@ -32,23 +32,27 @@ class ModelSpec:
     """Everything that decides what a network is and what it sees; picklable.
 
     Attributes:
-        config: the `model` section.
+        config: the `model` section, of either kind of configuration.
         n_classes: length of its output.
         image_shape: (C, H, W) of the pool.
         mean, std: per channel of the pool, of pixels scaled to [0, 1].
     """
 
-    config: ModelConfig
+    config: ModelConfig | ForeignModel
     n_classes: int
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, config: ModelConfig, pool: Pool) -> Self:
-        """The network for the classes and images of a pool that has labels."""
-        assert pool.classes is not None
-        return cls(config, len(pool.classes), pool.image_shape, pool.mean, pool.std)
+    def of(cls, config: ModelConfig | ForeignModel, pool: Pool) -> Self:
+        """The network for the images of a pool, and its classes unless the configuration says how many there are."""
+        if isinstance(config, ForeignModel):
+            n_classes = config.num_classes
+        else:
+            assert pool.classes is not None
+            n_classes = len(pool.classes)
+        return cls(config, n_classes, pool.image_shape, pool.mean, pool.std)
 
     def build(self, *, pretrained: bool = True) -> nn.Module:
         """The network with its initial weights: in (B, C, H, W) float32, out (B, n_classes).
@@ -66,14 +70,28 @@ class ModelSpec:
             load_pretrained(net, _weights(self.config), self.config.weights)
         return net.to(memory_format=torch.channels_last)
 
-    def preprocess(self) -> Preprocess:
-        """The module that turns uint8 images of the pool into the network's input."""
-        channels = 3 if _is_torchvision(self.config.name) else self.image_shape[0]
-        if self.config.normalize == "pool":
-            return Preprocess(self.mean, self.std, channels)
-        if channels != 3:
-            raise ModelError("model.normalize: imagenet is for three channels, the pool is grey; set it to pool")
-        return Preprocess(IMAGENET_MEAN, IMAGENET_STD, channels)
+    def preprocess(self) -> nn.Module:
+        """The module that turns uint8 images of the pool into the network's input.
+
+        Raises:
+            ModelError: `model.normalize` does not fit the pool's channels.
+        """
+        normalize, channels = self.config.normalize, self.image_shape[0]
+        if isinstance(normalize, str) and ":" in normalize:
+            return _Function(normalize)
+        network_channels = 3 if _is_torchvision(self.config.name) else channels
+        if isinstance(normalize, ChannelStats):
+            mean, std = normalize.mean, normalize.std
+        elif normalize == "imagenet":
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        else:
+            mean, std = self.mean, self.std
+        if len(mean) not in (channels, network_channels):
+            raise ModelError(
+                f"model.normalize: {len(mean)} values of mean and std, and the images have {channels} channel"
+                f"{'s' if channels > 1 else ''}; give one for each"
+            )
+        return Preprocess(mean, std, network_channels)
 
     def check(self) -> None:
         """Build the network once and push two images through it, in both modes.
@@ -90,6 +108,8 @@ class ModelSpec:
                 with torch.no_grad():
                     output = net.train(mode)(preprocess(images))
             except Exception as error:
+                if isinstance(error, ModelError):
+                    raise
                 raise ModelError(
                     f"model.name: {self.config.name} does not take images of shape {self.image_shape} "
                     f"({one_line(error)})"
@@ -125,6 +145,19 @@ class Preprocess(nn.Module):
         return inputs
 
 
+class _Function(nn.Module):
+    """A user's function in place of `Preprocess`; picklable by its name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Call it."""
+        inputs: Tensor = _import(self.name, "model.normalize")(images)
+        return inputs
+
+
 class SmallCNN(nn.Sequential):
     """Three convolutions with batch norm and global average pooling: 0.1 M parameters.
 
@@ -149,11 +182,11 @@ def _is_torchvision(name: str) -> bool:
     return name != SMALL_CNN and ":" not in name
 
 
-def _build(config: ModelConfig, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+def _build(config: Architecture, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     if config.name == SMALL_CNN:
         return SmallCNN(n_classes, image_shape[0])
     if ":" in config.name:
-        net = _import(config.name)(num_classes=n_classes, image_shape=image_shape)
+        net = _import(config.name, "model.name")(num_classes=n_classes, image_shape=image_shape)
         if not isinstance(net, nn.Module):
             raise ModelError(f"model.name: {config.name} returned {type(net).__name__}; a torch.nn.Module is needed")
         return net
@@ -190,21 +223,21 @@ def _shrink_stem(net: nn.Module, name: str) -> None:
     net.conv1, net.maxpool = conv, nn.Identity()
 
 
-def _import(name: str) -> Callable[..., Any]:
+def _import(name: str, key: str) -> Callable[..., Any]:
     module_name, _, function_name = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # a model beside the configuration, as `python -m` would find it
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ModelError(f"model.name: module {module_name!r} cannot be imported ({error})") from error
+        raise ModelError(f"{key}: module {module_name!r} cannot be imported ({error})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ModelError(f"model.name: module {module_name!r} has no function {function_name!r}")
+        raise ModelError(f"{key}: module {module_name!r} has no function {function_name!r}")
     return function
 
 
-def _weights(config: ModelConfig) -> StateDict:
+def _weights(config: ModelConfig | ForeignModel) -> StateDict:
     """Read pretrained weights from a file, or from torchvision's collection."""
     assert config.weights is not None
     path = Path(config.weights)

@@ -175,12 +175,63 @@ def status_table(status: JsonObject) -> Table:
     return table
 
 
+def score_table(result: JsonObject) -> Table:
+    """What `distal score` came to."""
+    names = ("run", "checkpoints", "images_scored", "images_left_out", "seconds", "images_per_s", "precision")
+    chosen = ("measure", "selection", "n_selected", "tie_share", "selection_sha256")
+    return _facts({name: result[name] for name in (*names, "batch_size", "accuracy", *chosen) if name in result})
+
+
+def reduce_table(result: JsonObject) -> Table:
+    """What `distal reduce` wrote."""
+    table = Table(title=f"{result['run']}, cycle {result['cycle']}", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for heading in ("measure", "window", "checkpoints", "seconds", "scores"):
+        table.add_column(heading, overflow="fold")
+    for each in result["analyses"]:
+        window = each["window"][1:] or "all"
+        table.add_row(each["measure"], window, str(each["checkpoints"]), f"{each['seconds']:.2f}", each["scores"])
+    return table
+
+
+def select_table(result: JsonObject) -> Table:
+    """What `distal select` chose."""
+    return _facts({name: value for name, value in result.items() if name != "state" and value != ""})
+
+
+def forecast_table(plan: JsonObject) -> Table:
+    """What a run will cost."""
+    facts = {name: plan[name] for name in ("samples", "candidates", "checkpoints", "cycles", "blocks", "block_size")}
+    facts["forwards, first cycle"] = plan["forwards"]
+    facts["objects, first cycle"] = plan["objects"]["total"]
+    facts["disk, first cycle"] = f"up to {_bytes(plan['disk_bytes']['total'])} before compression"
+    for role, size in plan["memory_bytes"].items():
+        facts[f"memory, {role}"] = _bytes(size)
+    for way in plan["alternatives"]:
+        facts[f"cheaper: {way['how']}"] = f"{way['what']}: {way['forwards']:,} forwards, {way['saves']:.0%} less"
+    for number, warning in enumerate(plan["warnings"], start=1):
+        facts[f"warning {number}"] = warning
+    return _facts(facts)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
 def pool_table(pool: JsonObject) -> Table:
     """What a pool is."""
+    return _facts(pool)
+
+
+def _facts(facts: JsonObject) -> Table:
+    """A name and a value a line."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in pool.items():
+    for name, value in facts.items():
         if isinstance(value, dict):
             value = [f"{key} ({count:,})" for key, count in value.items()]
         table.add_row(name, ", ".join(map(_number, value)) if isinstance(value, list) else _number(value))

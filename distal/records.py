@@ -43,6 +43,39 @@ def auto_block_size(n_samples: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """Some of the checkpoints of a cycle.
+
+    Attributes:
+        first: leave out the rows before this one, counted from 0.
+        last: of those, the last ones: a number of rows, or below 1 a share of them (rounded up). None: all.
+        every: of those, every k-th, counted back from the last one, so that it is always in.
+    """
+
+    first: int = 0
+    last: float | None = None
+    every: int = 1
+
+    def rows(self, n_rows: int) -> list[int]:
+        """The rows of this window, ascending, when there are `n_rows`."""
+        rows = list(range(self.first, n_rows))
+        if self.last is not None:
+            keep = math.ceil(self.last * len(rows)) if self.last < 1 else int(self.last)
+            rows = rows[max(0, len(rows) - keep) :]
+        return rows[::-1][:: self.every][::-1]
+
+    def __str__(self) -> str:
+        """As it stands in the name of an analysis: `@from=10,last=0.25,every=2`; nothing when it leaves nothing out."""
+        parts = [
+            f"from={self.first}" if self.first else "",
+            "" if self.last is None else f"last={self.last:g}",
+            f"every={self.every}" if self.every > 1 else "",
+        ]
+        named = ",".join(part for part in parts if part)
+        return f"@{named}" if named else ""
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointRef:
     """Published weights: the row they have in the assignments, and where and what they are.
 

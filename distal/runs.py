@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from distal import storage
-from distal.config import Config, from_record, to_record
+from distal.config import Config, ForeignConfig, Root, from_record, to_record
 from distal.errors import Damage, RunConflict
 from distal.hashing import digest
 from distal.ledger import Ledger, label_files
@@ -40,80 +40,14 @@ STAGES = ("train", "score", "test", "reduce", "select", "label")
 
 
 @dataclass(frozen=True)
-class Cycle:
-    """One cycle's folder.
+class Staged:
+    """A folder with the completion markers of stages.
 
     Attributes:
-        index: from 0.
-        folder: `cycles/<index>`.
+        folder: where the markers and what they speak of are.
     """
 
-    index: int
     folder: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the published weights."""
-        return self.folder / "checkpoints"
-
-    @property
-    def assignments(self) -> Path:
-        """Assignments of the pool at every checkpoint."""
-        return self.folder / "assignments.zarr"
-
-    @property
-    def test_assignments(self) -> Path:
-        """Assignments of the test images at the last checkpoint."""
-        return self.folder / "test.zarr"
-
-    @property
-    def scores(self) -> Path:
-        """One array per measure."""
-        return self.folder / "scores.zarr"
-
-    @property
-    def selection(self) -> Path:
-        """The samples to label."""
-        return self.folder / "selection.parquet"
-
-    @property
-    def labels(self) -> Path:
-        """What the oracle answered."""
-        return self.folder / "labels.parquet"
-
-    @cached_property
-    def config(self) -> Config | None:
-        """The resolved configuration the cycle began with; None when it has not begun."""
-        try:
-            record = storage.read_yaml(self.folder / "cycle.yaml")
-        except FileNotFoundError:
-            return None
-        try:
-            return from_record(record)
-        except ValueError as error:
-            raise Damage(f"{self.folder / 'cycle.yaml'}: not the configuration of a cycle ({error})") from error
-
-    def begin(self, config: Config) -> None:
-        """Write `cycle.yaml`; from here on the configuration of this cycle is fixed."""
-        storage.write_yaml(self.folder / "cycle.yaml", to_record(config))
-        vars(self).pop("config", None)  # it was None until now
-
-    def took_all(self) -> bool:
-        """Whether the cycle selected everything that was left, so that there is no next one."""
-        scored, selected = self.marker("score"), self.marker("select")
-        return bool(scored and selected and scored["n_eligible"] == selected["n_selected"])
-
-    def chosen(self) -> Selection:
-        """The selection of the cycle, which must be complete.
-
-        Raises:
-            Damage: the file is missing, or is not the selection that was made.
-        """
-        selection = Selection.read(self.selection)
-        marker = self.marker("select")
-        if marker is None or selection.sha256 != marker["selection_sha256"]:
-            raise Damage(f"{self.selection}: not the selection that was made; put the old file back")
-        return selection
 
     def marker(self, stage: str) -> JsonObject | None:
         """The completion marker of a stage; None when it is not complete."""
@@ -157,6 +91,116 @@ class Cycle:
                 "put back what was there, or start another run directory"
             )
         return marker
+
+
+@dataclass(frozen=True)
+class Analysis(Staged):
+    """What was computed again from the assignments of a cycle: `analyses/<measure><window>`."""
+
+    @property
+    def scores(self) -> Path:
+        """The scores by one measure."""
+        return self.folder / "scores.zarr"
+
+    def selection(self, budget: int) -> Path:
+        """The samples chosen with a budget."""
+        return self.folder / f"selection-{budget}.parquet"
+
+
+@dataclass(frozen=True)
+class Cycle(Staged):
+    """One cycle's folder, `cycles/<index>`; the index counts from 0."""
+
+    @property
+    def index(self) -> int:
+        """Its number, from 0."""
+        return int(self.folder.name)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the published weights."""
+        return self.folder / "checkpoints"
+
+    @property
+    def assignments(self) -> Path:
+        """Assignments of the pool at every checkpoint."""
+        return self.folder / "assignments.zarr"
+
+    @property
+    def test_assignments(self) -> Path:
+        """Assignments of the test images at the last checkpoint."""
+        return self.folder / "test.zarr"
+
+    @property
+    def elimination(self) -> Path:
+        """What was decided at each barrier; see `score.eliminate`."""
+        return self.folder / "elimination.json"
+
+    def remaining(self) -> tuple[int, ...] | None:
+        """Of each block, how many samples were scored to the end; None when nothing was left out."""
+        try:
+            barriers = storage.read_json(self.elimination, required=("barriers",))["barriers"]
+        except FileNotFoundError:
+            return None
+        return tuple(barriers[-1]["remaining"]) if barriers else None
+
+    @property
+    def scores(self) -> Path:
+        """One array per measure."""
+        return self.folder / "scores.zarr"
+
+    @property
+    def selection(self) -> Path:
+        """The samples to label."""
+        return self.folder / "selection.parquet"
+
+    @property
+    def labels(self) -> Path:
+        """What the oracle answered."""
+        return self.folder / "labels.parquet"
+
+    @cached_property
+    def config(self) -> Config | ForeignConfig | None:
+        """The resolved configuration the cycle began with; None when it has not begun."""
+        try:
+            record = storage.read_yaml(self.folder / "cycle.yaml")
+        except FileNotFoundError:
+            return None
+        try:
+            return from_record(record)
+        except ValueError as error:
+            raise Damage(f"{self.folder / 'cycle.yaml'}: not the configuration of a cycle ({error})") from error
+
+    def begin(self, config: Root) -> None:
+        """Write `cycle.yaml`; from here on the configuration of this cycle is fixed."""
+        storage.write_yaml(self.folder / "cycle.yaml", to_record(config))
+        vars(self).pop("config", None)  # it was None until now
+
+    def analysis(self, name: str) -> Analysis:
+        """A later `reduce` or `select`; the cycle's own record is never overwritten."""
+        return Analysis(self.folder / "analyses" / name)
+
+    @property
+    def foreign(self) -> Path:
+        """The indices of checkpoints that something else writes."""
+        return self.folder / "checkpoints.json"
+
+    def took_all(self) -> bool:
+        """Whether the cycle selected everything that was left, so that there is no next one."""
+        scored, selected = self.marker("score"), self.marker("select")
+        return bool(scored and selected and scored["n_eligible"] == selected["n_selected"])
+
+    def chosen(self) -> Selection:
+        """The selection of the cycle, which must be complete.
+
+        Raises:
+            Damage: the file is missing, or is not the selection that was made.
+        """
+        selection = Selection.read(self.selection)
+        marker = self.marker("select")
+        if marker is None or selection.sha256 != marker["selection_sha256"]:
+            raise Damage(f"{self.selection}: not the selection that was made; put the old file back")
+        return selection
 
 
 class Run:
@@ -228,6 +272,8 @@ class Run:
     def is_complete(self, n_cycles: int) -> bool:
         """Whether nothing is left to do, told from storage alone."""
         begun = self.begun_cycles()[:n_cycles]
+        if begun and isinstance(begun[-1].config, ForeignConfig):
+            return begun[-1].marker("score") is not None
         if not begun or begun[-1].marker("select") is None:
             return False
         last = begun[-1]
@@ -253,7 +299,7 @@ class Run:
 
     def cycle(self, index: int) -> Cycle:
         """A cycle, begun or not."""
-        return Cycle(index, self.path / "cycles" / f"{index:03d}")
+        return Cycle(self.path / "cycles" / f"{index:03d}")
 
     def begun_cycles(self) -> list[Cycle]:
         """The cycles that have a `cycle.yaml`, in order."""

@@ -1,4 +1,7 @@
-"""Scores on disk: `scores.zarr`, one (n_samples,) float32 array per measure, NaN where undefined."""
+"""Scores on disk: `scores.zarr`, one (n_samples,) float32 array per measure, NaN where undefined.
+
+Beside them there can be annotations, (n_samples,) int32 classes, -1 where there is none.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 from numpy.typing import NDArray
 
 from distal.arrays import Array, create_array, create_group, get_attributes, set_attributes
@@ -20,15 +22,21 @@ class Scores:
     """A handle on the scores of one cycle."""
 
     path: Path
+    measures: tuple[str, ...]
+    annotations: tuple[str, ...]
     _arrays: Mapping[str, Array]
 
     @classmethod
-    def create(cls, path: Path, measures: Sequence[str], n_samples: int, block_size: int) -> Self:
+    def create(
+        cls, path: Path, measures: Sequence[str], n_samples: int, block_size: int, annotations: Sequence[str] = ()
+    ) -> Self:
         """Lay out empty arrays, replacing older ones."""
         create_group(path)
         for name in measures:
             create_array(path / name, (n_samples,), (block_size,), "float32", float("nan"), ("sample",))
-        set_attributes(path, {"measures": list(measures)})
+        for name in annotations:
+            create_array(path / name, (n_samples,), (block_size,), "int32", -1, ("sample",))
+        set_attributes(path, {"measures": list(measures), "annotations": list(annotations)})
         return cls.open(path)
 
     @classmethod
@@ -37,23 +45,29 @@ class Scores:
         attributes = get_attributes(path)
         if "measures" not in attributes:
             raise Damage(f"{path}: no scores here")
-        return cls(path, {name: Array(path / name) for name in attributes["measures"]})
+        measures, annotations = tuple(attributes["measures"]), tuple(attributes["annotations"])
+        return cls(path, measures, annotations, {name: Array(path / name) for name in (*measures, *annotations)})
 
     @property
-    def measures(self) -> tuple[str, ...]:
-        """Names of the arrays."""
-        return tuple(self._arrays)
+    def n_samples(self) -> int:
+        """Samples of the pool, with a score or without."""
+        return next(iter(self._arrays.values())).shape[0]
 
-    def write(self, block: Block, scores: Mapping[str, NDArray[np.floating[Any]]]) -> None:
-        """Store the scores of one block, or of several that follow each other, under every measure."""
+    def write(self, block: Block, scores: Mapping[str, NDArray[Any]]) -> None:
+        """Store what a block, or several that follow each other, have under each name."""
         for name, values in scores.items():
-            self._arrays[name].write((slice(block.start, block.stop),), values.astype(np.float32))
+            array = self._arrays[name]
+            array.write((slice(block.start, block.stop),), values.astype(array.dtype))
 
-    def read(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Scores of the samples [start, stop): (stop - start,) float32.
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Scores of the samples [start, stop): (stop - start,) float32; of an annotation, int32.
 
         Raises:
-            KeyError: no such measure.
+            KeyError: no such measure or annotation.
             Damage: a chunk is missing or does not decode.
         """
         return self._arrays[name].read((slice(start, stop),))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the path; a handle is opened where it is used."""
+        return (type(self).open, (self.path,))

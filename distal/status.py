@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distal import checkpoints
+from distal import checkpoints, foreign
 from distal.assignments import Assignments
+from distal.config import Config, ForeignConfig
 from distal.records import JsonObject
 from distal.runs import STAGES, Cycle, Run
 
@@ -17,7 +18,7 @@ def status(path: Path) -> JsonObject:
     """
     run = Run.open(path)
     begun = run.begun_cycles()
-    n_cycles = begun[-1].config.loop.cycles if begun and begun[-1].config else 0
+    n_cycles = _n_cycles(begun[-1]) if begun else 0
     return {
         "run": str(run.path),
         "state": "complete" if run.is_complete(n_cycles) else "unfinished",
@@ -28,21 +29,41 @@ def status(path: Path) -> JsonObject:
 def _cycle(cycle: Cycle, last: bool) -> JsonObject:
     assert cycle.config is not None
     due = [stage for stage in STAGES if not (last and stage == "label")]  # the last cycle does not label
+    if isinstance(cycle.config, ForeignConfig):
+        due = ["score"]
     markers = {stage: cycle.marker(stage) for stage in STAGES}
     done = total = 0
     if Assignments.begun(cycle.assignments):
         assignments = Assignments.open(cycle.assignments)
         done = sum(len(assignments.committed(row)) for row in range(assignments.n_rows))
-        total = assignments.n_rows * len(assignments.blocks)
+        total = _n_checkpoints(cycle) * len(assignments.blocks)
     return {
         "cycle": cycle.index,
         "complete": [stage for stage, marker in markers.items() if marker],
         "next": next((stage for stage in due if not markers[stage]), None),
-        "checkpoints_published": len(checkpoints.committed(cycle.checkpoints)),
-        "checkpoints": len(cycle.config.train.checkpoint_epochs),
+        "checkpoints_published": _n_published(cycle),
+        "checkpoints": _n_checkpoints(cycle),
         "blocks_scored": done,
         "blocks": total,
         "n_labeled": (markers["train"] or {}).get("n_labeled"),
         "test_accuracy": (markers["test"] or {}).get("test_accuracy"),
         "selection_sha256": (markers["select"] or {}).get("selection_sha256"),
     }
+
+
+def _n_cycles(cycle: Cycle) -> int:
+    return cycle.config.loop.cycles if isinstance(cycle.config, Config) else 1
+
+
+def _n_published(cycle: Cycle) -> int:
+    if isinstance(cycle.config, Config):
+        return len(checkpoints.committed(cycle.checkpoints))
+    return len(foreign.known(cycle.foreign))
+
+
+def _n_checkpoints(cycle: Cycle) -> int:
+    """How many there will be, as far as is known."""
+    if isinstance(cycle.config, Config):
+        return len(cycle.config.train.checkpoint_epochs)
+    assert cycle.config is not None
+    return cycle.config.checkpoints.expect or _n_published(cycle)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
-from distal.config import Config, parse
+from distal.config import Config, ForeignConfig, ModelConfig, parse, parse_foreign
+from distal.models import ModelSpec, seeded_build
 from distal.pool import Pool
 
 CLASSES = ("circle", "cross", "dot", "line")
@@ -55,7 +59,7 @@ SMALL_RUN = {
     "pool": {"block_size": 64},
     "loop": {"cycles": 2, "initial": 24, "budget": 16},
     "train": {"epochs": 3, "batch_size": 16, "threads": 1},
-    "score": {"batch_size": 32},
+    "score": {"batch_size": 32, "precision": "fp32"},
 }
 
 
@@ -90,3 +94,33 @@ def descendants(title: str) -> list[int]:
     for _ in range(4):
         mine |= {pid for pid, parent in parents.items() if parent in mine}
     return sorted(pid for pid in mine if title in titles.get(pid, ""))
+
+
+def write_checkpoints(folder: Path, pool: Pool, rows: Sequence[int]) -> None:
+    """state_dicts of `small_cnn` that agree on some images and not on others, as a training run leaves them."""
+    spec = ModelSpec(ModelConfig(), 4, pool.image_shape, pool.mean, pool.std)
+    folder.mkdir(parents=True, exist_ok=True)
+    settled = seeded_build(spec, seed=0, cycle=0).state_dict()
+    for row in rows:
+        other = seeded_build(spec, seed=row + 1, cycle=0).state_dict()
+        state = {
+            name: value.lerp(other[name], 0.5) if value.is_floating_point() else value
+            for name, value in settled.items()
+        }
+        path = folder / f"epoch{row + 1}.pt"
+        torch.save(state, path)
+        long_ago = time.time() - 3600
+        os.utime(path, (long_ago, long_ago))
+
+
+def foreign_config(run: Path, pool: Pool, checkpoints: Path, *overrides: str) -> ForeignConfig:
+    """Scoring the small pool at some checkpoints of `small_cnn`."""
+    tree = {
+        "run": str(run),
+        "device": "cpu",
+        "pool": {"path": str(pool.path), "block_size": 64},
+        "model": {"num_classes": 4, "normalize": "pool"},
+        "checkpoints": {"path": str(checkpoints)},
+        "score": {"precision": "fp32", "batch_size": 32, "budget": 20},
+    }
+    return parse_foreign(tree, overrides)

@@ -162,10 +162,10 @@ def test_a_disk_that_cannot_be_read_just_now_is_not_damage(tmp_path: Path, monke
     """Deleting what cannot be read for a moment would throw work away."""
     assignments = filled(tmp_path / "a.zarr")
 
-    async def fail(*_: object, **__: object) -> None:
+    def fail(_: Path) -> bytes:
         raise OSError(errno.EIO, "input/output error")
 
-    monkeypatch.setattr(zarr.storage.LocalStore, "get", fail)
+    monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(OSError, match="input/output error"):
         assignments.remove_damaged(1, recorded=True)
     assert assignments.committed(1) == {0, 1, 2}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,29 @@ def test_code_is_never_loaded() -> None:
 
     with pytest.raises(pickle.UnpicklingError):
         checkpoints.deserialize(checkpoints.serialize({"path": Path("x")}))
+
+
+class TestQueue:
+    def test_checkpoints_as_they_appear(self, tmp_path: Path) -> None:
+        queue = checkpoints.Queue(tmp_path, 2)
+        assert queue.published() == []
+        first = checkpoints.commit(tmp_path, 0, 1, STATE)
+        assert queue.published() == [first]
+        assert not queue.complete()
+        second = checkpoints.commit(tmp_path, 1, 2, STATE)
+        assert queue.complete()
+        assert queue.published() == [first, second]
+
+    def test_one_that_is_seen_late_is_waited_for_and_one_that_never_comes_is_missed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A shared file system shows a new file to other nodes some time later."""
+        monkeypatch.setattr(checkpoints, "VISIBLE_S", 0.2)
+        queue = checkpoints.Queue(tmp_path, 2)
+        checkpoints.commit(tmp_path, 1, 2, STATE)
+        assert not queue.complete()
+        time.sleep(0.3)
+        with pytest.raises(Damage, match="training is complete, and checkpoint 0 is not here"):
+            queue.complete()
+        checkpoints.commit(tmp_path, 0, 1, STATE)
+        assert queue.complete()

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "distal"
 # From the top: a module imports what stands on its own rung or below. Stages share a rung and never meet.
 LADDER = [
     ["cli", "__main__"],
-    ["driver", "status", "inputs", "monitor"],
+    ["driver", "scoring", "analysis", "forecast", "status", "inputs", "monitor"],
     ["score", "reduce", "acquire", "labels", "train"],
     [
         "runs",
@@ -25,7 +25,10 @@ LADDER = [
         "arrays",
         "models",
         "checkpoints",
+        "foreign",
+        "kernels",
         "ledger",
+        "lists",
         "pool",
         "cluster",
     ],

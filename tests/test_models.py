@@ -94,7 +94,7 @@ def test_a_function_of_ones_own() -> None:
         ({"name": "tests.test_models:wrong_output"}, r"returned \(2, 11\) for 2 images; a tensor \(2, 10\)"),
         ({"name": "vgg11", "stem": "small"}, "small is known for ResNets only, not for vgg11"),
         ({"name": "vit_b_16"}, r"vit_b_16 does not take images of shape \(1, 28, 28\)"),
-        ({"normalize": "imagenet"}, "imagenet is for three channels, the pool is grey"),
+        ({"normalize": "imagenet"}, "3 values of mean and std, and the images have 1 channel; give one for each"),
         ({"name": "resnet18", "weights": "NO_SUCH"}, "torchvision has no weights 'NO_SUCH' for resnet18"),
         ({"weights": "/no/such/file.pt"}, "no such file"),
     ],

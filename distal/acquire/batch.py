@@ -24,6 +24,7 @@ def select(
     config: SelectConfig,
     dest: Path,
     *,
+    last_row: int,
     budget: int,
     seed: int,
     cycle: int,
@@ -33,7 +34,7 @@ def select(
     With fewer samples that have a score, all of them are chosen.
 
     Args:
-        assignments: supplies the margin of the last checkpoint when ties are broken by it.
+        assignments: supplies the margin of `last_row`, the last checkpoint, when ties are broken by it.
         dest: `selection.parquet`.
     """
     top = TopK(budget)
@@ -43,7 +44,7 @@ def select(
         score = scores.read(config.measure, *span)
         (keys,) = pool.columns(*span, "sample_key")
         if config.tie_break == "margin":
-            margin = assignments.read_recorded("margin", assignments.n_rows - 1, *span)
+            margin = assignments.read_recorded("margin", last_row, *span)
         else:
             margin = np.zeros(len(stripe), dtype=np.float16)
         top.add(Candidates(np.arange(*span), score, margin, mix64("tie", seed, cycle, keys)))
@@ -55,7 +56,7 @@ def select(
         "sample_index": pa.array(chosen.index, pa.int64()),
         "sample_id": samples["sample_id"],
         "uri": samples["uri"],
-        **{name: pa.array(_gather(scores, name, chosen.index)) for name in scores.measures},
+        **{name: pa.array(_gather(scores, name, chosen.index)) for name in (*scores.measures, *scores.annotations)},
         "measure": pa.array([config.measure] * len(chosen), pa.string()),
         "decided_by": pa.array(decided_by, pa.string()),
     }
@@ -64,7 +65,7 @@ def select(
 
 def _gather(scores: Scores, name: str, index: np.ndarray) -> np.ndarray:
     """The scores of some samples, reading the scores between the first and the last of each stripe."""
-    values = np.empty(len(index), dtype=np.float32)
+    values = np.empty(len(index), dtype=scores.read(name, 0, 0).dtype)
     stripes = index // STRIPE_SAMPLES
     for stripe in np.unique(stripes):
         at = np.flatnonzero(stripes == stripe)

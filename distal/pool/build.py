@@ -95,7 +95,7 @@ def build(
         DiskFull: no space left. Like after every other error, nothing is left in `dest`.
     """
     opened = open_source(source, columns)
-    layout = _layout(opened, source, size, channels)
+    layout = learn_layout(opened, source, size, channels)
     _make_room(dest)
     try:
         return _build(opened, source, dest, layout, on_progress)
@@ -151,8 +151,11 @@ def _discard(dest: Path) -> None:
         dest.rmdir()
 
 
-def _layout(
-    source: Source, name: str, size: tuple[int, int] | None, channels: Literal["auto", "grey", "rgb"]
+def learn_layout(
+    source: Source,
+    name: str,
+    size: tuple[int, int] | None = None,
+    channels: Literal["auto", "grey", "rgb"] = "auto",
 ) -> Layout:
     """Learn the shape from the first readable images."""
     asked = channels != "auto"

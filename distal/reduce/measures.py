@@ -1,52 +1,50 @@
 """The table of measures: each turns what is stored about a sample into one score.
 
 Every score is oriented so that larger means more uncertain, computed in float64 from counts, and kept as
-float32. It is NaN unless every checkpoint has an assignment.
+float32. It is NaN unless every checkpoint of the window has an assignment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distal import kernels
 from distal.hashing import mix64
-from distal.reduce.kernels import ENTROPY_SCALE, count_votes, entropy_table
 
 Floats = NDArray[np.float64]
 
+DECAY = 0.9
+"""Weight of a checkpoint relative to the next one in `decayed`."""
 
-@dataclass(frozen=True)
+
 class Votes:
-    """What T assignments of N samples come to; from `count`.
+    """T assignments of N samples. What a measure does not ask for is not counted.
 
-    Attributes:
-        n_rows: T.
-        mode_count: (N,) count of the most frequent class, f in the paper.
-        entropy: (N,) of the votes in nats: (T ln T - sum over classes of h ln h) / T, h the count of a class.
-        flips: (N,) how often the class differs from that of the checkpoint before.
-        complete: (N,) bool, whether every checkpoint has an assignment.
+    Args:
+        assignments: (T, N) unsigned; a value of at least `n_classes` counts as not assigned.
     """
 
-    n_rows: int
-    mode_count: NDArray[np.int64]
-    entropy: Floats
-    flips: NDArray[np.int64]
-    complete: NDArray[np.bool_]
+    def __init__(self, assignments: NDArray[np.unsignedinteger[Any]], n_classes: int) -> None:
+        self.assignments = assignments
+        self.n_classes = n_classes
+        self.n_rows = len(assignments)
+        self.mode_count, n_missing = kernels.mode_counts(assignments, n_classes)
+        self.complete: NDArray[np.bool_] = n_missing == 0
 
+    @cached_property
+    def tally(self) -> kernels.Tally:
+        """The counts of all classes, summed up."""
+        return kernels.tally(self.assignments, self.n_classes)
 
-def count(assignments: NDArray[np.unsignedinteger[Any]], n_classes: int) -> Votes:
-    """Count the votes of (T, N) assignments; values of at least `n_classes` count as not assigned."""
-    n_rows, n_samples = assignments.shape
-    outputs = [np.empty(n_samples, dtype=np.int64) for _ in range(4)]
-    table = entropy_table(n_rows)
-    count_votes(np.ascontiguousarray(assignments), n_classes, table, *outputs)
-    mode_count, sum_k_ln_k, flips, n_missing = outputs
-    entropy = (table[n_rows] - sum_k_ln_k) / (ENTROPY_SCALE * n_rows)  # exactly 0 when all votes agree
-    return Votes(n_rows, mode_count, entropy, flips, n_missing == 0)
+    @cached_property
+    def changes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How often the class changed, and when last."""
+        return kernels.changes(self.assignments)
 
 
 def dispersion(votes: Votes) -> Floats:
@@ -59,12 +57,38 @@ def dispersion(votes: Votes) -> Floats:
 
 def vote_entropy(votes: Votes) -> Floats:
     """Entropy of the votes in nats, -sum (h / T) ln (h / T) (Dagan and Engelson 1995); in [0, ln min(C, T)]."""
-    return votes.entropy
+    total = kernels.entropy_table(votes.n_rows)[votes.n_rows]
+    return (total - votes.tally.sum_k_ln_k) / (kernels.ENTROPY_SCALE * votes.n_rows)  # exactly 0 when all votes agree
+
+
+def gini(votes: Votes) -> Floats:
+    """1 - sum (h / T)^2: the chance that two checkpoints drawn at random disagree; in [0, 1 - 1 / min(C, T)]."""
+    return 1 - votes.tally.sum_of_squares / votes.n_rows**2
+
+
+def vote_margin(votes: Votes) -> Floats:
+    """1 - (h1 - h2) / T of the two most frequent classes; in [0, 1]."""
+    return 1 - (votes.tally.mode_count - votes.tally.runner_up_count) / votes.n_rows
 
 
 def flips(votes: Votes) -> Floats:
     """Checkpoints at which the class differs from that of the checkpoint before; in [0, T - 1]."""
-    return votes.flips.astype(np.float64)
+    return votes.changes[0].astype(np.float64)
+
+
+def last_flip(votes: Votes) -> Floats:
+    """The last checkpoint, counted from 1, whose class is not the final one; in [0, T - 1], 0 when there is none."""
+    return votes.changes[1].astype(np.float64)
+
+
+def decayed(votes: Votes) -> Floats:
+    """Dispersion with votes that count less the older they are.
+
+    1 - max_c w_c / sum_c w_c, w_c the sum of 0.9^(T - t) over the checkpoints t that assign c; in [0, 1).
+    """
+    weights = DECAY ** np.arange(votes.n_rows - 1, -1, -1, dtype=np.float64)
+    total = kernels.largest_weights(np.zeros((votes.n_rows, 1), np.uint8), 1, weights)[0]  # summed in the same order
+    return 1 - kernels.largest_weights(votes.assignments, votes.n_classes, weights) / total
 
 
 def margin(recorded: NDArray[np.float16]) -> Floats:
@@ -85,12 +109,22 @@ def random(seed: int, cycle: int, keys: NDArray[np.uint64]) -> Floats:
 FROM_VOTES: dict[str, Callable[[Votes], Floats]] = {
     "dispersion": dispersion,
     "vote_entropy": vote_entropy,
+    "gini": gini,
+    "vote_margin": vote_margin,
     "flips": flips,
+    "last_flip": last_flip,
+    "decayed": decayed,
 }
-"""Measures of the assignments."""
+"""Measures of the assignments, of all checkpoints or of a window."""
 
 FROM_RECORDED: dict[str, Callable[[NDArray[np.float16]], Floats]] = {"margin": margin, "entropy": entropy}
 """Measures of an array that was recorded at the last checkpoint under the same name."""
 
 SEEDED = {"random": random}
 """Measures of nothing but the sample's name."""
+
+ANNOTATIONS: dict[str, Callable[[Votes], NDArray[np.int64]]] = {
+    "mode": lambda votes: votes.tally.mode,
+    "runner_up": lambda votes: votes.tally.runner_up,
+}
+"""Not scores but classes: the most frequent one, and the next; the smaller index wins a tie, -1 when there is none."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,54 +15,130 @@ from numpy.typing import NDArray
 from distal.assignments import Assignments
 from distal.errors import Damage
 from distal.pool import Pool
-from distal.records import STRIPE_SAMPLES, Block, split_blocks
-from distal.reduce.measures import FROM_RECORDED, FROM_VOTES, SEEDED, count
+from distal.records import Block, split_blocks
+from distal.reduce.measures import ANNOTATIONS, FROM_RECORDED, FROM_VOTES, SEEDED, Votes
 from distal.scores import Scores
 
-STRIPE_BYTES = 32 * 2**20
+STRIPE_BYTES = 16 * 2**20  # of assignments that one worker looks at
+STRIPE_SAMPLES = 2**18  # and samples: some 100 bytes each
+
+Mapper = Callable[[Callable[[Block], Block], Sequence[Block]], Iterable[Block]]
+
+
+def in_threads(work: Callable[[Block], Block], stripes: Sequence[Block]) -> Iterator[Block]:
+    """Do `work` for every stripe in as many threads as there are cores: decoding and counting let go of the GIL."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        yield from threads.map(work, stripes)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What to compute, of what; picklable.
+
+    Attributes:
+        measures: names of measures; those of recorded arrays are of the last of `rows`.
+        rows: rows of the assignments, ascending.
+        annotate: whether to keep the most frequent class and the next one, too.
+        remaining: of each block, how many samples were scored to the end; None: all that are eligible.
+        seed, cycle: for `random`.
+    """
+
+    assignments: Assignments
+    pool: Pool
+    measures: tuple[str, ...]
+    rows: Sequence[int]
+    annotate: bool = False
+    remaining: tuple[int, ...] | None = None
+    seed: int = 0
+    cycle: int = 0
 
 
 def reduce(
-    assignments: Assignments,
-    pool: Pool,
+    reduction: Reduction,
     dest: Path,
     *,
-    seed: int,
-    cycle: int,
+    mapper: Mapper = in_threads,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
-    """Compute every measure that the stored arrays allow.
+    """Compute some measures of every sample.
 
     Args:
         dest: `scores.zarr`; an older one is replaced.
+        mapper: does a piece of work for every stripe and yields the stripes, in any order.
         on_progress: called with (samples done, samples).
 
     Raises:
         Damage: a chunk does not decode, or an eligible sample lacks an assignment.
     """
-    recorded = [name for name in FROM_RECORDED if name in assignments.recorded]
-    measures = [*FROM_VOTES, *recorded, *SEEDED]
+    assignments = reduction.assignments
     n_samples, block_size = assignments.n_samples, assignments.block_size
-    scores = Scores.create(dest, measures, n_samples, block_size)
-    # A stripe is a whole number of blocks: each chunk is read once, many at a time.
-    samples_per_stripe = min(STRIPE_SAMPLES, STRIPE_BYTES // (assignments.n_rows * assignments.dtype.itemsize))
-    blocks_per_stripe = max(1, samples_per_stripe // block_size)
-    for stripe in split_blocks(n_samples, blocks_per_stripe * block_size):
-        span = (stripe.start, stripe.stop)
-        eligible = assignments.eligible(*span)
-        votes = count(assignments.read(*span), assignments.n_classes)
-        _require(eligible <= votes.complete, stripe, str(assignments.path))
-        values = {name: np.where(votes.complete, measure(votes), np.nan) for name, measure in FROM_VOTES.items()}
-        for name in recorded:
-            last = assignments.read_recorded(name, assignments.n_rows - 1, *span)
-            _require(eligible <= ~np.isnan(last), stripe, f"{assignments.path}: array {name}")
-            values[name] = FROM_RECORDED[name](last)
-        (keys,) = pool.columns(*span, "sample_key")
-        for name, draw in SEEDED.items():
-            values[name] = np.where(eligible, draw(seed, cycle, keys), np.nan)
-        scores.write(stripe, values)
-        on_progress(stripe.stop, n_samples)
+    annotations = tuple(ANNOTATIONS) if reduction.annotate else ()
+    scores = Scores.create(dest, reduction.measures, n_samples, block_size, annotations)
+    # A stripe is a whole number of blocks: each chunk is read once.
+    samples = min(STRIPE_SAMPLES, STRIPE_BYTES // (len(reduction.rows) * assignments.dtype.itemsize))
+    stripes = split_blocks(n_samples, max(1, samples // block_size) * block_size)
+    done = 0
+    for stripe in mapper(_Stripe(reduction, scores), stripes):
+        done += len(stripe)
+        on_progress(done, n_samples)
     return scores
+
+
+@dataclass(frozen=True)
+class _Stripe:
+    """Reduces one stripe. Doing it twice writes the same bytes."""
+
+    reduction: Reduction
+    scores: Scores
+
+    def __call__(self, stripe: Block) -> Block:
+        values = _reduced(self.reduction, stripe)
+        self.scores.write(stripe, values)
+        return stripe
+
+
+def _reduced(reduction: Reduction, stripe: Block) -> dict[str, NDArray[Any]]:
+    assignments, span = reduction.assignments, (stripe.start, stripe.stop)
+    eligible = assignments.eligible(*span)
+    values: dict[str, NDArray[Any]] = {}
+    scored = eligible
+    from_votes = [name for name in reduction.measures if name in FROM_VOTES]
+    if from_votes or reduction.annotate or reduction.remaining is not None:
+        votes = Votes(assignments.read(*span, reduction.rows), assignments.n_classes)
+        scored = _scored(reduction, stripe, eligible, votes.complete)
+        for name in from_votes:
+            values[name] = np.where(scored, FROM_VOTES[name](votes), np.nan)
+        for name in ANNOTATIONS if reduction.annotate else ():
+            values[name] = np.where(scored, ANNOTATIONS[name](votes), -1)
+    for name in reduction.measures:
+        if name in FROM_RECORDED:
+            last = assignments.read_recorded(name, reduction.rows[-1], *span)
+            _require(scored <= ~np.isnan(last), stripe, f"{assignments.path}: array {name}")
+            values[name] = FROM_RECORDED[name](last)
+        elif name in SEEDED:
+            (keys,) = reduction.pool.columns(*span, "sample_key")
+            values[name] = np.where(scored, SEEDED[name](reduction.seed, reduction.cycle, keys), np.nan)
+    return values
+
+
+def _scored(
+    reduction: Reduction, stripe: Block, eligible: NDArray[np.bool_], complete: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """The samples with an assignment at every row; an eligible one that lacks one must have been left out."""
+    if reduction.remaining is None:
+        _require(eligible <= complete, stripe, str(reduction.assignments.path))
+        return eligible
+    scored = eligible & complete
+    block_size = reduction.assignments.block_size
+    for start in range(stripe.start, stripe.stop, block_size):
+        block = start // block_size
+        n = int(scored[start - stripe.start :][:block_size].sum())
+        if n != reduction.remaining[block]:
+            raise Damage(
+                f"{reduction.assignments.path}: block {block} has {n} samples with a value at every checkpoint, and "
+                f"{reduction.remaining[block]} were not left out"
+            )
+    return scored
 
 
 def _require(there: NDArray[np.bool_], stripe: Block, what: str) -> None:

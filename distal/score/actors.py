@@ -6,9 +6,11 @@ The driver only ever sees numbers: images scored, seconds.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +24,21 @@ from ray.exceptions import RayError, RayTaskError
 
 from distal import checkpoints
 from distal.assignments import Assignments, unassigned
-from distal.errors import Damage, DistalError, Diverged, RunConflict, one_line
+from distal.errors import DistalError, Diverged, RunConflict, one_line
 from distal.models import ModelSpec, be_deterministic
 from distal.pool import Pool
 from distal.records import Block, CheckpointRef, Progress
+from distal.score.eliminate import Barrier, barrier_rows, decide, histogram, survivors
 from distal.score.plan import MAX_ROWS, Plan, Work, actors_allowed
-from distal.score.predict import NotFinite, Precision, Predictor, fingerprint
+from distal.score.predict import (
+    NotFinite,
+    Precision,
+    Predictor,
+    best_precision,
+    fingerprint,
+    quickest_batch_size,
+)
+from distal.storage import read_json, write_json
 
 POLL_S = 0.2
 RATE_WINDOW_S = 5.0
@@ -41,7 +52,6 @@ class Job:
     Attributes:
         pool, assignments: folders to read images from and to write to.
         pool_sha256: content hash of the pool.
-        checkpoints: the folder where checkpoints appear.
         first_index: the checkpoint that row 0 belongs to.
         recorded_from: first row whose recorded arrays are kept.
     """
@@ -49,7 +59,6 @@ class Job:
     pool: Path
     pool_sha256: str
     assignments: Path
-    checkpoints: Path
     model: ModelSpec
     precision: Precision
     batch_size: int
@@ -66,16 +75,102 @@ class Job:
         return replace(self, first_index=checkpoint_index)
 
 
+@dataclass(frozen=True)
+class Elimination:
+    """Leave out samples that can no longer be selected; see `eliminate`.
+
+    Attributes:
+        record: `elimination.json`, what has been decided.
+        budget: samples that will be selected.
+    """
+
+    record: Path
+    budget: int
+
+
 class Producer(Protocol):
     """What publishes checkpoints while they are scored."""
 
+    def published(self) -> Sequence[CheckpointRef]:
+        """The checkpoints that can be scored now."""
+        ...
+
     def finished(self) -> bool:
-        """Whether all checkpoints are published; raises what went wrong with it."""
+        """Whether no more will come than `published` tells from now on; raises what went wrong with it."""
         ...
 
     def slots_held(self) -> int:
         """Slots that it takes from scoring now."""
         ...
+
+
+@dataclass(frozen=True)
+class Published:
+    """A producer that has published everything and holds nothing."""
+
+    refs: Sequence[CheckpointRef]
+
+    def published(self) -> Sequence[CheckpointRef]:
+        """See `Producer`."""
+        return self.refs
+
+    def finished(self) -> bool:
+        """See `Producer`."""
+        return True
+
+    def slots_held(self) -> int:
+        """See `Producer`."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Order:
+    """A hand-out as an actor gets it; see `Work`.
+
+    Attributes:
+        barrier, theta: what was decided before the row `barrier` applies to these checkpoints; None: nothing.
+    """
+
+    block: Block
+    refs: tuple[CheckpointRef, ...]
+    barrier: int | None = None
+    theta: int = 0
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What an actor says of a hand-out: images predicted, and the mode counts before a barrier if asked for."""
+
+    n_predicted: int
+    histogram: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a pass came to.
+
+    Attributes:
+        images: predictions in the array: samples x rows, without those that were left out.
+        n_rows: checkpoints scored.
+        left_out: predictions that elimination saved.
+        images_predicted: by this attempt.
+        startup_s: from the start of the pass to its first hand-out.
+        seconds: from the first hand-out to the last commit.
+        driver_s: of those, the seconds that the driver was busy.
+        hand_outs: blocks x checkpoints handed out.
+        actor_rss_bytes: the largest peak memory of an actor.
+    """
+
+    images: int
+    n_rows: int
+    left_out: int = 0
+    images_predicted: int = 0
+    startup_s: float = 0.0
+    seconds: float = 0.0
+    driver_s: float = 0.0
+    hand_outs: int = 0
+    actor_rss_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +185,16 @@ class _Piece:
     positions: NDArray[np.int64]
     images: NDArray[np.uint8]
 
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def of(self, flags: NDArray[np.bool_]) -> _Piece:
+        """Those that are flagged; `flags` are for the whole block."""
+        kept = flags[self.positions]
+        if kept.all():
+            return self
+        return _Piece(self.positions[kept], self.images.transpose(0, 2, 3, 1)[kept].transpose(0, 3, 1, 2))
+
 
 class Scorer:
     """One scoring actor. It runs with one CPU thread, or on one GPU.
@@ -101,8 +206,9 @@ class Scorer:
     """
 
     def __init__(self, name: str, cache_bytes: int, threads: int) -> None:
-        torch.set_num_threads(threads)
         self._name = name
+        self._threads = threads
+        torch.set_num_threads(threads)
         self._cache_bytes = cache_bytes
         self._job: Job | None = None
         self._pool: Pool
@@ -119,8 +225,30 @@ class Scorer:
         """What this actor's predictions depend on besides weights and images."""
         return fingerprint(torch.device(job.device), job.precision, job.batch_size)
 
-    def score(self, job: Job, block: Block, refs: Sequence[CheckpointRef]) -> int:
-        """Score one block at some checkpoints and commit each; returns the number of images predicted.
+    def choose(self, job: Job, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
+        """What `auto` comes to on this actor: the precision, and the batch size for blocks of `n_images`."""
+        device = torch.device(job.device)
+        chosen: Precision = "fp32" if precision == "fp32" else "bf16" if precision == "bf16" else best_precision(device)
+        if isinstance(batch_size, int):
+            return chosen, batch_size
+        predictor = Predictor(
+            job.model.build(pretrained=False), job.model.preprocess(), batch_size=1, precision=chosen, device=device
+        )
+        return chosen, quickest_batch_size(predictor, job.model.image_shape, n_images)
+
+    def predict(self, job: Job, indices: Sequence[int], ref: CheckpointRef) -> NDArray[np.int64]:
+        """The class of some samples at a checkpoint, without writing it anywhere: (n,) int64."""
+        torch.set_num_threads(self._threads)
+        self._begin(job)
+        labels: NDArray[np.int64] = self._load(ref)(self._pool.take(indices)).labels
+        return labels
+
+    def peak_rss_bytes(self) -> int:
+        """The most memory this process has had."""
+        return peak_rss_bytes()
+
+    def score(self, job: Job, order: Order) -> _Done:
+        """Score one block at some checkpoints and commit each.
 
         A block that is committed already is left alone, so a retry does only what is missing.
 
@@ -128,35 +256,51 @@ class Scorer:
             Diverged: a logit is not finite.
             Damage: images or weights are not what was written.
         """
+        torch.set_num_threads(self._threads)  # a setting of the thread, and Ray may use another one
         self._begin(job)
-        todo = [ref for ref in refs if not self._assignments.has(ref.index - job.first_index, block)]
+        block = order.block
+        todo = [ref for ref in order.refs if not self._assignments.has(ref.index - job.first_index, block)]
         eligible = self._assignments.eligible(block.start, block.stop)
+        scored = eligible
+        if order.barrier is not None and todo:
+            votes = self._assignments.read(block.start, block.stop, range(order.barrier), complete=True)
+            scored = survivors(votes, eligible, self._assignments.n_classes, order.theta)
         names = ("labels", *self._assignments.recorded)
         found: dict[int, dict[str, list[NDArray[Any]]]] = {ref.index: {name: [] for name in names} for ref in todo}
-        for piece in self._pieces_of(block, eligible) if todo else ():
-            for ref in todo:
+        for piece in _ahead(self._pieces_of(block, eligible)) if todo else ():
+            piece = piece.of(scored)
+            for ref in todo if len(piece) else ():
                 try:
                     prediction = self._load(ref)(piece.images)
                 except NotFinite as error:
                     sample_index = block.start + int(piece.positions[error.args[0]])
                     raise Diverged(self._not_finite(ref, sample_index)) from error
-                for name in names:
-                    found[ref.index][name].append(getattr(prediction, name))
+                found[ref.index]["labels"].append(prediction.labels)
+                for name in self._recorded(ref.index - job.first_index):
+                    found[ref.index][name].append(getattr(prediction, name)())
         for ref in todo:
-            self._commit(ref.index - job.first_index, block, eligible, found[ref.index])
-        return len(todo) * int(eligible.sum())
+            self._commit(ref.index - job.first_index, block, scored, found[ref.index])
+        counts = None
+        if order.count is not None:
+            votes = self._assignments.read(block.start, block.stop, range(order.count), complete=True)
+            counts = histogram(votes, eligible, self._assignments.n_classes, self._assignments.n_rows)
+        return _Done(len(todo) * int(scored.sum()), counts)
 
-    def _commit(self, row: int, block: Block, eligible: NDArray[np.bool_], found: dict[str, list[Any]]) -> None:
-        """Write one block of one row: what was predicted where eligible, UNASSIGNED and NaN elsewhere."""
+    def _recorded(self, row: int) -> tuple[str, ...]:
+        """The arrays that are kept at a row."""
         assert self._job is not None
+        return self._assignments.recorded if row >= self._job.recorded_from else ()
+
+    def _commit(self, row: int, block: Block, scored: NDArray[np.bool_], found: dict[str, list[Any]]) -> None:
+        """Write one block of one row: what was predicted where scored, UNASSIGNED and NaN elsewhere."""
         labels = np.full(len(block), unassigned(self._assignments.dtype), self._assignments.dtype)
         if found["labels"]:
-            labels[eligible] = np.concatenate(found["labels"])
+            labels[scored] = np.concatenate(found["labels"])
         recorded = {}
-        for name in self._assignments.recorded if row >= self._job.recorded_from else ():
+        for name in self._recorded(row):
             recorded[name] = np.full(len(block), np.nan, np.float32)
             if found[name]:
-                recorded[name][eligible] = np.concatenate(found[name])
+                recorded[name][scored] = np.concatenate(found[name])
         self._assignments.write(row, block, labels, recorded)
 
     def _begin(self, job: Job) -> None:
@@ -206,16 +350,30 @@ class Scorer:
         if predictor is None:
             full = len(self._predictors) == MAX_ROWS
             predictor = self._predictors.popitem(last=False)[1] if full else deepcopy(self._template)
-            predictor.net.load_state_dict(checkpoints.load(ref))
+            predictor.load(checkpoints.load(ref))
         self._predictors[ref.sha256] = predictor
         return predictor
 
     def _not_finite(self, ref: CheckpointRef, sample_index: int) -> str:
         sample_id = self._pool.take_samples([sample_index], ["sample_id"])["sample_id"][0].as_py()
         return (
-            f"checkpoint {ref.index} gives a logit that is not finite for sample {sample_id}: training diverged; "
-            f"remove {ref.path.parents[2]} to do the cycle again, with a lower train.lr"
+            f"checkpoint {ref.index} ({ref.path.name}) gives a logit that is not finite for sample {sample_id}: "
+            "training diverged; train again with a lower learning rate"
         )
+
+
+def _ahead(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
+    """The same pieces, each read and decoded in a thread while the one before it is predicted."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = thread.submit(next, pieces, None)
+            yield piece
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _pieces(pool: Pool, block: Block, eligible: NDArray[np.bool_], batch_size: int) -> Iterator[_Piece]:
@@ -282,6 +440,19 @@ class Scorers:
             self._next += 1
         return started
 
+    def choose(self, job: Job, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
+        """What `auto` comes to on an actor; see `Scorer.choose`."""
+        self.grow(1)
+        actor = next(iter(self.actors.values()))
+        chosen: tuple[Precision, int] = ray.get(actor.choose.remote(job, precision, batch_size, n_images))
+        return chosen
+
+    def predict(self, job: Job, indices: Sequence[int], ref: CheckpointRef) -> NDArray[np.int64]:
+        """The class of some samples at a checkpoint; see `Scorer.predict`."""
+        self.grow(1)
+        labels: NDArray[np.int64] = ray.get(next(iter(self.actors.values())).predict.remote(job, list(indices), ref))
+        return labels
+
     def drop(self, actor: int) -> None:
         """Stop one actor, and free its slot."""
         ray.kill(self.actors.pop(actor))
@@ -293,30 +464,34 @@ def score(
     scorers: Scorers,
     producer: Producer,
     *,
+    elimination: Elimination | None = None,
+    n_expected: int | None = None,
     mixed_hardware: bool = False,
     progress: Progress,
     on_progress: Callable[[Progress], None],
     on_event: Callable[..., None] = lambda name, **values: None,
-) -> int:
+) -> Scored:
     """Score all eligible samples at all checkpoints, those still to come included.
 
-    Blocks that are committed already are not touched.
+    Blocks that are committed already are not touched. When the producer has finished with fewer checkpoints than the
+    array has rows, the others are no rows.
 
     Args:
         producer: publishes the checkpoints; its slots are left to it.
+        elimination: None: every eligible sample is scored at every checkpoint.
+        n_expected: how many checkpoints there will be, for people; None: unknown.
         mixed_hardware: whether actors with another fingerprint than the first may join; else they are sent away.
         progress: what is known of the cycle; `on_progress` is called with it, brought up to date.
         on_event: called with the name and the values of what happened.
 
-    Returns:
-        Predictions in the array: eligible samples x rows.
-
     Raises:
         BlockFailed, DistalError: a block, or every new actor, failed again and again.
         RunConflict: no actor has the fingerprint that the assignments were begun with.
-        Damage: a checkpoint is missing though training is done, or has other weights than a row was begun with.
+        Damage: a checkpoint has other weights than its row was begun with.
     """
-    return _Pass(job, assignments, scorers, producer, mixed_hardware, progress, on_progress, on_event).run()
+    return _Pass(
+        job, assignments, scorers, producer, elimination, n_expected, mixed_hardware, progress, on_progress, on_event
+    ).run()
 
 
 class _Pass:
@@ -328,6 +503,8 @@ class _Pass:
         assignments: Assignments,
         scorers: Scorers,
         producer: Producer,
+        elimination: Elimination | None,
+        n_expected: int | None,
         mixed_hardware: bool,
         progress: Progress,
         on_progress: Callable[[Progress], None],
@@ -337,24 +514,40 @@ class _Pass:
         self.assignments = assignments
         self.scorers = scorers
         self.producer = producer
+        self.elimination = elimination
+        self.n_expected = n_expected
         self.mixed_hardware = mixed_hardware
         self.progress = progress
         self.on_progress = on_progress
         self.on_event = on_event
         self.blocks = assignments.blocks
         self.eligible = [int(assignments.eligible(b.start, b.stop).sum()) for b in self.blocks]
+        self.barriers = read_barriers(elimination.record) if elimination else []
         done = [(row, b) for row in range(assignments.n_rows) for b in assignments.committed(row)]
-        self.images = sum(self.eligible[block] for _, block in done)
-        self.plan = Plan(assignments.n_rows, len(self.blocks), done)
+        self.images = sum(self._n_scored(row, block) for row, block in done)
+        self.plan = Plan(
+            assignments.n_rows,
+            len(self.blocks),
+            done,
+            barriers=barrier_rows(assignments.n_rows) if elimination else (),
+            passed=len(self.barriers),
+        )
+        self.histograms: dict[int, NDArray[np.int64]] = {}
         self.refs: dict[int, CheckpointRef] = {}
         self.joining: dict[Any, int] = {}
         self.working: dict[Any, Work] = {}
         self.failed_starts = 0
         self.refused = 0
-        self.missed_since: float | None = None
+        self.all_published = False
         self.recent: deque[tuple[float, int]] = deque()
+        self.images_predicted = 0
+        self.hand_outs = 0
+        self.idle_s = 0.0
+        self.began = time.monotonic()
+        self.first_hand_out: float | None = None
+        self.last_commit = self.began
 
-    def run(self) -> int:
+    def run(self) -> Scored:
         # Training takes its slots first; it has not got them while actors of the cycle before sit there.
         self.scorers.shrink(self._allowed())
         for actor in self.scorers.actors:
@@ -368,13 +561,63 @@ class _Pass:
                 for actor in self.scorers.grow(min(self._allowed(), self.plan.n_unfinished_blocks)):
                     self._greet(actor)
                 self._report()
+            if self.plan.at_barrier:
+                self._decide()
             for work in self.plan.next_work():
-                handle = self.scorers.actors[work.actor]
-                refs = [self.refs[row] for row in work.rows]
-                self.working[handle.score.remote(self.job, self.blocks[work.block], refs)] = work
+                self._hand_out(work)
             self._wait()
         self._report()
-        return self.images
+        return self._scored()
+
+    def _hand_out(self, work: Work) -> None:
+        if self.first_hand_out is None:
+            self.first_hand_out = time.monotonic()
+            self.idle_s = 0.0
+        theta = next((barrier.theta for barrier in self.barriers if barrier.row == work.barrier), 0)
+        refs = tuple(self.refs[row] for row in work.rows)
+        order = Order(self.blocks[work.block], refs, work.barrier, theta, work.count)
+        self.working[self.scorers.actors[work.actor].score.remote(self.job, order)] = work
+        self.hand_outs += len(work.rows)
+
+    def _decide(self) -> None:
+        """Every block has counted its votes: leave out what can no longer be selected, and go on."""
+        assert self.elimination is not None
+        row = self.plan.next_barrier
+        assert row is not None
+        histograms = [self.histograms[block] for block in range(len(self.blocks))]
+        self.barriers.append(decide(row, histograms, self.elimination.budget))
+        # On disk before anything is handed out that depends on it.
+        write_json(self.elimination.record, {"barriers": [barrier.to_record() for barrier in self.barriers]})
+        self.histograms.clear()
+        self.plan.pass_barrier()
+
+    def _n_scored(self, row: int, block: int) -> int:
+        """Samples of a block that are scored at a row."""
+        before = [barrier for barrier in self.barriers if barrier.row <= row]
+        return before[-1].remaining[block] if before else self.eligible[block]
+
+    def _n_images(self) -> int:
+        """Predictions in the whole array, as far as is decided now."""
+        rows = range(max(len(self.refs), self.n_expected or 0))
+        if not self.barriers:
+            return sum(self.eligible) * len(rows)
+        return sum(self._n_scored(row, block) for row in rows for block in range(len(self.blocks)))
+
+    def _scored(self) -> Scored:
+        n_rows = len(self.refs)
+        peaks = [actor.peak_rss_bytes.remote() for actor in self.scorers.actors.values()]
+        seconds = self.last_commit - self.first_hand_out if self.first_hand_out else 0.0
+        return Scored(
+            images=self.images,
+            n_rows=n_rows,
+            left_out=sum(self.eligible) * n_rows - self.images,
+            images_predicted=self.images_predicted,
+            startup_s=(self.first_hand_out or time.monotonic()) - self.began,
+            seconds=seconds,
+            driver_s=max(0.0, seconds - self.idle_s),
+            hand_outs=self.hand_outs,
+            actor_rss_bytes=max(ray.get(peaks), default=0),
+        )
 
     def _allowed(self) -> int:
         """Actors that there may be now. One that was refused is not started again: it would land on the same node."""
@@ -383,23 +626,15 @@ class _Pass:
 
     def _look_for_checkpoints(self) -> None:
         finished = self.producer.finished()  # asked first: what is missing afterwards will never come
-        for index in checkpoints.committed(self.job.checkpoints):
-            row = index - self.job.first_index
+        for ref in self.producer.published():
+            row = ref.index - self.job.first_index
             if 0 <= row < self.assignments.n_rows and row not in self.refs:
-                ref = checkpoints.read(self.job.checkpoints, index)
                 self.assignments.adopt_weights(row, ref.sha256)
                 self.refs[row] = ref
                 self.plan.published(row)
-        lacking = [row for row in range(self.assignments.n_rows) if row not in self.refs]
-        if not finished or not lacking:
-            self.missed_since = None
-            return
-        self.missed_since = self.missed_since or time.monotonic()
-        if time.monotonic() - self.missed_since > checkpoints.VISIBLE_S:
-            raise Damage(
-                f"{self.job.checkpoints}: training is complete, and checkpoint {lacking[0] + self.job.first_index} is "
-                "not here; every node must see the same files; put it back, or start another run directory"
-            )
+        if finished and not self.all_published:
+            self.all_published = True
+            self.plan.no_more()
 
     def _greet(self, actor: int) -> None:
         self.joining[self.scorers.actors[actor].fingerprint.remote(self.job)] = actor
@@ -409,7 +644,9 @@ class _Pass:
         if not pending:
             time.sleep(POLL_S)
             return
+        started = time.monotonic()
         ready, _ = ray.wait(pending, timeout=POLL_S)
+        self.idle_s += time.monotonic() - started
         for ref in ready:
             if ref not in self.joining and ref not in self.working:
                 continue  # of an actor that was lost just now
@@ -446,11 +683,15 @@ class _Pass:
                 "or set score.mixed_hardware=allow"
             )
 
-    def _commit(self, ref: Any, n_predicted: int) -> None:
+    def _commit(self, ref: Any, done: _Done) -> None:
         work = self.working.pop(ref)
+        if done.histogram is not None:
+            self.histograms[work.block] = done.histogram
         self.plan.done(work)
-        self.images += self.eligible[work.block] * len(work.rows)
-        self.recent.append((time.monotonic(), n_predicted))
+        self.last_commit = time.monotonic()
+        self.images += sum(self._n_scored(row, work.block) for row in work.rows)
+        self.images_predicted += done.n_predicted
+        self.recent.append((self.last_commit, done.n_predicted))
 
     def _shrink(self) -> None:
         """Give slots back that are needed elsewhere; the youngest actors go, and what they had in hand waits again."""
@@ -487,8 +728,9 @@ class _Pass:
         now = time.monotonic()
         while self.recent and self.recent[0][0] < now - RATE_WINDOW_S:
             self.recent.popleft()
-        window = max(now - self.recent[0][0], POLL_S) if self.recent else 1.0
-        rate = sum(n for _, n in self.recent) / window
+        # What the oldest commit brought was predicted before the window began.
+        since, n_before = self.recent[0] if self.recent else (now, 0)
+        rate = (sum(n for _, n in self.recent) - n_before) / max(now - since, POLL_S)
         self.on_progress(
             replace(
                 self.progress,
@@ -496,9 +738,17 @@ class _Pass:
                 published=len(self.refs),
                 rows_scored=self.plan.n_rows_done,
                 images_scored=self.images,
-                images=sum(self.eligible) * self.assignments.n_rows,
+                images=self._n_images(),
                 images_per_s=rate,
                 actors=len(self.scorers.actors) - len(self.joining),
                 actors_starting=len(self.joining),
             )
         )
+
+
+def read_barriers(record: Path) -> list[Barrier]:
+    """What has been decided so far; empty when nothing was."""
+    try:
+        return [Barrier.from_record(barrier) for barrier in read_json(record, required=("barriers",))["barriers"]]
+    except FileNotFoundError:
+        return []

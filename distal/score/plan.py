@@ -4,13 +4,16 @@ Events go in (`published`, `actor_joined`, `done`, `failed`, `actor_lost`), and 
 out. The same events always give the same decisions, so the tests are scripts of events.
 
 A block sticks to the actor that has it decoded. When several checkpoints wait, one hand-out carries up to `MAX_ROWS` of
-them, and the actor reads and decodes the block once for all. An actor without work of its own takes a
-block from the actor that has most left to do.
+them, and the actor reads and decodes the block once for all; towards the end hand-outs get smaller, so that all actors
+end together. An actor without work of its own takes a block from the actor that has most left to do.
+
+At a barrier (see `eliminate`) no block goes on before every block has its rows up to there, and has counted its votes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from distal.errors import BlockFailed
@@ -22,11 +25,20 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One hand-out: a block, and the rows (checkpoint indices, ascending) to score it at."""
+    """One hand-out.
+
+    Attributes:
+        block: the block to score.
+        rows: checkpoint indices to score it at, ascending; none when only votes are to be counted.
+        barrier: the row before which they are scored, None when there is none: what was decided there applies to them.
+        count: whether to count the votes before the next barrier, once these rows are scored.
+    """
 
     actor: int
     block: int
     rows: tuple[int, ...]
+    barrier: int | None = None
+    count: int | None = None
 
 
 class Plan:
@@ -34,10 +46,21 @@ class Plan:
 
     Args:
         done: (row, block) pairs that are committed already.
+        barriers: rows, ascending, before which votes are counted.
+        passed: how many of them have been decided already.
     """
 
-    def __init__(self, n_rows: int, n_blocks: int, done: Iterable[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self,
+        n_rows: int,
+        n_blocks: int,
+        done: Iterable[tuple[int, int]] = (),
+        barriers: Sequence[int] = (),
+        passed: int = 0,
+    ) -> None:
         self._n_rows = n_rows
+        self._barriers = list(barriers)
+        self._passed = passed
         self._waiting: list[set[int]] = [set() for _ in range(n_blocks)]  # published rows not handed out
         self._done: set[tuple[int, int]] = set(done)
         self._left = [n_rows] * n_blocks  # rows not committed yet, per block
@@ -46,6 +69,7 @@ class Plan:
             self._left[block] -= 1
             self._missing[row] -= 1
         self._published: set[int] = set()
+        self._counted: set[int] = set()  # blocks that have counted their votes before the next barrier
         self._attempts: dict[int, int] = {}
         self._failed_at: dict[int, int] = {}  # the actor at which a block failed last
         self._owner: dict[int, int] = {}  # the actor that scored a block last, and may have it decoded
@@ -54,7 +78,7 @@ class Plan:
     @property
     def finished(self) -> bool:
         """Whether every block is committed at every row."""
-        return len(self._done) == self._n_rows * len(self._waiting)
+        return not any(self._left)
 
     @property
     def n_rows_done(self) -> int:
@@ -66,6 +90,21 @@ class Plan:
         """Blocks that lack a row, published or not: more actors than that are of no use."""
         return sum(left > 0 for left in self._left)
 
+    @property
+    def next_barrier(self) -> int | None:
+        """The row before which votes are counted next."""
+        return self._barriers[self._passed] if self._passed < len(self._barriers) else None
+
+    @property
+    def at_barrier(self) -> bool:
+        """Whether every block has counted its votes, and waits for what is decided."""
+        return self.next_barrier is not None and len(self._counted) == len(self._waiting)
+
+    def pass_barrier(self) -> None:
+        """It is decided: the rows up to the next barrier may be handed out."""
+        self._passed += 1
+        self._counted.clear()
+
     def published(self, row: int) -> None:
         """A checkpoint can be scored; saying so twice changes nothing."""
         if row in self._published:
@@ -74,6 +113,14 @@ class Plan:
         for block, rows in enumerate(self._waiting):
             if (row, block) not in self._done:
                 rows.add(row)
+
+    def no_more(self) -> None:
+        """No checkpoint will come: rows that were not published are no rows."""
+        never = [row for row in range(self._n_rows) if row not in self._published]
+        self._left = [left - len(never) for left in self._left]
+        self._published.update(never)
+        self._n_rows -= len(never)
+        self._missing = self._missing[: self._n_rows]
 
     def actor_joined(self, actor: int) -> None:
         """An actor is ready for work."""
@@ -97,12 +144,14 @@ class Plan:
             self._count_failure(work.block, "the actor died")
 
     def done(self, work: Work) -> None:
-        """A hand-out is committed."""
+        """A hand-out is committed, and its votes are counted if that was asked for."""
         self._work[work.actor].remove(work)
         self._done.update((row, work.block) for row in work.rows)
         self._left[work.block] -= len(work.rows)
         for row in work.rows:
             self._missing[row] -= 1
+        if work.count is not None:
+            self._counted.add(work.block)
         self._attempts.pop(work.block, None)
         self._failed_at.pop(work.block, None)
 
@@ -126,12 +175,45 @@ class Plan:
                 block = self._choose(actor) if len(in_hand) <= depth else None
                 if block is None:
                     continue
-                work = Work(actor, block, tuple(sorted(self._waiting[block])[:MAX_ROWS]))
+                work = self._hand_out(actor, block)
                 self._waiting[block].difference_update(work.rows)
                 self._owner[block] = actor
                 in_hand.append(work)
                 handed_out.append(work)
         return handed_out
+
+    def _hand_out(self, actor: int, block: int) -> Work:
+        ready = sorted(self._ready(block))
+        below = bisect_right(self._barriers, ready[0]) if ready else self._passed
+        stop = self._barriers[below] if below < len(self._barriers) else self._n_rows  # one stretch between barriers
+        stretch = [row for row in ready if row < stop][: self._rows_at_once()]
+        last = len(stretch) == len(ready) and self._complete_before_barrier(block, stretch)
+        return Work(
+            actor,
+            block,
+            tuple(stretch),
+            barrier=self._barriers[below - 1] if below else None,
+            count=self.next_barrier if last else None,
+        )
+
+    def _rows_at_once(self) -> int:
+        """At most `MAX_ROWS`, and with several actors less than a fair share of what waits."""
+        if len(self._work) == 1:
+            return MAX_ROWS
+        waiting = sum(len(self._ready(block)) for block in range(len(self._waiting)))
+        return max(1, min(MAX_ROWS, waiting // (2 * IN_FLIGHT * len(self._work))))
+
+    def _ready(self, block: int) -> set[int]:
+        """Rows of a block that wait and lie before the next barrier."""
+        barrier = self.next_barrier
+        return self._waiting[block] if barrier is None else {row for row in self._waiting[block] if row < barrier}
+
+    def _complete_before_barrier(self, block: int, handed_out: Sequence[int] = ()) -> bool:
+        """Whether a block that has not counted its votes can do so, once the rows in `handed_out` are scored."""
+        barrier = self.next_barrier
+        if barrier is None or block in self._counted:
+            return False
+        return all((row, block) in self._done or row in handed_out for row in range(barrier))
 
     def _choose(self, actor: int) -> int | None:
         """The block whose oldest row is the most behind: own blocks first, then free ones, then others'."""
@@ -139,15 +221,17 @@ class Plan:
         alone = len(self._work) == 1
         candidates = [
             block
-            for block, rows in enumerate(self._waiting)
-            if rows and block not in busy and (alone or self._failed_at.get(block) != actor)
+            for block in range(len(self._waiting))
+            if block not in busy
+            and (alone or self._failed_at.get(block) != actor)
+            and (self._ready(block) or self._complete_before_barrier(block))
         ]
         if not candidates:
             return None
         own = [b for b in candidates if self._owner.get(b) == actor]
         free = [b for b in candidates if b not in self._owner]
         pick = own or free or self._of_the_richest(candidates)
-        return min(pick, key=lambda b: (min(self._waiting[b]), b))
+        return min(pick, key=lambda b: (min(self._ready(b), default=-1), b))
 
     def _of_the_richest(self, candidates: list[int]) -> list[int]:
         """The candidates of the actor that has most of them."""
@@ -172,12 +256,3 @@ def actors_allowed(asked: int | None, slots: int, training_slots: int) -> int:
     """
     free = max(0, slots - training_slots)
     return free if asked is None else min(asked, free)
-
-
-def batch_size_for(eligible_per_block: int, largest: int) -> int:
-    """The batch size, of `largest`, its half and its quarter, that pads least; the larger one of equals.
-
-    A block is cut into batches of exactly this many images, and what the last one lacks is computed in vain.
-    """
-    sizes = [largest, largest // 2, largest // 4]
-    return min(sizes, key=lambda size: (-(-eligible_per_block // size) * size, -size))

@@ -17,7 +17,7 @@ from skactiveml.pool._query_by_committee import vote_entropy as skactiveml_vote_
 from distal.config import Measure
 from distal.hashing import sample_keys
 from distal.reduce import measures
-from distal.reduce.measures import FROM_RECORDED, FROM_VOTES, SEEDED, count
+from distal.reduce.measures import ANNOTATIONS, DECAY, FROM_RECORDED, FROM_VOTES, SEEDED, Votes
 
 HAND_WORKED = np.array([[0, 0, 2], [1, 0, 2], [2, 1, 2], [0, 0, 0]], dtype=np.uint8).T  # (T, N)
 
@@ -40,7 +40,13 @@ def brute_force(column: np.ndarray) -> dict[str, float]:
     return {
         "dispersion": 1 - max(counts.values()) / T,
         "vote_entropy": -sum(n / T * math.log(n / T) for n in counts.values()),
+        "gini": 1 - sum((n / T) ** 2 for n in counts.values()),
+        "vote_margin": 1 - (sorted(counts.values())[-1] - sorted([0, *counts.values()])[-2]) / T,
         "flips": int((column[1:] != column[:-1]).sum()),
+        "last_flip": max([t + 1 for t in range(T) if column[t] != column[-1]], default=0),
+        "decayed": 1
+        - max(sum(DECAY ** (T - 1 - t) for t in range(T) if column[t] == c) for c in counts)
+        / sum(DECAY**k for k in range(T)),
     }
 
 
@@ -48,7 +54,7 @@ def brute_force(column: np.ndarray) -> dict[str, float]:
 @given(votes())
 def test_against_brute_force(case: tuple[np.ndarray, int]) -> None:
     assignments, n_classes = case
-    counted = count(assignments, n_classes)
+    counted = Votes(assignments, n_classes)
     assert counted.complete.all()
     for name, measure in FROM_VOTES.items():
         expected = [brute_force(column)[name] for column in assignments.T]
@@ -57,15 +63,15 @@ def test_against_brute_force(case: tuple[np.ndarray, int]) -> None:
 
 def test_worked_by_hand() -> None:
     """The vectors that scikit-activeml tests its variation ratios with."""
-    assert measures.dispersion(count(HAND_WORKED, 3)).tolist() == [1 - 2 / 3, 1 - 1 / 3, 1 - 2 / 3, 0]
-    assert measures.flips(count(HAND_WORKED, 3)).tolist() == [1, 2, 2, 0]
+    assert measures.dispersion(Votes(HAND_WORKED, 3)).tolist() == [1 - 2 / 3, 1 - 1 / 3, 1 - 2 / 3, 0]
+    assert measures.flips(Votes(HAND_WORKED, 3)).tolist() == [1, 2, 2, 0]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 30), st.integers(2, 50), st.integers(2, 12), st.integers(0, 2**32 - 1))
 def test_against_scikit_activeml(T: int, N: int, C: int, seed: int) -> None:
     assignments = np.random.default_rng(seed).integers(0, C, (T, N)).astype(np.uint8)
-    counted = count(assignments, C)
+    counted = Votes(assignments, C)
     assert np.array_equal(measures.dispersion(counted), variation_ratios(assignments.T.astype(int)))
     oracle = skactiveml_vote_entropy(assignments.T.astype(int), np.arange(C))
     np.testing.assert_allclose(measures.vote_entropy(counted), oracle, atol=1e-11)
@@ -77,23 +83,23 @@ def test_permutations(case: tuple[np.ndarray, int], rng) -> None:
     """Permuting samples permutes scores; renaming classes changes no bit; nor does the order of checkpoints,
     but for flips."""
     assignments, n_classes = case
-    scores = {name: measure(count(assignments, n_classes)) for name, measure in FROM_VOTES.items()}
+    scores = {name: measure(Votes(assignments, n_classes)) for name, measure in FROM_VOTES.items()}
     T, N = assignments.shape
     samples, rows = rng.sample(range(N), N), rng.sample(range(T), T)
     names = np.array(rng.sample(range(n_classes), n_classes), dtype=assignments.dtype)
     for name, measure in FROM_VOTES.items():
-        assert np.array_equal(measure(count(assignments[:, samples], n_classes)), scores[name][samples])
-        assert np.array_equal(measure(count(names[assignments], n_classes)), scores[name])
-        if name != "flips":
-            assert np.array_equal(measure(count(assignments[rows], n_classes)), scores[name])
+        assert np.array_equal(measure(Votes(assignments[:, samples], n_classes)), scores[name][samples])
+        assert np.array_equal(measure(Votes(names[assignments], n_classes)), scores[name])
+        if name not in ("flips", "last_flip", "decayed"):  # these depend on the order
+            assert np.array_equal(measure(Votes(assignments[rows], n_classes)), scores[name])
 
 
 @settings(max_examples=50, deadline=None)
 @given(votes(), st.integers(0, 70))
 def test_blocked_is_whole(case: tuple[np.ndarray, int], cut: int) -> None:
     assignments, n_classes = case
-    parts = [count(part, n_classes) for part in (assignments[:, :cut], assignments[:, cut:])]
-    whole = count(assignments, n_classes)
+    parts = [Votes(part, n_classes) for part in (assignments[:, :cut], assignments[:, cut:])]
+    whole = Votes(assignments, n_classes)
     for measure in FROM_VOTES.values():
         assert np.array_equal(np.concatenate([measure(part) for part in parts]), measure(whole))
 
@@ -103,13 +109,13 @@ def test_blocked_is_whole(case: tuple[np.ndarray, int], cut: int) -> None:
 def test_a_missing_assignment_is_noticed(case: tuple[np.ndarray, int]) -> None:
     assignments, n_classes = case
     expected = (assignments < n_classes).all(axis=0)
-    assert np.array_equal(count(assignments, n_classes).complete, expected)
+    assert np.array_equal(Votes(assignments, n_classes).complete, expected)
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 100])
 def test_extremes(T: int) -> None:
-    never = count(np.full((T, 3), 4, np.uint8), 200)
-    always = count(np.arange(T, dtype=np.uint8)[:, None] % 200, 200)
+    never = Votes(np.full((T, 3), 4, np.uint8), 200)
+    always = Votes(np.arange(T, dtype=np.uint8)[:, None] % 200, 200)
     assert measures.dispersion(never).tolist() == [0] * 3
     assert measures.vote_entropy(never).tolist() == [0] * 3
     assert measures.dispersion(always).tolist() == [1 - 1 / T]
@@ -121,7 +127,24 @@ def test_many_classes() -> None:
     rng = np.random.default_rng(0)
     assignments = rng.integers(0, 65_000, (5, 100)).astype(np.uint16)
     expected = [brute_force(column)["dispersion"] for column in assignments.T]
-    np.testing.assert_allclose(measures.dispersion(count(assignments, 65_000)), expected, atol=1e-12)
+    np.testing.assert_allclose(measures.dispersion(Votes(assignments, 65_000)), expected, atol=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(votes())
+def test_annotations_are_the_two_most_frequent_classes(case: tuple[np.ndarray, int]) -> None:
+    assignments, n_classes = case
+    counted = Votes(assignments, n_classes)
+    for i, column in enumerate(assignments.T):
+        order = sorted(Counter(column.tolist()).items(), key=lambda item: (-item[1], item[0]))
+        assert ANNOTATIONS["mode"](counted)[i] == order[0][0]
+        assert ANNOTATIONS["runner_up"](counted)[i] == (order[1][0] if len(order) > 1 else -1)
+
+
+def test_more_checkpoints_than_a_byte_counts() -> None:
+    assignments = np.zeros((300, 4), np.uint8)
+    assignments[:40, 1] = 3
+    assert measures.dispersion(Votes(assignments, 10)).tolist() == [0, 40 / 300, 0, 0]
 
 
 def test_recorded_measures_grow_with_uncertainty() -> None:

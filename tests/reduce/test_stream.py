@@ -7,13 +7,14 @@ import pytest
 import zarr
 
 from distal.assignments import Assignments, unassigned
+from distal.cluster import in_tasks
 from distal.eligibility import Eligibility
 from distal.errors import Damage
 from distal.pool import Pool
 from distal.records import split_blocks
 from distal.reduce import stream
-from distal.reduce.measures import FROM_VOTES, count
-from distal.reduce.stream import reduce
+from distal.reduce.measures import FROM_VOTES, Votes
+from distal.reduce.stream import Reduction
 from distal.scores import Scores
 
 N, ROWS, CLASSES = 240, 5, 4
@@ -44,6 +45,18 @@ def filled(path: Path, pool: Pool, block_size: int, recorded: tuple[str, ...] = 
     return assignments
 
 
+def reduce(
+    assignments: Assignments, pool: Pool, dest: Path, seed: int = 0, cycle: int = 0, **options: object
+) -> Scores:
+    """Every measure there is."""
+    measures = options.pop("measures", (*FROM_VOTES, *assignments.recorded, "random"))
+    rows = options.pop("rows", range(ROWS))
+    mapper = options.pop("mapper", stream.in_threads)
+    return stream.reduce(
+        Reduction(assignments, pool, measures, rows, seed=seed, cycle=cycle, **options), dest, mapper=mapper
+    )
+
+
 @pytest.fixture
 def eligible(pool: Pool) -> np.ndarray:
     return Eligibility(pool, 0, None).read(0, N)
@@ -56,8 +69,8 @@ def test_scores_on_disk(pool: Pool, tmp_path: Path, eligible: np.ndarray, monkey
     assignments = filled(tmp_path / "a.zarr", pool, 64)
     reduce(assignments, pool, tmp_path / "scores.zarr", seed=3, cycle=1)
     group = zarr.open_group(tmp_path / "scores.zarr", mode="r")
-    assert sorted(group.array_keys()) == ["dispersion", "entropy", "flips", "margin", "random", "vote_entropy"]
-    counted = count(assignments.read(0, N), CLASSES)
+    assert sorted(group.array_keys()) == sorted([*FROM_VOTES, "entropy", "margin", "random"])
+    counted = Votes(assignments.read(0, N), CLASSES)
     for name, measure in FROM_VOTES.items():
         array = group[name]
         assert (array.shape, array.dtype, array.chunks) == ((N,), np.float32, (64,))
@@ -72,7 +85,63 @@ def test_scores_on_disk(pool: Pool, tmp_path: Path, eligible: np.ndarray, monkey
 def test_nothing_recorded_nothing_reduced(pool: Pool, tmp_path: Path) -> None:
     assignments = filled(tmp_path / "a.zarr", pool, 64, recorded=())
     scores = reduce(assignments, pool, tmp_path / "scores.zarr", seed=0, cycle=0)
-    assert set(scores.measures) == {"dispersion", "flips", "random", "vote_entropy"}
+    assert set(scores.measures) == {*FROM_VOTES, "random"}
+
+
+@pytest.mark.parametrize("rows", [range(2, 5), [0, 2, 4], [1]])
+def test_a_window_is_the_same_as_those_rows_alone(pool: Pool, tmp_path: Path, eligible: np.ndarray, rows) -> None:
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    scores = reduce(assignments, pool, tmp_path / "scores.zarr", rows=rows)
+    counted = Votes(assignments.read(0, N)[list(rows)], CLASSES)
+    for name, measure in FROM_VOTES.items():
+        expected = np.where(eligible, measure(counted), np.nan).astype(np.float32)
+        assert np.array_equal(scores.read(name, 0, N), expected, equal_nan=True)
+
+
+def test_ray_tasks_write_the_same_bytes_as_threads(cluster: str, pool: Pool, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(stream, "STRIPE_SAMPLES", 64)
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    for name, mapper in (("threads", stream.in_threads), ("tasks", in_tasks)):
+        reduce(assignments, pool, tmp_path / name, mapper=mapper, annotate=True)
+    threads, tasks = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*/c/*")}
+        for name in ("threads", "tasks")
+    )
+    assert threads == tasks
+    assert len(threads) == 4 * (len(FROM_VOTES) + 5)
+
+
+def test_damage_in_a_ray_task_is_still_damage(cluster: str, pool: Pool, tmp_path: Path) -> None:
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    (assignments.path / "assignments/c/3/1").unlink()
+    with pytest.raises(Damage, match="a.zarr: sample 64 is eligible and has no value"):
+        reduce(assignments, pool, tmp_path / "scores.zarr", mapper=in_tasks)
+
+
+def test_annotations_are_classes(pool: Pool, tmp_path: Path, eligible: np.ndarray) -> None:
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    scores = reduce(assignments, pool, tmp_path / "scores.zarr", measures=("dispersion",), annotate=True)
+    assert (scores.measures, scores.annotations) == (("dispersion",), ("mode", "runner_up"))
+    mode = scores.read("mode", 0, N)
+    assert mode.dtype == np.int32
+    assert (mode[~eligible] == -1).all()
+    assert np.array_equal(mode[eligible], Votes(assignments.read(0, N), CLASSES).tally.mode[eligible])
+
+
+def test_only_what_was_left_out_may_lack_a_value(pool: Pool, tmp_path: Path, eligible: np.ndarray) -> None:
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    block = assignments.blocks[1]
+    labels = assignments.read(block.start, block.stop)[ROWS - 1].copy()
+    labels[10:20] = 255
+    assignments.write(ROWS - 1, block, labels, {})
+    remaining = [int(eligible[b.start : b.stop].sum()) for b in assignments.blocks]
+    remaining[1] -= 10
+    scores = reduce(assignments, pool, tmp_path / "s.zarr", measures=("dispersion",), remaining=tuple(remaining))
+    assert np.isnan(scores.read("dispersion", 74, 84)).all()
+    assert np.isnan(scores.read("dispersion", 0, N)).sum() == (~eligible).sum() + 10
+    remaining[1] -= 1
+    with pytest.raises(Damage, match="block 1 has 54 samples with a value at every checkpoint, and 53 were not left"):
+        reduce(assignments, pool, tmp_path / "s.zarr", measures=("dispersion",), remaining=tuple(remaining))
 
 
 def test_a_lost_block_is_no_score(pool: Pool, tmp_path: Path) -> None:

@@ -24,20 +24,31 @@ from distal.errors import Damage, Diverged, PoolError, RunConflict
 from distal.models import ModelSpec, seeded_build
 from distal.pool import Pool
 from distal.records import CheckpointRef, Progress, split_blocks
-from distal.score.actors import Job, Scorer, Scorers, score
+from distal.score.actors import Job, Order, Scored, Scorer, Scorers, score
 from distal.score.predict import Prediction, Predictor
 
 ROWS, BLOCK, BATCH = 4, 32, 16
 
 
 class Silent:
-    """A producer that has published everything."""
+    """A producer that holds nothing and has published what is in the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.queue = checkpoints.Queue(folder, 0)
+
+    def published(self) -> list[CheckpointRef]:
+        return self.queue.published()
 
     def finished(self) -> bool:
         return True
 
     def slots_held(self) -> int:
         return 0
+
+
+def folder_of(job: Job) -> Path:
+    """Where its checkpoints are."""
+    return job.assignments.parent / "checkpoints"
 
 
 def spec(pool: Pool) -> ModelSpec:
@@ -69,7 +80,6 @@ def prepare(
         pool=pool.path,
         pool_sha256=pool.content_sha256,
         assignments=assignments.path,
-        checkpoints=folder / "checkpoints",
         model=spec(pool),
         precision="fp32",
         batch_size=BATCH,
@@ -79,14 +89,14 @@ def prepare(
     return job, assignments
 
 
-def run(job: Job, assignments: Assignments, scorers: Scorers, n_actors: int, **options: object) -> int:
+def run(job: Job, assignments: Assignments, scorers: Scorers, n_actors: int, **options: object) -> Scored:
     """Score with at most `n_actors`."""
     scorers.slots = n_actors
     return score(
         job,
         assignments,
         scorers,
-        options.pop("producer", Silent()),
+        options.pop("producer", None) or Silent(folder_of(job)),
         progress=Progress(0, "score"),
         on_progress=options.pop("on_progress", lambda _: None),
         **options,
@@ -126,17 +136,17 @@ def reference(pool: Pool, scorers: Scorers, tmp_path_factory: pytest.TempPathFac
 def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
     """Against a plain loop over all images, without blocks, actors or Zarr."""
     job, assignments = prepare(tmp_path, pool)
-    assert run(job, assignments, scorers, 2) == ROWS * 238
+    assert run(job, assignments, scorers, 2).images == ROWS * 238
     eligible = np.array([status == "ok" for status in pool.samples(0, 240)["status"].to_pylist()])
     for row in range(ROWS):
         predictor = Predictor(spec(pool).build(), spec(pool).preprocess(), batch_size=BATCH)
-        predictor.net.load_state_dict(checkpoints.load(checkpoints.read(job.checkpoints, row)))
+        predictor.net.load_state_dict(checkpoints.load(checkpoints.read(folder_of(job), row)))
         expected = predictor(pool.read(0, 240))
         stored = assignments.read(0, 240)[row]
         assert np.array_equal(stored[eligible], expected.labels[eligible])
         assert np.all(stored[~eligible] == 255)
     margin = assignments.read_recorded("margin", ROWS - 1, 0, 240)
-    assert np.array_equal(margin[eligible], expected.margin[eligible].astype(np.float16))
+    assert np.array_equal(margin[eligible], expected.margin()[eligible].astype(np.float16))
     assert np.isnan(margin[~eligible]).all()
     assert not (assignments.path / "margin/c/0").exists()  # kept at the last checkpoint only
     assert len(np.unique(assignments.read(0, 240)[:, eligible])) > 1
@@ -206,23 +216,23 @@ def test_checkpoints_are_scored_as_they_appear(
     job, assignments = prepare(tmp_path, pool, published=0)
     order: list[tuple[int, int]] = []
 
-    class Trainer:
-        published = 0
+    class Trainer(Silent):
+        n = 0
 
         def finished(self) -> bool:
-            return self.published == ROWS
+            return self.n == ROWS
 
         def slots_held(self) -> int:
-            return int(self.published < ROWS)
+            return int(self.n < ROWS)
 
-    trainer = Trainer()
+    trainer = Trainer(folder_of(job))
 
     def follow(progress: Progress) -> None:
         order.append((progress.published, progress.rows_scored))
         assert progress.actors <= 2 - trainer.slots_held()
-        if trainer.published == progress.rows_scored and trainer.published < ROWS:
-            commit(job.checkpoints, pool, trainer.published)
-            trainer.published += 1
+        if trainer.n == progress.rows_scored and trainer.n < ROWS:
+            commit(folder_of(job), pool, trainer.n)
+            trainer.n += 1
 
     run(job, assignments, scorers, 2, producer=trainer, on_progress=follow)
     assert digest(assignments.path) == reference
@@ -237,15 +247,15 @@ def test_a_failed_producer_stops_the_pass(pool: Pool, scorers: Scorers, tmp_path
 
     job, assignments = prepare(tmp_path, pool, published=1)
     with pytest.raises(Diverged, match="the loss is nan"):
-        run(job, assignments, scorers, 1, producer=Failed())
+        run(job, assignments, scorers, 1, producer=Failed(folder_of(job)))
 
 
 def test_a_logit_that_is_not_finite_names_checkpoint_and_sample(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
     job, assignments = prepare(tmp_path, pool, published=2)
-    commit(job.checkpoints, pool, 3)
+    commit(folder_of(job), pool, 3)
     state = seeded_build(spec(pool), 0, 0).state_dict()
     state["14.bias"][1] = torch.nan
-    checkpoints.commit(job.checkpoints, 2, 3, state)
+    checkpoints.commit(folder_of(job), 2, 3, state)
     with pytest.raises(Diverged, match=r"checkpoint 2 gives a logit that is not finite for sample s1-\d+"):
         run(job, assignments, scorers, 1)
     assert assignments.committed(2) == set()
@@ -253,7 +263,7 @@ def test_a_logit_that_is_not_finite_names_checkpoint_and_sample(pool: Pool, scor
 
 def test_changed_weights_stop_the_pass(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
     job, assignments = prepare(tmp_path, pool)
-    weights = checkpoints.read(job.checkpoints, 1).path
+    weights = checkpoints.read(folder_of(job), 1).path
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(Damage, match="the bytes of checkpoint 1 have changed"):
         run(job, assignments, scorers, 1)
@@ -296,7 +306,7 @@ def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, refe
 
         def finished(self) -> bool:
             if len(events) == 2:
-                commit(job.checkpoints, pool, ROWS - 1)
+                commit(folder_of(job), pool, ROWS - 1)
             return len(events) == 2
 
     run(
@@ -304,36 +314,13 @@ def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, refe
         mixed,
         scorers,
         2,
-        producer=Waiting(),
+        producer=Waiting(folder_of(job)),
         on_event=lambda name, **values: events.append((name, values["actor"])),
     )
     assert sorted(events) == [("actor_joined", 0), ("actor_refused", 1)]
     assert list(scorers.actors) == [0]
     scorers.shrink(0)
     assert digest(mixed.path) == reference
-
-
-def test_a_checkpoint_that_never_comes_is_missed(
-    pool: Pool, scorers: Scorers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Training says it is done, and a folder is not there: on a cluster, a file system that nodes do not share."""
-    monkeypatch.setattr(checkpoints, "VISIBLE_S", 1.0)
-    job, assignments = prepare(tmp_path, pool)
-    (job.checkpoints / "0002/manifest.json").unlink()
-    with pytest.raises(Damage, match="training is complete, and checkpoint 2 is not here"):
-        run(job, assignments, scorers, 1)
-
-
-def test_a_checkpoint_that_is_seen_late_is_waited_for(
-    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
-) -> None:
-    """A shared file system shows a new file to other nodes some time later."""
-    job, assignments = prepare(tmp_path, pool)
-    manifest = job.checkpoints / "0002/manifest.json"
-    hidden = manifest.rename(tmp_path / "hidden")
-    threading.Timer(1.0, lambda: hidden.rename(manifest)).start()
-    run(job, assignments, scorers, 1)
-    assert digest(assignments.path) == reference
 
 
 def test_actors_make_room_for_training_that_comes_back(
@@ -346,14 +333,21 @@ def test_actors_make_room_for_training_that_comes_back(
         def finished(self) -> bool:
             shrunk = 2 in seen and seen[-1] == 1
             if shrunk:
-                commit(job.checkpoints, pool, ROWS - 1)
+                commit(folder_of(job), pool, ROWS - 1)
             return shrunk
 
         def slots_held(self) -> int:
             return 1 if 2 in seen else 0
 
     job, assignments = prepare(tmp_path, pool, published=ROWS - 1)
-    run(job, assignments, scorers, 2, producer=Returning(), on_progress=lambda state: seen.append(state.actors))
+    run(
+        job,
+        assignments,
+        scorers,
+        2,
+        producer=Returning(folder_of(job)),
+        on_progress=lambda state: seen.append(state.actors),
+    )
     assert seen[-1] == 1
     assert len(scorers.actors) == 1
     assert digest(assignments.path) == reference
@@ -363,8 +357,8 @@ def test_a_row_is_not_finished_with_other_weights(pool: Pool, scorers: Scorers, 
     job, assignments = prepare(tmp_path, pool)
     run(job, assignments, scorers, 1)
     (assignments.path / "assignments/c/1/3").unlink()
-    (job.checkpoints / "0001/manifest.json").unlink()
-    checkpoints.commit(job.checkpoints, 1, 2, seeded_build(spec(pool), seed=99, cycle=0).state_dict())
+    (folder_of(job) / "0001/manifest.json").unlink()
+    checkpoints.commit(folder_of(job), 1, 2, seeded_build(spec(pool), seed=99, cycle=0).state_dict())
     with pytest.raises(Damage, match="row 1 was begun with weights"):
         run(job, Assignments.open(assignments.path), scorers, 1)
 
@@ -391,7 +385,7 @@ class TestReading:
         return seen
 
     def refs(self, job: Job) -> list[CheckpointRef]:
-        return [checkpoints.read(job.checkpoints, row) for row in range(ROWS)]
+        return [checkpoints.read(folder_of(job), row) for row in range(ROWS)]
 
     def test_a_block_is_read_once_for_all_checkpoints_that_wait(
         self, pool: Pool, tmp_path: Path, reads: list[tuple[int, int]], reference: dict[str, str]
@@ -399,7 +393,7 @@ class TestReading:
         job, assignments = prepare(tmp_path, pool)
         scorer = Scorer("one", cache_bytes=0, threads=1)
         for block in assignments.blocks:
-            scorer.score(job, block, self.refs(job))
+            scorer.score(job, Order(block, tuple(self.refs(job))))
         assert reads == [(block.start, block.stop) for block in assignments.blocks]
         assert digest(assignments.path) == reference
 
@@ -409,8 +403,8 @@ class TestReading:
         job, assignments = prepare(tmp_path, pool)
         keeping, forgetting = Scorer("keeping", 2**20, threads=1), Scorer("forgetting", 0, threads=1)
         for ref in self.refs(job):
-            keeping.score(job, assignments.blocks[0], [ref])
-            forgetting.score(job, assignments.blocks[1], [ref])
+            keeping.score(job, Order(assignments.blocks[0], (ref,)))
+            forgetting.score(job, Order(assignments.blocks[1], (ref,)))
         assert reads.count((0, BLOCK)) == 1
         assert reads.count((BLOCK, 2 * BLOCK)) == ROWS
 
@@ -424,7 +418,7 @@ class TestReading:
         scorer = Scorer("small", cache_bytes=budget, threads=1)
         for ref in self.refs(job):
             for block in assignments.blocks:
-                scorer.score(job, block, [ref])
+                scorer.score(job, Order(block, (ref,)))
                 kept = sum(piece.images.nbytes for pieces in scorer._pieces.values() for piece in pieces)
                 assert kept <= budget
         assert len(scorer._pieces) == n_kept
@@ -443,11 +437,11 @@ class TestReading:
             return predict(predictor, images)
 
         monkeypatch.setattr(Predictor, "__call__", measured)
-        Scorer("pieces", 0, threads=1).score(job, assignments.blocks[0], self.refs(job)[:1])
+        Scorer("pieces", 0, threads=1).score(job, Order(assignments.blocks[0], tuple(self.refs(job)[:1])))
         assert sum(sizes) == 238
         assert max(sizes) < pool.chunk_size + BATCH
         assert sizes[0] % BATCH == 0
         blocks, other = prepare(tmp_path / "blocks", pool)
         for block in other.blocks:
-            Scorer("blocks", 0, threads=1).score(blocks, block, self.refs(blocks)[:1])
+            Scorer("blocks", 0, threads=1).score(blocks, Order(block, tuple(self.refs(blocks)[:1])))
         assert np.array_equal(assignments.read(0, 240)[0], other.read(0, 240)[0])

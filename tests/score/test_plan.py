@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distal.errors import BlockFailed
-from distal.score.plan import IN_FLIGHT, MAX_ROWS, Plan, Work, actors_allowed, batch_size_for
+from distal.score.plan import IN_FLIGHT, MAX_ROWS, Plan, Work, actors_allowed
 
 
 def plan_with(n_rows: int, n_blocks: int, *actors: int, published: int = 0, done: tuple = ()) -> Plan:
@@ -235,8 +235,96 @@ def test_slots_are_never_used_twice(asked: int | None, slots: int, training: int
     assert actors_allowed(asked, slots, training) == allowed
 
 
-@pytest.mark.parametrize(
-    ("eligible", "size"), [(124, 128), (82, 32), (64, 64), (30, 32), (1000, 128), (128, 128), (1, 32), (60, 64)]
-)
-def test_batch_size_pads_little(eligible: int, size: int) -> None:
-    assert batch_size_for(eligible, 128) == size
+def test_hand_outs_get_smaller_towards_the_end() -> None:
+    """Two actors and eight checkpoints of eight blocks: neither is left with a long one while the other has none."""
+    plan = plan_with(8, 8, 0, 1, published=8)
+    sizes = []
+    work = plan.next_work()
+    while work:
+        sizes += [len(one.rows) for one in work]
+        plan.done(work[0])
+        for one in work[1:]:
+            plan.done(one)
+        work = plan.next_work()
+    assert plan.finished
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[0], sizes[-1]) == (MAX_ROWS, 1)
+
+
+def test_rows_that_were_not_published_are_no_rows() -> None:
+    plan = plan_with(10, 2, 0, published=3)
+    plan.no_more()
+    while work := plan.next_work():
+        assert all(row < 3 for one in work for row in one.rows)
+        for one in work:
+            plan.done(one)
+    assert plan.finished
+    assert plan.n_rows_done == 3
+    assert plan.n_unfinished_blocks == 0
+
+
+class TestBarriers:
+    """Rows 0..7, decisions before rows 5 and 7."""
+
+    def plan(self, n_blocks: int, *actors: int, published: int = 8, done: tuple = (), passed: int = 0) -> Plan:
+        plan = Plan(8, n_blocks, done, barriers=[5, 7], passed=passed)
+        for actor in actors:
+            plan.actor_joined(actor)
+        for row in range(published):
+            plan.published(row)
+        return plan
+
+    def drain(self, plan: Plan) -> list[Work]:
+        handed_out = []
+        while work := plan.next_work():
+            handed_out += work
+            for one in work:
+                plan.done(one)
+        return handed_out
+
+    def test_no_block_goes_on_before_all_have_counted(self) -> None:
+        plan = self.plan(3, 0, 1)
+        first = self.drain(plan)
+        assert max(row for work in first for row in work.rows) == 4
+        assert sorted(work.block for work in first if work.count == 5) == [0, 1, 2]
+        assert all(work.barrier is None for work in first)
+        assert plan.at_barrier
+        plan.pass_barrier()
+        assert not plan.at_barrier
+        second = self.drain(plan)
+        assert {row for work in second for row in work.rows} == {5, 6}
+        assert {work.barrier for work in second} == {5}
+        assert sorted(work.block for work in second if work.count == 7) == [0, 1, 2]
+        plan.pass_barrier()
+        third = self.drain(plan)
+        assert {(work.rows, work.barrier, work.count) for work in third} == {((7,), 7, None)}
+        assert plan.finished
+
+    def test_votes_are_counted_when_the_rows_before_are_done(self) -> None:
+        """Rows 0 to 3 are published: no block can count yet. With row 4 it can."""
+        plan = self.plan(2, 0, published=4)
+        assert all(work.count is None for work in self.drain(plan))
+        plan.published(4)
+        assert [(work.rows, work.count) for work in self.drain(plan)] == [((4,), 5), ((4,), 5)]
+
+    def test_blocks_that_were_done_before_a_restart_only_count(self) -> None:
+        done = tuple((row, 0) for row in range(5))
+        counting = [work for work in self.drain(self.plan(2, 0, done=done)) if work.block == 0]
+        assert counting == [Work(0, 0, (), None, 5)]
+
+    def test_what_was_decided_before_a_restart_is_not_decided_again(self) -> None:
+        """A block that lost an old row, found damaged, scores it without what was decided later, and first."""
+        done = tuple((row, block) for row in range(6) for block in range(2) if (row, block) != (2, 1))
+        plan = self.plan(2, 0, done=done, passed=1)
+        of_block = [(work.rows, work.barrier, work.count) for work in self.drain(plan) if work.block == 1]
+        assert of_block == [((2,), None, None), ((6,), 5, 7)]
+
+    def test_an_actor_that_dies_while_counting(self) -> None:
+        plan = self.plan(1, 0, published=5)
+        (work,) = plan.next_work()
+        assert work.count == 5
+        plan.actor_lost(0)
+        assert not plan.at_barrier
+        plan.actor_joined(1)
+        assert [one.count for one in self.drain(plan)] == [5]
+        assert plan.at_barrier

@@ -10,7 +10,7 @@ from torch.nn.functional import softmax
 
 from distal.config import ModelConfig
 from distal.models import ModelSpec
-from distal.score.predict import NotFinite, Predictor, fingerprint
+from distal.score.predict import NotFinite, Predictor, fingerprint, quickest_batch_size
 
 SPEC = ModelSpec(ModelConfig(), 5, (1, 12, 12), (0.4,), (0.2,))
 
@@ -38,14 +38,14 @@ def test_labels_margin_and_entropy() -> None:
     p = softmax(logits.double(), dim=1).numpy()
     top = np.sort(p, axis=1)[:, ::-1]
     assert np.array_equal(prediction.labels, logits.argmax(1).numpy())
-    np.testing.assert_allclose(prediction.margin, top[:, 0] - top[:, 1], atol=1e-5)
-    np.testing.assert_allclose(prediction.entropy, -(p * np.log(p)).sum(1), atol=1e-5)
+    np.testing.assert_allclose(prediction.margin(), top[:, 0] - top[:, 1], atol=1e-5)
+    np.testing.assert_allclose(prediction.entropy(), -(p * np.log(p)).sum(1), atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 33])
 def test_padding_and_company_do_not_matter(n: int) -> None:
-    """A sample gets the same bits whatever stands beside it in its batch."""
-    predict = predictor()
+    """A sample gets the same bits whatever stands beside it in its batch, and however large that is."""
+    predict = predictor(batch_size=32)
     whole = predict.logits(images(40))
     assert torch.equal(predict.logits(images(40)[:n]), whole[:n])
     assert torch.equal(predict.logits(images(40)[40 - n :]), whole[40 - n :])
@@ -66,8 +66,8 @@ def test_the_smallest_class_wins_a_tie() -> None:
     nn.init.zeros_(predict.net[-1].bias)
     prediction = predict(images(3))
     assert prediction.labels.tolist() == [0, 0, 0]
-    assert prediction.margin.tolist() == [0, 0, 0]
-    np.testing.assert_allclose(prediction.entropy, math.log(5), rtol=1e-6)
+    assert prediction.margin().tolist() == [0, 0, 0]
+    np.testing.assert_allclose(prediction.entropy(), math.log(5), rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -82,6 +82,25 @@ def test_no_argmax_of_what_is_not_finite(value: float) -> None:
 def test_bf16_agrees_with_fp32_on_most_labels() -> None:
     fp32, bf16 = (predictor(precision=precision)(images(400)).labels for precision in ("fp32", "bf16"))
     assert np.mean(fp32 == bf16) > 0.95
+
+
+def test_bf16_keeps_batch_norm_in_fp32_and_takes_new_weights() -> None:
+    fp32, bf16 = predictor(), predictor(precision="bf16")
+    kinds = {type(module): {p.dtype for p in module.parameters(recurse=False)} for module in bf16.net.modules()}
+    assert kinds[nn.Conv2d] == kinds[nn.Linear] == {torch.bfloat16}
+    assert kinds[nn.BatchNorm2d] == {torch.float32}
+    state = {name: value * 0.5 for name, value in fp32.net.state_dict().items()}
+    before = bf16.logits(images(20))
+    bf16.load(state)
+    fp32.load(state)
+    assert not torch.equal(bf16.logits(images(20)), before)
+    torch.testing.assert_close(bf16.logits(images(20)), fp32.logits(images(20)), rtol=0.1, atol=0.05)
+
+
+def test_the_probe_takes_a_size_that_pads_little() -> None:
+    """A block of 40 images: 64 at once would compute 8 in vain, and 128 are more than twice as many as there are."""
+    assert quickest_batch_size(predictor(), (1, 12, 12), 40) in (32, 64)
+    assert quickest_batch_size(predictor(), (1, 12, 12), 5) == 32
 
 
 def test_fingerprint_names_what_the_bits_depend_on() -> None:

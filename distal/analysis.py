@@ -1,0 +1,226 @@
+"""Reduce and select again from stored assignments: another measure, window or budget, without any inference.
+
+What comes out lies under `analyses/<measure><window>`; the record of the cycle itself is never overwritten.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import get_args
+
+from distal import cluster
+from distal.acquire.batch import select
+from distal.assignments import Assignments
+from distal.config import Config, ForeignConfig, Measure, SelectConfig
+from distal.errors import ConfigError, Damage, RunConflict, UserError
+from distal.hashing import digest
+from distal.monitor import Display, Silent
+from distal.pool import Pool
+from distal.records import JsonObject, Progress, Window
+from distal.reduce.measures import FROM_RECORDED, FROM_VOTES
+from distal.reduce.stream import Mapper, Reduction, in_threads, reduce
+from distal.runs import Analysis, Cycle, Run
+from distal.scores import Scores
+from distal.selection import Selection
+
+WHOLE = Window()
+
+
+def reduce_run(
+    path: Path,
+    *,
+    cycle: int | None = None,
+    measures: tuple[str, ...] = (),
+    window: Window = WHOLE,
+    annotate: bool = False,
+    ray_address: str | None = None,
+    display: Display | None = None,
+) -> JsonObject:
+    """Compute measures of a cycle that has been scored.
+
+    Args:
+        path: the run directory.
+        cycle: by default the last one that has been scored.
+        measures: by default the one that the run selects by.
+        ray_address: of a cluster whose nodes share the work; None: the threads of this process.
+
+    Raises:
+        UserError: no such cycle or measure, or the window selects no checkpoint.
+        Damage: a chunk is missing or does not decode.
+    """
+    display = display or Silent()
+    scored = _Scored(path, cycle)
+    with _connection(ray_address):
+        mapper: Mapper = cluster.in_tasks if ray_address else in_threads
+        done = [
+            scored.reduce(measure, window, annotate=annotate, mapper=mapper, display=display)
+            for measure in measures or (scored.config.select.measure,)
+        ]
+    return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, "analyses": done}
+
+
+def select_run(
+    path: Path,
+    *,
+    budget: int,
+    measure: str | None = None,
+    cycle: int | None = None,
+    window: Window = WHOLE,
+    annotate: bool = False,
+    ray_address: str | None = None,
+    display: Display | None = None,
+) -> JsonObject:
+    """Choose the `budget` samples with the largest scores; they are computed first if need be.
+
+    Raises like `reduce_run`, and UserError when there are fewer samples than the budget.
+    """
+    display = display or Silent()
+    scored = _Scored(path, cycle)
+    name = measure or scored.config.select.measure
+    with _connection(ray_address):
+        mapper: Mapper = cluster.in_tasks if ray_address else in_threads
+        scored.reduce(name, window, annotate=annotate, mapper=mapper, display=display)
+    chosen = scored.select(name, window, budget)
+    return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, **chosen}
+
+
+def _connection(address: str | None) -> AbstractContextManager[None]:
+    if address is None:
+        return nullcontext()
+    cluster.secure(address)
+    return cluster.connect(address)
+
+
+class _Scored:
+    """A cycle whose assignments are complete."""
+
+    def __init__(self, path: Path, cycle: int | None) -> None:
+        self.directory = Run.open(path)
+        begun = self.directory.begun_cycles()
+        able = [each for each in begun if each.marker("score") is not None]
+        if not able:
+            raise RunConflict(f"{path}: no cycle has been scored yet")
+        found = [each for each in able if cycle in (None, each.index)]
+        if not found:
+            raise RunConflict(
+                f"{path}: cycle {cycle} has not been scored; scored are {', '.join(str(each.index) for each in able)}"
+            )
+        self.cycle: Cycle = found[-1]
+        marker = self.cycle.marker("score")
+        assert marker is not None
+        assert self.cycle.config is not None
+        self.marker: JsonObject = marker
+        self.config: Config | ForeignConfig = self.cycle.config
+        self.n_rows: int = marker["n_rows"]
+
+    def reduce(self, measure: str, window: Window, *, annotate: bool, mapper: Mapper, display: Display) -> JsonObject:
+        """Compute one measure, unless that is done."""
+        rows = self._rows(measure, window)
+        analysis = self._analysis(measure, window)
+        made_from = {"score": self.marker["inputs_sha256"], "rows": digest(rows), "annotate": str(annotate)}
+        marker = analysis.marker("reduce")
+        if marker is None or marker["inputs"] != made_from:
+            started = time.monotonic()
+            pool = Pool.open(self.config.pool.path)
+            reduction = Reduction(
+                Assignments.open(self.cycle.assignments),
+                pool.require(self.marker["inputs"]["pool"]),
+                (measure,),
+                rows,
+                annotate=annotate,
+                remaining=self.cycle.remaining(),
+                seed=self.config.seed,
+                cycle=self.cycle.index,
+            )
+            title = f"reduce {measure}{window}"
+            reduce(
+                reduction,
+                analysis.scores,
+                mapper=mapper,
+                on_progress=lambda done, total: display.progress(
+                    Progress(self.cycle.index, title, images_scored=done, images=total)
+                ),
+            )
+            outputs = {"rows": len(rows), "samples": pool.n_samples}
+            marker = analysis.complete("reduce", made_from, outputs, time.monotonic() - started)
+        return {
+            "measure": measure,
+            "window": str(window),
+            "checkpoints": len(rows),
+            "scores": str(analysis.scores / measure),
+            "seconds": marker["seconds"],
+        }
+
+    def select(self, measure: str, window: Window, budget: int) -> JsonObject:
+        """Choose from a measure that has been computed, unless that is done."""
+        analysis = self._analysis(measure, window)
+        reduced = analysis.marker("reduce")
+        assert reduced is not None
+        n_candidates = self.marker["n_eligible"]
+        if budget > n_candidates:
+            raise UserError(f"--budget: {budget} is more than the {n_candidates} candidates; lower it")
+        config = self.config.select
+        made_from = {"reduce": reduced["inputs_sha256"], "tie_break": config.tie_break, "seed": str(self.config.seed)}
+        stage, dest = f"select-{budget}", analysis.selection(budget)
+        marker = analysis.marker(stage)
+        if marker is None or marker["inputs"] != made_from:
+            started = time.monotonic()
+            selection = select(
+                Scores.open(analysis.scores),
+                Assignments.open(self.cycle.assignments),
+                Pool.open(self.config.pool.path),
+                SelectConfig.model_validate({"measure": measure, "tie_break": config.tie_break}),
+                dest,
+                last_row=self.n_rows - 1,
+                budget=budget,
+                seed=self.config.seed,
+                cycle=self.cycle.index,
+            )
+            outputs = {
+                "n_selected": len(selection),
+                "tie_share": round(selection.tie_share, 6),
+                "selection_sha256": selection.sha256,
+            }
+            marker = analysis.complete(stage, made_from, outputs, time.monotonic() - started)
+        elif Selection.read(dest).sha256 != marker["selection_sha256"]:
+            raise Damage(f"{dest}: not the selection that was made; remove {analysis.folder} to make it again")
+        return {
+            "measure": measure,
+            "window": str(window),
+            "selection": str(dest),
+            "n_selected": marker["n_selected"],
+            "tie_share": marker["tie_share"],
+            "selection_sha256": marker["selection_sha256"],
+        }
+
+    def _analysis(self, measure: str, window: Window) -> Analysis:
+        # A directory of checkpoints may grow, and every length of it has its own analyses.
+        grown = f"@rows={self.n_rows}" if isinstance(self.config, ForeignConfig) else ""
+        return self.cycle.analysis(f"{measure}{grown}{window}")
+
+    def _rows(self, measure: str, window: Window) -> list[int]:
+        """The rows of a window; refuses what cannot be computed."""
+        if measure not in get_args(Measure):
+            raise ConfigError(f"--measure: {measure!r} is unknown; known: {', '.join(get_args(Measure))}")
+        if self.config.score.eliminate == "exact" and (measure != "dispersion" or window != WHOLE):
+            raise ConfigError(
+                f"--measure: {measure}{window}: the samples that could not be selected by dispersion were left out "
+                "(score.eliminate: exact), so only dispersion over all checkpoints can be computed; score again with "
+                "score.eliminate=none in another run directory"
+            )
+        if measure in FROM_RECORDED and measure not in self.config.score.record:
+            raise ConfigError(
+                f"--measure: {measure} was not recorded; score.record was {list(self.config.score.record)}"
+            )
+        if measure not in FROM_VOTES and window != WHOLE:
+            raise ConfigError(
+                f"--measure: {measure} is of the last checkpoint; a window is for {', '.join(FROM_VOTES)}"
+            )
+        rows = window.rows(self.n_rows)
+        if not rows:
+            raise ConfigError(f"window {str(window)[1:]} selects no checkpoint: there are {self.n_rows}")
+        if measure in FROM_VOTES and len(rows) == 1:
+            raise ConfigError(f"{measure} of one checkpoint is always 0; take a window of several")
+        return rows

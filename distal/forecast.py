@@ -1,0 +1,152 @@
+"""What a run will cost, told before anything starts: `distal plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distal.assignments import dtype_for
+from distal.config import Config, ForeignConfig
+from distal.errors import PoolError
+from distal.foreign import matching
+from distal.models import ModelSpec
+from distal.pool import Pool
+from distal.pool.build import learn_layout
+from distal.pool.images import MANIFEST
+from distal.pool.sources import open_source
+from distal.records import STRIPE_SAMPLES, JsonObject, auto_block_size
+from distal.reduce.stream import STRIPE_BYTES
+from distal.score.eliminate import barrier_rows
+from distal.score.plan import MAX_ROWS
+
+MANY_OBJECTS = 100_000
+PROCESS_BYTES = 500 * 2**20  # of a Python process with torch and Ray, before it holds anything
+ELIMINATION_KEEPS = 0.74  # of the passes, at a budget of 1%: measured on two runs of 40 checkpoints
+
+
+def forecast(config: Config | ForeignConfig) -> JsonObject:
+    """Passes, objects, disk and memory of the first cycle, which is the largest.
+
+    Returns:
+        `forwards` (images x checkpoints), `objects` and `disk_bytes` by kind, `memory_bytes` per process of each
+        role, `alternatives` (cheaper ways with the forwards they leave), and `warnings`.
+
+    Raises:
+        UserError: the pool can be neither opened nor counted.
+    """
+    n_samples, n_readable, shape, n_classes = _pool(config)
+    limit = config.pool.limit
+    n_eligible = n_readable if limit is None else min(limit, n_readable)
+    if isinstance(config, Config):
+        n_eligible -= config.loop.initial
+        n_rows, budget, cycles = len(config.train.checkpoint_epochs), config.loop.budget, config.loop.cycles
+    else:
+        n_classes = config.model.num_classes
+        n_rows, budget, cycles = _n_checkpoints(config), config.score.budget, 1
+    n_eligible = max(0, n_eligible)
+    size = config.pool.block_size
+    block_size = auto_block_size(n_samples) if size == "auto" else size
+    n_blocks = -(-n_samples // block_size)
+    itemsize = dtype_for(n_classes).itemsize
+    weights = _weights_bytes(config, shape, n_classes)
+    n_recorded = len(config.score.record) * (n_rows if config.score.record_rows == "all" else 1)
+    own = isinstance(config, Config)
+    n_measures = len({"dispersion", "vote_entropy", "flips", *config.score.record, config.select.measure}) if own else 1
+    objects = {
+        "assignments": n_rows * n_blocks,
+        "recorded": n_recorded * n_blocks,
+        "eligible": n_blocks,
+        "scores": n_measures * n_blocks,
+        "checkpoints": 2 * n_rows if own else 0,
+    }
+    disk = {
+        "assignments": n_rows * n_samples * itemsize,
+        "recorded": n_recorded * n_samples * 2,
+        "eligible": n_samples,
+        "scores": n_measures * n_samples * 4,
+        "checkpoints": n_rows * weights if own else 0,
+    }
+    block_bytes = min(block_size, n_samples) * shape[0] * shape[1] * shape[2]
+    memory = {
+        "driver": PROCESS_BYTES + 8 * n_samples,
+        "scoring actor": PROCESS_BYTES + int(config.score.cache_gb * 2**30) + (MAX_ROWS + 1) * weights + block_bytes,
+        "reducer": PROCESS_BYTES // 2 + 4 * STRIPE_BYTES + 100 * min(STRIPE_SAMPLES, n_samples),
+    }
+    if isinstance(config, Config):
+        memory["training rank"] = PROCESS_BYTES + 4 * weights + config.loop.initial * block_bytes // block_size
+    forwards = n_rows * n_eligible
+    warnings = []
+    if sum(objects.values()) > MANY_OBJECTS:
+        warnings.append(
+            f"{sum(objects.values()):,} objects a cycle: more than {MANY_OBJECTS:,} are slow to list and copy; raise "
+            "pool.block_size, or keep fewer checkpoints"
+        )
+    if budget > n_eligible:
+        warnings.append(f"the budget of {budget:,} is more than the {n_eligible:,} candidates")
+    return {
+        "samples": n_samples,
+        "candidates": n_eligible,
+        "checkpoints": n_rows,
+        "cycles": cycles,
+        "blocks": n_blocks,
+        "block_size": block_size,
+        "forwards": forwards,
+        "objects": {**objects, "total": sum(objects.values())},
+        "disk_bytes": {**disk, "total": sum(disk.values())},
+        "memory_bytes": memory,
+        "alternatives": _alternatives(config, n_rows, n_eligible, budget),
+        "warnings": warnings,
+    }
+
+
+def _alternatives(config: Config | ForeignConfig, n_rows: int, n_eligible: int, budget: int) -> list[JsonObject]:
+    """Cheaper ways, with the forwards that they leave."""
+    forwards = n_rows * n_eligible
+    every = (
+        "train.checkpoint_every=2" if isinstance(config, Config) else "half of the checkpoints (checkpoints.pattern)"
+    )
+    half = max(budget, n_eligible // 2)
+    ways: list[JsonObject] = [
+        {"what": "every second checkpoint", "how": every, "forwards": -(-n_rows // 2) * n_eligible},
+        {"what": "a random half of the pool", "how": f"pool.limit={half}", "forwards": n_rows * half},
+    ]
+    if config.select.measure == "dispersion" and config.score.eliminate == "none" and barrier_rows(n_rows):
+        # At most all samples but the budget, from the first barrier on; measured: about a quarter of all passes.
+        kept = int(forwards * ELIMINATION_KEEPS)
+        floor = barrier_rows(n_rows)[0] * n_eligible + (n_rows - barrier_rows(n_rows)[0]) * budget
+        ways.append(
+            {
+                "what": "leave out what can no longer be selected, with the same selection",
+                "how": "score.eliminate=exact",
+                "forwards": max(kept, floor),
+            }
+        )
+    return [{**way, "saves": 1 - way["forwards"] / max(1, forwards)} for way in ways]
+
+
+def _pool(config: Config | ForeignConfig) -> tuple[int, int, tuple[int, int, int], int]:
+    """Samples, readable ones, image shape and classes, of the pool or of what it will be packed from."""
+    folder, source = Path(config.pool.path), config.pool.source
+    if (folder / MANIFEST).exists() or source is None:
+        pool = Pool.open(folder)
+        return pool.n_samples, pool.n_readable, pool.image_shape, len(pool.classes or ()) or 2
+    opened = open_source(source)
+    height, width, channels = learn_layout(opened, source).shape
+    return len(opened), len(opened), (channels, height, width), len(opened.classes or ()) or 2
+
+
+def _n_checkpoints(config: ForeignConfig) -> int:
+    if config.checkpoints.expect is not None:
+        return config.checkpoints.expect
+    folder = Path(config.checkpoints.path)
+    there = len(matching(folder, config.checkpoints.pattern))
+    if not there:
+        raise PoolError(
+            f"checkpoints.path: {folder} has no file {config.checkpoints.pattern} yet; set checkpoints.expect to plan"
+        )
+    return there
+
+
+def _weights_bytes(config: Config | ForeignConfig, shape: tuple[int, int, int], n_classes: int) -> int:
+    """Of one checkpoint."""
+    spec = ModelSpec(config.model, n_classes, shape, (0.5,) * shape[0], (0.5,) * shape[0])
+    return sum(tensor.nbytes for tensor in spec.build(pretrained=False).state_dict().values())

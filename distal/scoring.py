@@ -1,0 +1,436 @@
+"""The conductor of `distal score`: a pool at the checkpoints of a directory, then reduce and select.
+
+pool, checkpoints of a directory -> score -> assignments -> reduce -> scores -> select
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from distal import analysis, cluster, inputs
+from distal.acquire.topk import Candidates, TopK
+from distal.assignments import Assignments, dtype_for
+from distal.config import ForeignConfig
+from distal.driver import SPOKEN, choose, new_scorers
+from distal.eligibility import Eligibility
+from distal.errors import ConfigError, ModelError, UserError
+from distal.foreign import ForeignCheckpoints, check_fits
+from distal.hashing import digest
+from distal.ledger import Ledger
+from distal.lists import find, read_ids, read_labels
+from distal.models import ModelSpec
+from distal.monitor import Display, Silent
+from distal.pool import Pool
+from distal.records import Block, CheckpointRef, JsonObject, Progress
+from distal.reduce.measures import FROM_VOTES, Votes, dispersion
+from distal.runs import Cycle, Run
+from distal.score.actors import Elimination, Job, Producer, Published, Scored, peak_rss_bytes, score
+
+SPARE_ROWS = 1000  # for checkpoints that are not there yet; a row that never comes costs nothing
+FEW_CHECKPOINTS = 5
+LOOK_S = 1.0
+
+
+def score_directory(
+    config: ForeignConfig,
+    display: Display | None = None,
+    *,
+    watch: bool = False,
+    select: bool = True,
+    check: Path | None = None,
+    expect_accuracy: float | None = None,
+    check_precision: int | None = None,
+) -> JsonObject:
+    """Score a pool at every checkpoint of a directory; called again, it does what is missing.
+
+    Args:
+        watch: wait for more checkpoints, until there are `checkpoints.expect` of them or none has come for
+            `checkpoints.idle` seconds.
+        select: whether to reduce and to select `score.budget` samples afterwards.
+        check: file of known samples (sample_id, label), which are scored first.
+        expect_accuracy: refuse to go on when the last checkpoint is right less often than that, in [0, 1].
+        check_precision: blocks to score in fp32 as well, to tell what bf16 changes.
+
+    Returns:
+        `{"state": "complete", "run": ..., "images_scored": ..., "seconds": ..., "selection": ..., ...}`.
+
+    Raises:
+        UserError: configuration, pool, checkpoints and run directory do not fit together.
+        DistalError: a stage failed; what was committed stays, and the same call continues.
+    """
+    config = config.absolute()
+    display = display or Silent()
+    if config.score.eliminate == "exact" and watch and config.checkpoints.expect is None:
+        raise ConfigError("score.eliminate: exact needs to know how many checkpoints will come; set checkpoints.expect")
+    with ExitStack() as stack:
+        connect = cache(partial(stack.enter_context, cluster.connect(config.ray.address)))
+        pool = inputs.open_pool(config, connect, display)
+        connect()
+        scoring = _Scoring(config, pool, display, watch)
+        stack.callback(scoring.scorers.shrink, 0)
+        known = scoring.check_known(check, expect_accuracy) if check is not None else {}
+        result = {"state": "complete", "run": config.run, **scoring.score(), **known, **scoring.accuracy()}
+        if check_precision is not None:
+            result["precision_check"] = scoring.check_precision(check_precision)
+    if select:
+        chosen = analysis.select_run(Path(config.run), budget=config.score.budget, display=display)
+        result |= {name: chosen[name] for name in ("measure", "selection", "n_selected", "tie_share")}
+        result["selection_sha256"] = chosen["selection_sha256"]
+    return result
+
+
+class _Scoring:
+    """One attempt at a run of `distal score`."""
+
+    def __init__(self, config: ForeignConfig, pool: Pool, display: Display, watch: bool) -> None:
+        self.pool, self.display, self.watch = pool, display, watch
+        self.directory = Run(Path(config.run))
+        kept = self.directory.identity["constants"] if self.directory.identity else {}
+        device = kept.get("device", config.device) if config.device == "auto" else config.device
+        self.slots = cluster.find_slots(device)
+        constants = kept or inputs.constants(config, pool, self.slots)
+        self.config = inputs.resolved(config, constants)
+        self.excluded = self._excluded()
+        self.directory.check(self._fixed())
+        dtype_for(config.model.num_classes)
+        spec = ModelSpec.of(config.model, pool)
+        spec.check()
+        unlabeled = Eligibility.of(pool, config.pool.limit, config.seed)
+        self.eligible = unlabeled.without(Ledger(self.excluded, np.zeros_like(self.excluded)))
+        n_candidates = self.eligible.count()
+        if config.score.budget > n_candidates:
+            raise UserError(f"score.budget: {config.score.budget} is more than the {n_candidates} candidates; lower it")
+
+        self.cycle: Cycle = self.directory.cycle(0)
+        template = spec.build(pretrained=False).state_dict()
+        self.checkpoints = ForeignCheckpoints(
+            self.cycle.foreign,
+            Path(config.checkpoints.path),
+            config.checkpoints.pattern,
+            lambda name, state: check_fits(name, state, template),
+        )
+        if not watch:
+            self.checkpoints.settle()
+            self._check_number()
+        self.scorers = new_scorers(self.config, self.slots, self.directory.attempt)
+        if not kept:
+            constants |= choose(self.config, self.scorers, self.slots, pool, self.directory, len(self.excluded))
+            self.config = inputs.resolved(config, constants)
+        self.directory.begin(self._fixed(), constants)
+        if self.cycle.config is None:
+            self.cycle.begin(self.config)
+        self.checkpoints.keep()
+        self.elimination = (
+            Elimination(self.cycle.elimination, self.config.score.budget)
+            if self.config.score.eliminate == "exact"
+            else None
+        )
+
+    def check_known(self, file: Path, expected: float | None) -> JsonObject:
+        """Score known samples at the checkpoints that are there."""
+        n_classes = self.config.model.num_classes
+        ids, labels = read_labels(file, "--check", self.pool.classes, n_classes)
+        indices = find(self.pool, ids)
+        if (indices < 0).any():
+            raise UserError(f"--check: {file}: sample {ids[int(np.argmin(indices))]} is not in the pool")
+        job = self._job(self._assignments())
+        accuracies = []
+        for ref in self.checkpoints.refs:
+            right = self.scorers.predict(job, indices.tolist(), ref) == np.array(labels)
+            accuracies.append(float(right.mean()))
+            self.display.say(f"{ref.path.name}: {accuracies[-1]:.4f} of {len(ids)} known samples right")
+        if not accuracies:
+            self.display.say("--check: no checkpoint is there yet")
+        elif expected is not None and accuracies[-1] < expected:
+            raise UserError(
+                f"--expect-accuracy: {self.checkpoints.refs[-1].path.name} is right on {accuracies[-1]:.4f} of the "
+                f"known samples, less than {expected}; check model.name, model.normalize and the order of the classes"
+            )
+        return {"known_accuracy": accuracies}
+
+    def score(self) -> JsonObject:
+        """Fill the assignments, unless that is done for all checkpoints that are there."""
+        marker = self.cycle.marker("score")
+        if marker is None or marker["inputs"] != self._made_from() or self.watch:
+            started = time.monotonic()
+            assignments = self._assignments()
+            recorded_from = self._recorded_from()
+            job = replace(self._job(assignments), recorded_from=recorded_from)
+            producer: Producer = Published(self.checkpoints.refs)
+            if self.watch:
+                producer = _Watched(self.checkpoints, self.config, self.display)
+            done = self._pass(job, assignments, producer, self.elimination)
+            if len(self.checkpoints.refs) != done.n_rows:
+                raise ModelError(
+                    f"checkpoints.path: {self.config.checkpoints.path}: grew while it was scored; run again"
+                )
+            self._check_number()
+            marker = self.cycle.complete("score", self._made_from(), _figures(done), time.monotonic() - started)
+        return {
+            "checkpoints": marker["n_rows"],
+            "images_scored": marker["images_scored"],
+            "images_left_out": marker["left_out"],
+            "seconds": marker["scoring_seconds"],
+            "bookkeeping_seconds": marker["driver_seconds"],
+            **{name: marker[name] for name in ("images_per_s", "startup_s", "hand_outs", "peak_rss_bytes")},
+            "precision": self.config.score.precision,
+            "batch_size": self.config.score.batch_size,
+        }
+
+    def accuracy(self) -> JsonObject:
+        """How often the last checkpoint is right, where the pool knows."""
+        n_classes = self.config.model.num_classes
+        if self.pool.classes is None or len(self.pool.classes) != n_classes or self.elimination is not None:
+            return {}
+        assignments = Assignments.open(self.cycle.assignments)
+        right = total = 0
+        for block in assignments.blocks:
+            (labels,) = self.pool.columns(block.start, block.stop, "label")
+            known = assignments.eligible(block.start, block.stop) & (labels >= 0)
+            last = assignments.read(block.start, block.stop, [len(self.checkpoints.refs) - 1])[0]
+            right += int((last == labels)[known].sum())
+            total += int(known.sum())
+        if not total:
+            return {}
+        accuracy = right / total
+        self.display.say(
+            f"the last checkpoint is right on {accuracy:.4f} of the {total:,} samples whose label is known"
+        )
+        if accuracy < 2 / n_classes:
+            self.display.say(
+                f"warning: that is near chance (1 in {n_classes}); check model.normalize and the order of the classes"
+            )
+        return {"accuracy": accuracy}
+
+    def check_precision(self, n_blocks: int) -> JsonObject:
+        """Score some blocks in fp32 as well, and compare."""
+        if self.config.score.precision == "fp32":
+            raise ConfigError("--check-precision: score.precision is fp32 already")
+        main = Assignments.open(self.cycle.assignments)
+        places = np.linspace(0, len(main.blocks) - 1, min(n_blocks, len(main.blocks)))
+        blocks = [main.blocks[i] for i in sorted({int(place) for place in places})]
+        inside = {block.start for block in blocks}
+        n_rows = len(self.checkpoints.refs)
+        other = Assignments.take_up(
+            self.cycle.folder / f"precision-{n_blocks}.zarr",
+            n_rows=n_rows,
+            n_samples=main.n_samples,
+            block_size=main.block_size,
+            n_classes=main.n_classes,
+            eligible=lambda start, stop: main.eligible(start, stop) & (start in inside),
+            recorded=main.recorded,
+            recorded_from=n_rows - 1,
+            on_damage=self.display.say,
+        )
+        job = replace(self._job(other), precision="fp32", recorded_from=n_rows - 1)
+        self._pass(job, other, Published(self.checkpoints.refs), None, "score in fp32")
+        report = _compare(main, other, blocks, n_rows, self.config.score.budget)
+        self.display.say(
+            f"bf16 against fp32 on {report['images']:,} images: {report['label_agreement']:.2%} of the labels agree, "
+            f"rank correlation of dispersion {report['dispersion_spearman']:.4f}, "
+            f"{report['selection_overlap']:.1%} of the batch is the same"
+        )
+        return report
+
+    def _check_number(self) -> None:
+        refs, wanted = self.checkpoints.refs, self.config.checkpoints
+        if not refs:
+            raise ModelError(
+                f"checkpoints.path: {wanted.path} has no file {wanted.pattern}; wait for them with --watch"
+            )
+        if not self.watch and wanted.expect is not None and len(refs) < wanted.expect:
+            raise ModelError(
+                f"checkpoints.expect: {wanted.expect}, and {len(refs)} are there; wait for the others with --watch"
+            )
+        if len(refs) == 1 and self.config.select.measure in FROM_VOTES:
+            raise ModelError(
+                f"{wanted.path}: one checkpoint only; {self.config.select.measure} of one checkpoint is always 0; keep "
+                "more of them, or set select.measure=margin"
+            )
+        if len(refs) < FEW_CHECKPOINTS:
+            self.display.say(f"warning: {len(refs)} checkpoints only; with so few, most samples have the same score")
+
+    def _made_from(self) -> dict[str, str]:
+        return {
+            "pool": self.pool.content_sha256,
+            "excluded": digest(self.excluded.tolist()),
+            "checkpoints": digest([ref.sha256 for ref in self.checkpoints.refs]),
+        }
+
+    def _fixed(self) -> JsonObject:
+        """What must stay the same: everything that decides the assignments."""
+        free = () if self.config.score.eliminate == "exact" else ("select.", "score.budget")
+        decisive = {name: value for name, value in self.config.decisive().items() if not name.startswith(free or "-")}
+        listed = {name: list(value) if isinstance(value, tuple) else value for name, value in decisive.items()}
+        return {
+            **listed,
+            **inputs.content(self.pool),
+            "excluded samples (pool.exclude)": digest(self.excluded.tolist()),
+        }
+
+    def _excluded(self) -> NDArray[np.int64]:
+        """`sample_index` of the samples that are labelled already, ascending."""
+        if self.config.pool.exclude is None:
+            return np.empty(0, np.int64)
+        ids = read_ids(Path(self.config.pool.exclude), "pool.exclude")
+        found = find(self.pool, ids)
+        if (found < 0).all():
+            raise UserError(f"pool.exclude: none of its {len(ids)} samples, such as {ids[0]}, is in the pool")
+        if (found < 0).any():
+            self.display.say(f"pool.exclude: {int((found < 0).sum())} of its {len(ids)} samples are not in the pool")
+        return np.sort(found[found >= 0])
+
+    def _assignments(self) -> Assignments:
+        n_known = max(len(self.checkpoints.refs), self.config.checkpoints.expect or 0)
+        assignments = Assignments.take_up(
+            self.cycle.assignments,
+            n_rows=n_known if self.elimination is not None else n_known + SPARE_ROWS,
+            n_samples=self.pool.n_samples,
+            block_size=int(self.config.pool.block_size),
+            n_classes=self.config.model.num_classes,
+            eligible=self.eligible.read,
+            recorded=self.config.score.record,
+            recorded_from=self._recorded_from(),
+            on_damage=lambda damage: self._event("damaged_block", reason=f"{damage}; it will be scored again"),
+        )
+        if n_known > assignments.n_rows:
+            why = "with score.eliminate: exact" if self.elimination is not None else "at first"
+            raise UserError(
+                f"{self.cycle.assignments}: laid out {why} for {assignments.n_rows} checkpoints, and there are "
+                f"{n_known}; give another run directory (run=...)"
+            )
+        return assignments
+
+    def _recorded_from(self) -> int:
+        """The first row to record at: the last one, if it is known which that is."""
+        if self.config.score.record_rows == "all":
+            return 0
+        if not self.watch:
+            return len(self.checkpoints.refs) - 1
+        return self.config.checkpoints.expect - 1 if self.config.checkpoints.expect else 0
+
+    def _job(self, assignments: Assignments) -> Job:
+        assert self.config.score.precision != "auto"
+        return Job(
+            pool=self.pool.path,
+            pool_sha256=self.pool.content_sha256,
+            assignments=assignments.path,
+            model=ModelSpec.of(self.config.model, self.pool),
+            precision=self.config.score.precision,
+            batch_size=int(self.config.score.batch_size),
+            device=self.slots.device,
+        )
+
+    def _pass(
+        self,
+        job: Job,
+        assignments: Assignments,
+        producer: Producer,
+        elimination: Elimination | None,
+        title: str = "score",
+    ) -> Scored:
+        return score(
+            job,
+            assignments,
+            self.scorers,
+            producer,
+            elimination=elimination,
+            n_expected=self.config.checkpoints.expect,
+            mixed_hardware=self.config.score.mixed_hardware == "allow",
+            progress=Progress(-1, title),
+            on_progress=self.display.progress,
+            on_event=self._event,
+        )
+
+    def _event(self, name: str, **values: Any) -> None:
+        self.directory.event(name, **values)
+        if name in SPOKEN:
+            self.display.say(f"{name.replace('_', ' ')}: {values['reason']}")
+
+
+class _Watched:
+    """A directory that is being filled: a producer for the scoring loop."""
+
+    def __init__(self, checkpoints: ForeignCheckpoints, config: ForeignConfig, display: Display) -> None:
+        self._checkpoints, self._config, self._display = checkpoints, config.checkpoints, display
+        self._looked = self._grew = time.monotonic()
+
+    def published(self) -> Sequence[CheckpointRef]:
+        return self._checkpoints.refs
+
+    def finished(self) -> bool:
+        now = time.monotonic()
+        if now - self._looked >= LOOK_S:
+            self._looked = now
+            before = len(self._checkpoints.refs)
+            self._checkpoints.look(patient=True)
+            if len(self._checkpoints.refs) > before:
+                self._grew = now
+        n = len(self._checkpoints.refs)
+        if self._config.expect is not None and n >= self._config.expect:
+            return True
+        if now - self._grew < self._config.idle:
+            return False
+        self._display.say(f"no new checkpoint for {self._config.idle:.0f} s: going on with the {n} that are there")
+        return True
+
+    def slots_held(self) -> int:
+        return 0
+
+
+def _figures(done: Scored) -> JsonObject:
+    return {
+        "n_rows": done.n_rows,
+        "n_eligible": (done.images + done.left_out) // max(1, done.n_rows),
+        "images_scored": done.images,
+        "left_out": done.left_out,
+        "images_per_s": round(done.images_predicted / done.seconds, 1) if done.seconds else None,
+        "scoring_seconds": round(done.seconds, 3),
+        "driver_seconds": round(done.driver_s, 3),
+        "hand_outs": done.hand_outs,
+        "startup_s": round(done.startup_s, 3),
+        "peak_rss_bytes": {"driver": peak_rss_bytes(), "actor": done.actor_rss_bytes},
+    }
+
+
+def _compare(main: Assignments, other: Assignments, blocks: list[Block], n_rows: int, budget: int) -> JsonObject:
+    """What another precision changes, on some blocks. Cells that elimination left out are not compared."""
+    rows, agreeing, compared = range(n_rows), 0, 0
+    dispersions: list[list[NDArray[np.float64]]] = [[], []]
+    for block in blocks:
+        votes = [each.read(block.start, block.stop, rows) for each in (main, other)]
+        assigned = (votes[0] < main.n_classes) & (votes[1] < main.n_classes)
+        agreeing += int((votes[0] == votes[1])[assigned].sum())
+        compared += int(assigned.sum())
+        complete = assigned.all(axis=0)
+        for kept, vote in zip(dispersions, votes, strict=True):
+            kept.append(dispersion(Votes(vote[:, complete], main.n_classes)))
+    first, second = (np.concatenate(parts) for parts in dispersions)
+    share = max(1, round(budget * len(first) / sum(int(main.eligible(b.start, b.stop).sum()) for b in main.blocks)))
+    batches = [_top(scores, share) for scores in (first, second)]
+    same_rank = bool(np.array_equal(first, second))
+    return {
+        "blocks": len(blocks),
+        "images": len(first),
+        "label_agreement": agreeing / max(1, compared),
+        "dispersion_spearman": 1.0 if same_rank else float(spearmanr(first, second).statistic),
+        "selection_overlap": len(batches[0] & batches[1]) / share,
+    }
+
+
+def _top(scores: NDArray[np.float64], k: int) -> set[int]:
+    top = TopK(k)
+    n = len(scores)
+    index = np.arange(n, dtype=np.int64)
+    top.add(Candidates(index, scores.astype(np.float32), np.zeros(n, np.float16), index.astype(np.uint64)))
+    return set(top.result()[0].index.tolist())

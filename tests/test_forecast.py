@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distal.config import load_any
+from distal.errors import PoolError
+from distal.forecast import forecast
+from distal.pool import Pool
+from tests.helpers import foreign_config, small_config, write_checkpoints
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_a_run_of_the_small_pool(pool: Pool, tmp_path: Path) -> None:
+    """240 samples, 238 readable, 24 labelled first; four blocks, three checkpoints."""
+    plan = forecast(small_config(tmp_path / "run", pool, None))
+    assert (plan["candidates"], plan["checkpoints"], plan["blocks"]) == (214, 3, 4)
+    assert plan["forwards"] == 3 * 214
+    assert plan["objects"]["assignments"] == 12
+    assert plan["objects"]["recorded"] == 4
+    assert plan["disk_bytes"]["assignments"] == 3 * 240
+    assert plan["disk_bytes"]["total"] == sum(v for k, v in plan["disk_bytes"].items() if k != "total")
+    assert set(plan["memory_bytes"]) == {"driver", "scoring actor", "reducer", "training rank"}
+    assert [way["forwards"] for way in plan["alternatives"]] == [2 * 214, 3 * 107, 474]
+    assert plan["warnings"] == []
+
+
+def test_a_pool_that_is_not_packed_yet() -> None:
+    plan = forecast(load_any(CONFIGS / "quickstart.yaml", ["pool.path=/no/such/pool"]))
+    assert (plan["samples"], plan["candidates"], plan["forwards"]) == (10_000, 9_700, 15 * 9_700)
+
+
+def test_a_directory_of_checkpoints(pool: Pool, tmp_path: Path) -> None:
+    with pytest.raises(PoolError, match=r"has no file \*.pt yet; set checkpoints.expect to plan"):
+        forecast(foreign_config(tmp_path / "run", pool, tmp_path / "ck"))
+    write_checkpoints(tmp_path / "ck", pool, range(4))
+    assert forecast(foreign_config(tmp_path / "run", pool, tmp_path / "ck"))["forwards"] == 4 * 238
+    many = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "checkpoints.expect=50000", "score.budget=500")
+    warnings = forecast(many)["warnings"]
+    assert warnings[0].startswith("200,")
+    assert "more than 100,000" in warnings[0]
+    assert "the budget of 500 is more than the 238 candidates" in warnings[1]
