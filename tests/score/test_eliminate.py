@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 
@@ -33,13 +34,13 @@ def stored(labels: np.ndarray, eligible: np.ndarray, n_classes: int, block_size:
     array = np.full((T, N), UNASSIGNED, np.uint8)
     done: set[tuple[int, int]] = set()
     decided: list[Barrier] = []
-    while True:
+    for attempt in itertools.count(1):
         plan = Plan(T, len(blocks), done, barriers=barrier_rows(T), passed=len(decided))
         unpublished, histograms = deque(range(T)), {}
         for actor in range(rng.randint(1, 3)):
             plan.actor_joined(actor)
         in_hand: list = []
-        for _ in range(rng.randint(1, 60)):
+        for _ in range(rng.randint(1, 30) * attempt):  # votes are counted again in each attempt
             if unpublished and rng.random() < 0.5:
                 plan.published(unpublished.popleft())
             if plan.at_barrier:
@@ -69,6 +70,7 @@ def stored(labels: np.ndarray, eligible: np.ndarray, n_classes: int, block_size:
                 if remaining is not None:
                     assert [int(complete[b.start : b.stop].sum()) for b in blocks] == list(remaining)
                 return array
+    raise AssertionError
 
 
 @st.composite
