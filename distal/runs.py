@@ -343,6 +343,7 @@ def _summarize(cycle: Cycle) -> JsonObject:
         "test_accuracy": markers["test"].get("test_accuracy"),
         "seconds": {stage: marker["seconds"] for stage, marker in markers.items() if marker},
         "images_scored": markers["score"]["images_scored"],
+        "left_out": markers["score"]["left_out"],
         "n_selected": markers["select"]["n_selected"],
         "tie_share": markers["select"]["tie_share"],
         "selection_sha256": markers["select"]["selection_sha256"],

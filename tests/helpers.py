@@ -104,7 +104,7 @@ def write_checkpoints(folder: Path, pool: Pool, rows: Sequence[int]) -> None:
     for row in rows:
         other = seeded_build(spec, seed=row + 1, cycle=0).state_dict()
         state = {
-            name: value.lerp(other[name], 0.5) if value.is_floating_point() else value
+            name: value.lerp(other[name], 0.3) if value.is_floating_point() else value
             for name, value in settled.items()
         }
         path = folder / f"epoch{row + 1}.pt"

@@ -91,7 +91,7 @@ def test_nothing_recorded_nothing_reduced(pool: Pool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [range(2, 5), [0, 2, 4], [1]])
 def test_a_window_is_the_same_as_those_rows_alone(pool: Pool, tmp_path: Path, eligible: np.ndarray, rows) -> None:
     assignments = filled(tmp_path / "a.zarr", pool, 64)
-    scores = reduce(assignments, pool, tmp_path / "scores.zarr", rows=rows)
+    scores = reduce(assignments, pool, tmp_path / "scores.zarr", rows=rows, measures=tuple(FROM_VOTES))
     counted = Votes(assignments.read(0, N)[list(rows)], CLASSES)
     for name, measure in FROM_VOTES.items():
         expected = np.where(eligible, measure(counted), np.nan).astype(np.float32)

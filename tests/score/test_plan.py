@@ -247,8 +247,8 @@ def test_hand_outs_get_smaller_towards_the_end() -> None:
             plan.done(one)
         work = plan.next_work()
     assert plan.finished
-    assert sizes == sorted(sizes, reverse=True)
     assert (sizes[0], sizes[-1]) == (MAX_ROWS, 1)
+    assert max(sizes[len(sizes) // 2 :]) <= 2
 
 
 def test_rows_that_were_not_published_are_no_rows() -> None:
