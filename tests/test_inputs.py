@@ -16,21 +16,23 @@ def test_what_auto_comes_to(pool: Pool, tmp_path: Path) -> None:
         "device": "cpu",
         "pool.block_size": 128,
         "train.threads": 4,
-        "score.precision": "fp32",
-        "score.batch_size": 128,  # about 114 of the 128 images of a block are eligible
     }
+    resolved = inputs.resolved(config, inputs.constants(config, pool, divide([Node(8)], "auto")))
+    assert resolved.autos() == ["score.batch_size"]  # tried on a scoring actor
+    assert inputs.eligible_per_block(resolved, pool, n_labeled=24) == 114  # of the 128 images of a block
     assert inputs.constants(config, pool, divide([Node(8, gpus=2)], "auto"))["device"] == "cuda"
 
 
 def test_what_is_given_is_taken(pool: Pool, tmp_path: Path) -> None:
-    config = small_config(tmp_path / "run", pool, None, "score.batch_size=7")
+    config = small_config(tmp_path / "run", pool, None)
     constants = inputs.constants(config, pool, divide([Node(8)], "auto"))
-    assert (constants["pool.block_size"], constants["score.batch_size"], constants["train.threads"]) == (64, 7, 1)
+    assert (constants["pool.block_size"], constants["train.threads"]) == (64, 1)
 
 
 def test_what_auto_came_to_holds_on_another_machine(pool: Pool, tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", pool, None, *AUTO)
-    here = inputs.constants(config, pool, divide([Node(8)], "auto"))
+    tried = {"score.batch_size": 64}
+    here = inputs.constants(config, pool, divide([Node(8)], "auto")) | tried
     there = inputs.constants(config, pool, divide([Node(2)], "auto"))
     assert here != there
     resolved = inputs.resolved(config, here)

@@ -49,7 +49,9 @@ def test_selection_is_the_order_of_promise_4(
     scores, assignments, score, margin = stored
     monkeypatch.setattr(batch, "STRIPE_SAMPLES", stripe)
     config = SelectConfig(tie_break=tie_break)
-    selection = select(scores, assignments, pool, config, tmp_path / "s.parquet", budget=50, seed=9, cycle=2)
+    selection = select(
+        scores, assignments, pool, config, tmp_path / "s.parquet", last_row=0, budget=50, seed=9, cycle=2
+    )
     hashes = mix64("tie", 9, 2, sample_keys(ids()))
     order = sorted(
         (i for i in range(N) if score[i] == score[i]),
@@ -72,7 +74,9 @@ def test_another_seed_or_cycle_breaks_ties_in_another_way(pool: Pool, tmp_path: 
     scores, assignments, _, _ = stored
 
     def chosen(seed: int, cycle: int) -> list[int]:
-        selection = select(scores, assignments, pool, SelectConfig(), tmp_path / "s", budget=20, seed=seed, cycle=cycle)
+        selection = select(
+            scores, assignments, pool, SelectConfig(), tmp_path / "s", last_row=0, budget=20, seed=seed, cycle=cycle
+        )
         return selection.indices.tolist()
 
     assert chosen(0, 0) == chosen(0, 0)
@@ -82,14 +86,18 @@ def test_another_seed_or_cycle_breaks_ties_in_another_way(pool: Pool, tmp_path: 
 
 def test_more_than_there_is(pool: Pool, tmp_path: Path, stored) -> None:
     scores, assignments, score, _ = stored
-    selection = select(scores, assignments, pool, SelectConfig(), tmp_path / "s", budget=1000, seed=0, cycle=0)
+    selection = select(
+        scores, assignments, pool, SelectConfig(), tmp_path / "s", last_row=0, budget=1000, seed=0, cycle=0
+    )
     assert len(selection) == np.count_nonzero(~np.isnan(score))
     assert selection.tie_share == 0
 
 
 def test_tie_share(pool: Pool, tmp_path: Path, stored) -> None:
     scores, assignments, score, _ = stored
-    selection = select(scores, assignments, pool, SelectConfig(), tmp_path / "s", budget=50, seed=0, cycle=0)
+    selection = select(
+        scores, assignments, pool, SelectConfig(), tmp_path / "s", last_row=0, budget=50, seed=0, cycle=0
+    )
     cut = selection.table["dispersion"].to_numpy()[-1]
     above = np.count_nonzero(score > cut)
     assert selection.tie_share == (50 - above) / 50
