@@ -25,6 +25,11 @@ def conditions() -> dict[str, Any]:
     }
 
 
+def peak_rss_bytes() -> int:
+    """The most memory this process has had. Not `ru_maxrss`: that starts with the memory of the parent process."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def report(title: str, rows: list[dict[str, Any]], out: Path | None, **facts: Any) -> None:
     """Print a Markdown table with its conditions; write the same as JSON."""
     where = conditions() | facts

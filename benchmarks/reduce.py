@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from common import report
+from common import peak_rss_bytes, report
 
 from distal.assignments import Assignments, dtype_for
 from distal.kernels import mode_counts
@@ -126,8 +126,6 @@ def _reduce(folder: Path) -> str:
 
 
 def child(folder: Path) -> None:
-    import resource
-
     from distal.pool import Pool
     from distal.reduce.stream import Reduction, reduce
 
@@ -138,7 +136,7 @@ def child(folder: Path) -> None:
     reduction = Reduction(assignments, pool, ("dispersion",), range(assignments.n_rows))
     reduce(reduction, folder / "scores.zarr")
     took = time.perf_counter() - started
-    print(json.dumps({"seconds": took, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(json.dumps({"seconds": took, "peak": peak_rss_bytes()}))
 
 
 def main() -> None:

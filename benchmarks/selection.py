@@ -9,12 +9,11 @@ argsort of the same keys, and numpy's argpartition, which decides no tie.
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from pathlib import Path
 
 import numpy as np
-from common import report
+from common import peak_rss_bytes, report
 
 from distal.acquire.topk import Candidates, TopK
 from distal.hashing import mix64
@@ -48,7 +47,7 @@ def main() -> None:
     began = time.perf_counter()
     chosen, _ = top.result()
     seconds += time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = peak_rss_bytes() / 2**20
     rows = [{"variant": "distal, streaming", "samples": options.samples, "seconds": seconds, "peak MiB": peak}]
 
     whole = stripe(0, options.compare)

@@ -14,10 +14,11 @@ import pytest
 
 from distal import cli
 from distal.pool import Pool
-from tests.helpers import small_overrides, write_source
+from tests.helpers import small_overrides, write_checkpoints, write_source
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
+SCORE = str(ROOT / "configs" / "score.yaml")
 
 
 def distal(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -101,6 +102,31 @@ def test_pool_build_with_other_columns(cluster: str, tmp_path: Path) -> None:
     assert sum(described["classes"].values()) == described["n_labeled"] == 20
 
 
+def test_score_then_reduce_and_select(cluster: str, pool: Pool, tmp_path: Path) -> None:
+    write_checkpoints(tmp_path / "ck", pool, range(5))
+    config = ROOT / "configs" / "score.yaml"
+    overrides = [f"run={tmp_path / 'run'}", f"pool.path={pool.path}", f"checkpoints.path={tmp_path / 'ck'}"]
+    overrides += ["model.name=small_cnn", "model.num_classes=4", "score.budget=10", f"ray.address={cluster}"]
+    refused = distal("score", str(config), *overrides)
+    assert refused.returncode == 2
+    assert "model.normalize: 3 values of mean and std, and the images have 1 channel" in refused.stderr
+    overrides += ["model.normalize=pool", "score.precision=fp32", "score.batch_size=32"]
+    result = distal("score", str(config), *overrides, "--json")
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert (told["state"], told["checkpoints"], told["images_scored"]) == ("complete", 5, 5 * 238)
+    assert json.loads(distal("status", told["run"], "--json").stdout)["state"] == "complete"
+    reduced = json.loads(distal("reduce", told["run"], "--measure=gini", "--last=0.5", "--json").stdout)
+    assert reduced["analyses"][0]["checkpoints"] == 3
+    chosen = json.loads(distal("select", told["run"], "--budget=10", "--json").stdout)
+    assert chosen["selection_sha256"] == told["selection_sha256"]
+    empty = distal("select", told["run"], "--budget=10", "--from=9")
+    assert empty.returncode == 2
+    assert "window from=9 selects no checkpoint: there are 5" in empty.stderr
+    plan = json.loads(distal("plan", str(config), *overrides, "--json").stdout)
+    assert plan["forwards"] == told["images_scored"]
+
+
 def test_init_writes_a_configuration_that_loads(tmp_path: Path) -> None:
     path = tmp_path / "new" / "mine.yaml"
     assert json.loads(distal("init", str(tmp_path / "other.yaml"), "--json").stdout) == {
@@ -124,6 +150,9 @@ def test_init_writes_a_configuration_that_loads(tmp_path: Path) -> None:
         (["run", CONFIG, "pool.source=null", "pool.path=/no/pool"], "/no/pool: no such pool; make it with"),
         (["run", CONFIG, "pool.path=s3://bucket/pool"], "only local and shared file systems"),
         (["run", CONFIG, f"run={CONFIG}"], "quickstart.yaml"),
+        (["score", CONFIG], "unknown key loop; known keys: checkpoints, device, model, pool"),
+        (["score", SCORE, "--expect-accuracy=0.5"], "--expect-accuracy needs --check FILE"),
+        (["score", SCORE, "pool.path=/no/pool"], "/no/pool: no such pool"),
         (["init", f"{CONFIG}/mine.yaml"], "quickstart.yaml: file exists; give a path that can be used"),
         (["status", CONFIG], "quickstart.yaml/run.yaml: not a directory"),
         (["status", "/no/run"], "/no/run: no run here (run.yaml is missing)"),

@@ -208,7 +208,8 @@ class Pool:
     def _samples(self) -> pq.ParquetFile:
         try:
             with parquet_errors(self.path / SAMPLES):
-                return pq.ParquetFile(self.path / SAMPLES, memory_map=True, page_checksum_verification=True)
+                # Not mapped: the pages of a mapped file stay in memory, some bytes for every sample.
+                return pq.ParquetFile(self.path / SAMPLES, page_checksum_verification=True)
         except FileNotFoundError:
             raise Damage(f"{self.path / SAMPLES}: missing") from None
 

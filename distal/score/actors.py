@@ -373,7 +373,11 @@ def _ahead(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
 
 def peak_rss_bytes() -> int:
     """The most memory this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):  # not Linux, where getrusage would also count the process that started this one
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _pieces(pool: Pool, block: Block, eligible: NDArray[np.bool_], batch_size: int) -> Iterator[_Piece]:
