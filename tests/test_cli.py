@@ -150,7 +150,7 @@ def test_init_writes_a_configuration_that_loads(tmp_path: Path) -> None:
         (["run", CONFIG, "pool.source=null", "pool.path=/no/pool"], "/no/pool: no such pool; make it with"),
         (["run", CONFIG, "pool.path=s3://bucket/pool"], "only local and shared file systems"),
         (["run", CONFIG, f"run={CONFIG}"], "quickstart.yaml"),
-        (["score", CONFIG], "unknown key loop; known keys: checkpoints, device, model, pool"),
+        (["score", CONFIG], "unknown key pool.test; known keys: pool.block_size, pool.exclude"),
         (["score", SCORE, "--expect-accuracy=0.5"], "--expect-accuracy needs --check FILE"),
         (["score", SCORE, "pool.path=/no/pool"], "/no/pool: no such pool"),
         (["init", f"{CONFIG}/mine.yaml"], "quickstart.yaml: file exists; give a path that can be used"),
