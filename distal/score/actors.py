@@ -557,6 +557,7 @@ class _Pass:
         for actor in self.scorers.actors:
             self._greet(actor)
         polled = -POLL_S
+        self._look_for_checkpoints()  # also when nothing is left to score: the figures are of all checkpoints
         while not self.plan.finished:
             if time.monotonic() - polled >= POLL_S:
                 polled = time.monotonic()

@@ -202,6 +202,8 @@ def test_only_what_is_missing_is_scored(
     run(job, assignments, scorers, 1)
     untouched = assignments.path / "assignments/c/0/0"
     stamp = untouched.stat().st_mtime_ns
+    again = run(job, assignments, scorers, 1)  # nothing is missing, and the figures are those of the whole array
+    assert (again.images, again.n_rows, again.left_out) == (ROWS * 238, ROWS, 0)
     for lost in ("0/3", "2/0", "3/7"):
         (assignments.path / "assignments/c" / lost).unlink()
     run(job, assignments, scorers, 2)
