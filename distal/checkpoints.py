@@ -118,22 +118,6 @@ class Queue:
         return False
 
 
-def wait_for(folder: Path, n: int) -> list[int]:
-    """Wait until the checkpoints 0 .. n - 1 can be seen, after they have been written.
-
-    A shared file system may show a new file to other nodes some time later.
-
-    Returns:
-        Those that are not here after `VISIBLE_S` seconds.
-    """
-    deadline = time.monotonic() + VISIBLE_S
-    while True:
-        missing = sorted(set(range(n)) - set(committed(folder)))
-        if not missing or time.monotonic() > deadline:
-            return missing
-        time.sleep(0.5)
-
-
 def load(checkpoint: CheckpointRef) -> StateDict:
     """The weights of a checkpoint, on the CPU.
 

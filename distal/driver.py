@@ -395,16 +395,7 @@ class _Driver:
 
     def _job(self, cycle: Cycle, pool: Pool, assignments: Path) -> Job:
         config = _begun(cycle)
-        assert config.score.precision != "auto"
-        return Job(
-            pool=pool.path,
-            pool_sha256=pool.content_sha256,
-            assignments=assignments,
-            model=ModelSpec.of(config.model, self.pool),
-            precision=config.score.precision,
-            batch_size=int(config.score.batch_size),
-            device=self.slots.device,
-        )
+        return new_job(config, pool, ModelSpec.of(config.model, self.pool), assignments, self.slots.device)
 
     def _fill(
         self,
@@ -553,6 +544,20 @@ def new_scorers(config: Root, slots: cluster.Slots, attempt: str) -> Scorers:
     )
 
 
+def new_job(config: Root, pool: Pool, model: ModelSpec, assignments: Path, device: str) -> Job:
+    """What scoring actors are told: these images, by this network, into these assignments."""
+    assert config.score.precision != "auto"
+    return Job(
+        pool=pool.path,
+        pool_sha256=pool.content_sha256,
+        assignments=assignments,
+        model=model,
+        precision=config.score.precision,
+        batch_size=int(config.score.batch_size),
+        device=device,
+    )
+
+
 def choose(
     config: Config | ForeignConfig,
     scorers: Scorers,
@@ -564,15 +569,8 @@ def choose(
     """What precision and batch size come to, tried on a scoring actor where they say `auto`."""
     precision, batch_size = config.score.precision, config.score.batch_size
     if precision == "auto" or batch_size == "auto":
-        job = Job(
-            pool=pool.path,
-            pool_sha256=pool.content_sha256,
-            assignments=directory.path,
-            model=ModelSpec.of(config.model, pool),
-            precision="fp32",
-            batch_size=1,
-            device=slots.device,
-        )
+        tried = config.with_values({"score.precision": "fp32", "score.batch_size": 1})
+        job = new_job(tried, pool, ModelSpec.of(config.model, pool), directory.path, slots.device)
         per_block = inputs.eligible_per_block(config, pool, n_labeled)
         precision, batch_size = scorers.choose(job, precision, batch_size, per_block)
     return {"score.precision": precision, "score.batch_size": batch_size}

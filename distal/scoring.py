@@ -21,7 +21,7 @@ from distal import analysis, cluster, inputs
 from distal.acquire.topk import Candidates, TopK
 from distal.assignments import Assignments, dtype_for
 from distal.config import ForeignConfig
-from distal.driver import SPOKEN, choose, new_scorers
+from distal.driver import SPOKEN, choose, new_job, new_scorers
 from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError, UserError
 from distal.foreign import ForeignCheckpoints, check_fits
@@ -320,16 +320,8 @@ class _Scoring:
         return self.config.checkpoints.expect - 1 if self.config.checkpoints.expect else 0
 
     def _job(self, assignments: Assignments) -> Job:
-        assert self.config.score.precision != "auto"
-        return Job(
-            pool=self.pool.path,
-            pool_sha256=self.pool.content_sha256,
-            assignments=assignments.path,
-            model=ModelSpec.of(self.config.model, self.pool),
-            precision=self.config.score.precision,
-            batch_size=int(self.config.score.batch_size),
-            device=self.slots.device,
-        )
+        model = ModelSpec.of(self.config.model, self.pool)
+        return new_job(self.config, self.pool, model, assignments.path, self.slots.device)
 
     def _pass(
         self,

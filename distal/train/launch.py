@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distal import checkpoints
-from distal.errors import Damage, DistalError, Superseded, TrainingFailed
+from distal.errors import DistalError, Superseded, TrainingFailed
 from distal.storage import remove_tree, write_bytes
 from distal.train.loop import TrainJob, train_rank
 
@@ -94,12 +95,9 @@ def train(
                     f"the last reason: {reason}"
                 ) from error
     remove_tree(_storage(job))
-    missing = checkpoints.wait_for(job.checkpoints, len(job.config.checkpoint_epochs))
-    if missing:
-        raise Damage(
-            f"{job.checkpoints}: all ranks are done, and checkpoint {missing[0]} is not here; "
-            "every node must see the run directory at the same path"
-        )
+    published = checkpoints.Queue(job.checkpoints, len(job.config.checkpoint_epochs))
+    while not published.complete():
+        time.sleep(0.5)
 
 
 def abandon(job: TrainJob, given_up: threading.Event) -> None:

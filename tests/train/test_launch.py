@@ -155,7 +155,7 @@ def test_a_checkpoint_that_was_lost_is_not_trained_again(
     shutil.copytree(one_rank.folder, tmp_path / "copy")
     copy = replace(one_rank, folder=tmp_path / "copy")
     (copy.checkpoints / "0000" / "manifest.json").unlink()
-    with pytest.raises(Damage, match="all ranks are done, and checkpoint 0 is not here"):
+    with pytest.raises(Damage, match="training is complete, and checkpoint 0 is not here"):
         train(copy, ranks(1))
 
 
