@@ -24,7 +24,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from distal.errors import Damage, one_line
 from distal.records import JsonObject
-from distal.storage import disk_errors
+from distal.storage import FORMAT, disk_errors, flush, is_durable, require_format
 
 
 def create_array(
@@ -53,7 +53,7 @@ def create_array(
 def create_group(path: Path) -> None:
     """Make an empty group; an older one is replaced."""
     with disk_errors(path):
-        zarr.create_group(path, overwrite=True)
+        zarr.create_group(path, overwrite=True, attributes={"format": FORMAT})
 
 
 def set_attributes(path: Path, attributes: JsonObject) -> None:
@@ -67,12 +67,15 @@ def get_attributes(path: Path) -> JsonObject:
 
     Raises:
         Damage: the metadata is not valid.
+        UnknownFormat: it was written by a version with another format.
     """
     with _decoding(lambda: f"{path}: cannot be opened"):
         try:
-            return zarr.open_group(path, mode="r").attrs.asdict()
+            attributes = zarr.open_group(path, mode="r").attrs.asdict()
         except FileNotFoundError:
             return {}
+    require_format(path, attributes.pop("format", None))
+    return attributes
 
 
 class Array:
@@ -99,6 +102,9 @@ class Array:
         """Write a region made of whole chunks; each appears at once or not at all. Raises DiskFull."""
         with disk_errors(self.path):
             self._array[where] = values
+        if is_durable():
+            for index in self._touched(self._spans(where)):
+                flush(self.chunk_path(*index))
 
     def read(self, where: tuple[slice, ...], *, complete: bool = True) -> NDArray[Any]:
         """Read a region; trailing axes may be left out.
@@ -109,14 +115,11 @@ class Array:
         Raises:
             Damage: naming the first chunk that is missing or does not decode.
         """
-        spans = [
-            (where[axis] if axis < len(where) else slice(None)).indices(n)[:2] for axis, n in enumerate(self.shape)
-        ]
+        spans = self._spans(where)
         region = np.empty([max(0, stop - start) for start, stop in spans], self.dtype)
         if not region.size:
             return region
-        touched = [range(start // n, -(-stop // n)) for (start, stop), n in zip(spans, self.chunks, strict=True)]
-        for index in itertools.product(*touched):
+        for index in self._touched(spans):
             begins = [i * n for i, n in zip(index, self.chunks, strict=True)]
             shared = [
                 (max(start, begin), min(stop, begin + n))
@@ -136,6 +139,21 @@ class Array:
                     tuple(slice(low - b, high - b) for (low, high), b in zip(shared, begins, strict=True))
                 ]
         return region
+
+    def _spans(self, where: tuple[int | slice, ...]) -> list[tuple[int, int]]:
+        """[start, stop) of a region along each axis."""
+        spans = []
+        for axis, n in enumerate(self.shape):
+            part = where[axis] if axis < len(where) else slice(None)
+            start, stop, _ = (part if isinstance(part, slice) else slice(part, part + 1)).indices(n)
+            spans.append((start, stop))
+        return spans
+
+    def _touched(self, spans: list[tuple[int, int]]) -> Iterator[tuple[int, ...]]:
+        """Indices of the chunks that hold a part of a region."""
+        return itertools.product(
+            *(range(start // n, -(-stop // n)) for (start, stop), n in zip(spans, self.chunks, strict=True))
+        )
 
     def _decode(self, index: tuple[int, ...]) -> NDArray[Any]:
         """One whole chunk. At the end of an axis it reaches beyond the array, as Zarr stores it."""

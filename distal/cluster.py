@@ -8,11 +8,12 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from distal.errors import ConfigError
+from distal.storage import DURABLE
 
 ROLE_LABEL = "distal-role"
 
@@ -169,6 +170,7 @@ def _init(address: str) -> None:
         include_dashboard=False if address == "local" else None,
         log_to_driver=False,
         logging_level=logging.WARNING,
+        runtime_env={"env_vars": {DURABLE: os.environ[DURABLE]}} if DURABLE in os.environ else None,
     )
 
 
@@ -212,8 +214,58 @@ def find_slots(device: str) -> Slots:
     return divide(nodes, device)
 
 
+def scoring_slots(device: str) -> int:
+    """Slots of the nodes that may score now; 0 when all of them are away."""
+    try:
+        return find_slots(device).scoring
+    except ConfigError:
+        return 0
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of a node.
+
+    Attributes:
+        started: when, in seconds since 1970: a process id is used again.
+    """
+
+    node_id: str
+    pid: int
+    started: float
+
+
+def this_process() -> Process:
+    """The process of the actor or task that calls this."""
+    import psutil
+    import ray
+
+    return Process(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+
+
+def kill(process: Process) -> None:
+    """SIGKILL a process of the cluster, without waiting for it.
+
+    For one that `ray.kill` does not reach because it is stopped or hangs: it would keep its slot for ever.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+    ray.remote(num_cpus=0, scheduling_strategy=there)(_kill).remote(process)
+
+
+def _kill(process: Process) -> None:
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        found = psutil.Process(process.pid)
+        if abs(found.create_time() - process.started) < 1:
+            found.kill()
 
 
 def in_tasks(work: Callable[[Item], Item], items: Sequence[Item]) -> Iterator[Item]:

@@ -260,6 +260,9 @@ class ScoreConfig(Section):
         ANY_TIME,
     )
     cache_gb: float = key(1.0, "Decoded images that one actor keeps in memory, in GiB.", ANY_TIME, ge=0)
+    stuck_after: float = key(
+        600.0, "Seconds without a finished batch after which a scoring actor is replaced.", ANY_TIME, gt=0
+    )
     eliminate: Literal["none", "exact"] = key(
         "none",
         "exact: from half of the checkpoints on, leave out samples that can no longer be selected. The selection stays "
@@ -296,6 +299,12 @@ class Root(Section):
     seed: Integer = key(0, "Seed of every random draw.", NEVER, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "Where training and scoring run. auto: cuda when the cluster has a GPU."
+    )
+    durable: bool = key(
+        False,
+        "Have every file on the disk before it counts, so that a power loss loses no more than a killed process does. "
+        "Slower.",
+        ANY_TIME,
     )
     pool: PoolSource
     ray: RayConfig = RayConfig()

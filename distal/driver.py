@@ -27,6 +27,7 @@ from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError
 from distal.hashing import digest
 from distal.labels.oracle import choose_initial, label_from_pool
+from distal.lease import Lease
 from distal.ledger import Ledger
 from distal.models import ModelSpec
 from distal.monitor import Display, Silent
@@ -37,13 +38,21 @@ from distal.reduce.stream import Reduction, reduce
 from distal.runs import Cycle, Run
 from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, score
 from distal.scores import Scores
-from distal.storage import sha256
+from distal.storage import DURABLE, sha256
 from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob
 
 SCORER_THREADS = 1
 ALWAYS_REDUCED = ("dispersion", "vote_entropy", "flips")
-SPOKEN = {"training_waits", "training_failed", "actor_lost", "actor_refused", "block_failed", "damaged_block"}
+SPOKEN = {
+    "training_waits",
+    "training_failed",
+    "scoring_waits",
+    "actor_lost",
+    "actor_refused",
+    "block_failed",
+    "damaged_block",
+}
 
 
 def run(config: Config, display: Display | None = None) -> JsonObject:
@@ -67,9 +76,17 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
             pool = inputs.open_pool(config, connect, display)
             test = inputs.open_test_pool(config, connect, display)
             inputs.check(config, pool, test)
+            lease = stack.enter_context(begin(config, directory, display))
             connect()
-            _Driver(config, directory, pool, test, display).run()
+            _Driver(config, directory, pool, test, display, lease).run()
     return {"state": "complete", "run": str(directory.path), **directory.write_summary()}
+
+
+def begin(config: Root, directory: Run, display: Display) -> Lease:
+    """Whether files are to be durable is known to every process from now on; and the right to drive the run."""
+    os.environ[DURABLE] = "1" if config.durable else "0"
+    directory.require_own_folder()
+    return Lease(directory.path, directory.attempt, display.say)
 
 
 def _is_complete(directory: Run, config: Config) -> bool:
@@ -91,8 +108,10 @@ def _is_complete(directory: Run, config: Config) -> bool:
 class _Driver:
     """One attempt at a run."""
 
-    def __init__(self, config: Config, directory: Run, pool: Pool, test: Pool | None, display: Display) -> None:
-        self.directory, self.pool, self.test, self.display = directory, pool, test, display
+    def __init__(
+        self, config: Config, directory: Run, pool: Pool, test: Pool | None, display: Display, lease: Lease
+    ) -> None:
+        self.directory, self.pool, self.test, self.display, self.lease = directory, pool, test, display, lease
         # What `auto` came to when the run began holds, also on a machine where it would come to something else.
         kept = directory.identity["constants"] if directory.identity else {}
         device = kept.get("device", config.device) if config.device == "auto" else config.device
@@ -313,7 +332,7 @@ class _Driver:
             scores = reduce(
                 reduction,
                 cycle.scores,
-                on_progress=lambda done, total: self.display.progress(
+                on_progress=lambda done, total: self._progress(
                     Progress(cycle.index, "reduce", images_scored=done, images=total)
                 ),
             )
@@ -362,6 +381,7 @@ class _Driver:
         self, cycle: Cycle, stage: str, made_from: Callable[[], dict[str, str]], work: Callable[[], JsonObject]
     ) -> None:
         """Run a stage unless it is complete, and log that it has been."""
+        self.lease.check()
         complete = cycle.marker(stage) is not None
         marker = cycle.run_stage(stage, made_from, work)
         if not complete:
@@ -413,8 +433,9 @@ class _Driver:
             elimination=elimination,
             n_expected=assignments.n_rows,
             mixed_hardware=self.config.score.mixed_hardware == "allow",
+            stuck_after=self.config.score.stuck_after,
             progress=progress,
-            on_progress=self.display.progress,
+            on_progress=self._progress,
             on_event=partial(self._event, cycle=progress.cycle),
         )
 
@@ -446,6 +467,10 @@ class _Driver:
                 f"train.init: warm continues with the network of cycle {cycle.index - 1}, and the model section has "
                 "changed since; set train.init=scratch, or put the model back"
             )
+
+    def _progress(self, progress: Progress) -> None:
+        self.lease.check()
+        self.display.progress(progress)
 
     def _event(self, name: str, **values: Any) -> None:
         """Log what happened, and say it if a person should know."""
@@ -538,7 +563,7 @@ def new_scorers(config: Root, slots: cluster.Slots, attempt: str) -> Scorers:
         f"scorer-{attempt}",
         {"num_cpus": SCORER_THREADS, **gpu, "label_selector": slots.selectors["score"]},
         asked=None if config.score.actors == "auto" else config.score.actors,
-        slots=slots.scoring,
+        slots=partial(cluster.scoring_slots, slots.device),
         cache_bytes=int(config.score.cache_gb * 2**30),
         threads=SCORER_THREADS,
     )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distal.errors import SourceError, one_line
 from distal.hashing import sample_keys
 from distal.pool import Pool
 from distal.records import STRIPE_SAMPLES, split_blocks
-from distal.storage import read_table
 
 
 def read_ids(path: Path, key: str) -> list[str]:
@@ -27,7 +28,7 @@ def read_ids(path: Path, key: str) -> list[str]:
         SourceError: no such file, no such column, or no id in it.
     """
     if path.suffix.lower() in (".csv", ".parquet"):
-        ids = _columns(path, key, "sample_id")["sample_id"].cast(pa.string()).to_pylist()
+        ids = _columns(path, key, "sample_id")["sample_id"].to_pylist()
     else:
         ids = [line.strip() for line in _text(path, key).splitlines()]
     ids = [sample_id for sample_id in ids if sample_id]
@@ -39,23 +40,25 @@ def read_ids(path: Path, key: str) -> list[str]:
 def read_labels(path: Path, key: str, classes: Sequence[str] | None, n_classes: int) -> tuple[list[str], list[int]]:
     """Ids and labels of a CSV or Parquet file with columns `sample_id` and `label`.
 
-    A label is a class index, or a name of `classes`.
+    A label is a name of `classes`, or else a class index; an integer column of a Parquet file holds indices.
 
     Raises:
-        SourceError: as for `read_ids`, or a label is no class.
+        SourceError: as for `read_ids`, or a label is no class, or a sample is there twice.
     """
     table = _columns(path, key, "sample_id", "label")
-    ids = table["sample_id"].cast(pa.string()).to_pylist()
-    labels = []
-    for sample_id, label in zip(ids, table["label"].to_pylist(), strict=True):
-        if classes is not None and label in classes:
-            label = classes.index(label)
-        index = int(label) if str(label).isdigit() else -1
-        if not 0 <= index < n_classes:
-            raise SourceError(f"{key}: {path}: label {label!r} of {sample_id} is none of the {n_classes} classes")
-        labels.append(index)
+    ids = table["sample_id"].to_pylist()
     if not ids:
         raise SourceError(f"{key}: {path} names no sample")
+    twice = next((sample_id for sample_id, n in Counter(ids).items() if n > 1), None)
+    if twice is not None:
+        raise SourceError(f"{key}: {path}: sample {twice} is there more than once; keep one line of it")
+    named = {name: index for index, name in enumerate(classes or ())}
+    labels = []
+    for sample_id, given in zip(ids, table["label"].to_pylist(), strict=True):
+        label = named.get(given, int(given) if str(given).isdecimal() else -1)
+        if not 0 <= label < n_classes:
+            raise SourceError(f"{key}: {path}: label {given!r} of {sample_id} is none of the {n_classes} classes")
+        labels.append(label)
     return ids, labels
 
 
@@ -76,13 +79,18 @@ def _columns(path: Path, key: str, *names: str) -> pa.Table:
     if not path.is_file():
         raise SourceError(f"{key}: {path}: no such file")
     try:
-        table = read_table(path) if path.suffix.lower() == ".parquet" else pyarrow.csv.read_csv(path)
+        if path.suffix.lower() == ".parquet":
+            table = pq.read_table(path, partitioning=None)
+        else:  # as text: 007 is a name, not a number
+            as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+            table = pyarrow.csv.read_csv(path, convert_options=as_text)
     except Exception as error:
         raise SourceError(f"{key}: {path} cannot be read ({one_line(error)})") from error
     for name in names:
         if name not in table.column_names:
             raise SourceError(f"{key}: {path} has no column {name!r}; it has {', '.join(table.column_names)}")
-    return table
+    index = table.column_names.index("sample_id")
+    return table.set_column(index, "sample_id", table["sample_id"].cast(pa.string())).select(names)
 
 
 def _text(path: Path, key: str) -> str:

@@ -7,6 +7,7 @@
       initial.parquet     the first labelled set
       summary.json        what each finished cycle came to
       events/<attempt>.jsonl   what happened when; for people, no decision reads it
+      driver/             who drives the run; see `lease`
       cycles/003/
         cycle.yaml        the resolved configuration of the cycle
         checkpoints/  assignments.zarr  test.zarr  scores.zarr  selection.parquet  labels.parquet
@@ -245,10 +246,8 @@ class Run:
         Raises:
             RunConflict: the run was begun with something else, or the folder holds something else.
         """
+        self.require_own_folder()
         if self.identity is None:
-            foreign = [name for name in storage.names_in(self.path) if name != "events"]
-            if foreign:
-                raise RunConflict(f"{self.path}: not an empty folder and not a run (it holds {foreign[0]})")
             return
         for name, value in fixed.items():
             kept = self.identity["fixed"].get(name)
@@ -257,6 +256,13 @@ class Run:
                     f"{name}: {_short(kept)} -> {_short(value)}: it is part of what the run in {self.path} is; "
                     "give another run directory (run=...)"
                 )
+
+    def require_own_folder(self) -> None:
+        """Raise RunConflict when the folder holds something else than a run."""
+        ours = ("events", "driver", "run.yaml")
+        foreign = [name for name in storage.names_in(self.path) if name not in ours]
+        if self.identity is None and foreign:
+            raise RunConflict(f"{self.path}: not an empty folder and not a run (it holds {foreign[0]})")
 
     def begin(self, fixed: JsonObject, constants: JsonObject) -> None:
         """Write `run.yaml`, unless the run has begun.

@@ -21,11 +21,12 @@ from distal import analysis, cluster, inputs
 from distal.acquire.topk import Candidates, TopK
 from distal.assignments import Assignments, dtype_for
 from distal.config import ForeignConfig
-from distal.driver import SPOKEN, choose, new_job, new_scorers
+from distal.driver import SPOKEN, begin, choose, new_job, new_scorers
 from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError, UserError
 from distal.foreign import ForeignCheckpoints, check_fits
 from distal.hashing import digest
+from distal.lease import Lease
 from distal.ledger import Ledger
 from distal.lists import find, read_ids, read_labels
 from distal.models import ModelSpec
@@ -75,8 +76,10 @@ def score_directory(
     with ExitStack() as stack:
         connect = cache(partial(stack.enter_context, cluster.connect(config.ray.address)))
         pool = inputs.open_pool(config, connect, display)
+        directory = Run(Path(config.run))
+        lease = stack.enter_context(begin(config, directory, display))
         connect()
-        scoring = _Scoring(config, pool, display, watch)
+        scoring = _Scoring(config, directory, pool, display, watch, lease)
         stack.callback(scoring.scorers.shrink, 0)
         known = scoring.check_known(check, expect_accuracy) if check is not None else {}
         result = {"state": "complete", "run": config.run, **scoring.score(), **known, **scoring.accuracy()}
@@ -92,9 +95,10 @@ def score_directory(
 class _Scoring:
     """One attempt at a run of `distal score`."""
 
-    def __init__(self, config: ForeignConfig, pool: Pool, display: Display, watch: bool) -> None:
-        self.pool, self.display, self.watch = pool, display, watch
-        self.directory = Run(Path(config.run))
+    def __init__(
+        self, config: ForeignConfig, directory: Run, pool: Pool, display: Display, watch: bool, lease: Lease
+    ) -> None:
+        self.directory, self.pool, self.display, self.watch, self.lease = directory, pool, display, watch, lease
         kept = self.directory.identity["constants"] if self.directory.identity else {}
         device = kept.get("device", config.device) if config.device == "auto" else config.device
         self.slots = cluster.find_slots(device)
@@ -339,10 +343,15 @@ class _Scoring:
             elimination=elimination,
             n_expected=self.config.checkpoints.expect,
             mixed_hardware=self.config.score.mixed_hardware == "allow",
+            stuck_after=self.config.score.stuck_after,
             progress=Progress(-1, title),
-            on_progress=self.display.progress,
+            on_progress=self._progress,
             on_event=self._event,
         )
+
+    def _progress(self, progress: Progress) -> None:
+        self.lease.check()
+        self.display.progress(progress)
 
     def _event(self, name: str, **values: Any) -> None:
         self.directory.event(name, **values)

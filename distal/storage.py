@@ -1,8 +1,11 @@
 """The one seam to the disk: a file is complete or absent.
 
 Local and shared file systems are supported: a write goes to a temporary file beside its target and is moved
-there with `os.replace`. Nothing is appended to or changed in place. Nothing here calls fsync: the promise
-covers killed processes, not a power loss.
+there with `os.replace`. Nothing is appended to or changed in place. Every record carries a format version and the
+hash of what it says, so that a changed byte is noticed.
+
+The promise covers killed processes. It covers a power loss too when the configuration says `durable: true`: then
+every file is on the disk before it counts.
 """
 
 from __future__ import annotations
@@ -22,13 +25,23 @@ from typing import TYPE_CHECKING, Any
 from fsspec.core import split_protocol
 
 from distal.errors import ConfigError, Damage, DiskFull, UnknownFormat, one_line
+from distal.hashing import digest
 from distal.records import JsonObject
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-FORMAT = 1
-"""Format version that every JSON and YAML record carries; an unknown one is refused."""
+FORMAT = 2
+"""Format version that every artifact carries; an unknown one is refused."""
+
+SEAL = "record_sha256"
+DURABLE = "DISTAL_DURABLE"
+"""Environment variable, so that the processes that Ray starts know it, too."""
+
+TEMPORARY = (".tmp", ".partial")  # ours, and Zarr's
+
+_PARQUET_FORMAT = b"distal.format"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -68,18 +81,49 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a whole file atomically, making its folder if needed; an older file is replaced."""
     with _temporary(path) as temporary:
         temporary.write_bytes(data)
-        temporary.replace(path)
+        _replace(temporary, path)
 
 
 def create_bytes(path: Path, data: bytes) -> bool:
     """Create a whole file, unless it is there: the first writer wins. Returns whether this call did it."""
     with _temporary(path) as temporary:
         temporary.write_bytes(data)
+        if is_durable():
+            _flush(temporary)
         try:
             os.link(temporary, path)  # unlike replace, link refuses an existing target, atomically
         except FileExistsError:
             return False
+        if is_durable():
+            _flush(path.parent)
         return True
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    if is_durable():
+        _flush(temporary)
+    temporary.replace(path)
+    if is_durable():
+        _flush(path.parent)
+
+
+def is_durable() -> bool:
+    """Whether files are on the disk before they count; see `durable` in the configuration."""
+    return os.environ.get(DURABLE) == "1"
+
+
+def flush(path: Path) -> None:
+    """Have a file that was just written, and its name, on the disk; for files that something else writes."""
+    _flush(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -100,9 +144,9 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with _temporary(path) as temporary:
-        with pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
+        with pq.ParquetWriter(temporary, _with_format(schema), write_page_checksum=True) as writer:
             yield writer
-        temporary.replace(path)
+        _replace(temporary, path)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -110,7 +154,7 @@ def write_table(path: Path, table: pa.Table) -> None:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, write_page_checksum=True)
+    pq.write_table(table.cast(_with_format(table.schema)), buffer, write_page_checksum=True)
     write_bytes(path, buffer.getbuffer())
 
 
@@ -119,14 +163,33 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
 
     Raises:
         Damage: the file is missing, or is not valid Parquet.
+        UnknownFormat: it was written by a version with another format.
+    """
+    with open_parquet(path) as file, parquet_errors(path):
+        return file.read(columns=columns)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file; raises like `read_table`.
+
+    It is not mapped: the pages of a mapped file stay in memory, some bytes for every row.
     """
     import pyarrow.parquet as pq
 
     try:
         with parquet_errors(path):
-            return pq.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
+            file = pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise Damage(f"{path}: missing") from None
+    found = (file.schema_arrow.metadata or {}).get(_PARQUET_FORMAT, b"none").decode()
+    if found != str(FORMAT):
+        file.close()
+        raise _unknown(path, found)
+    return file
+
+
+def _with_format(schema: pa.Schema) -> pa.Schema:
+    return schema.with_metadata({**(schema.metadata or {}), _PARQUET_FORMAT: str(FORMAT).encode()})
 
 
 @contextmanager
@@ -155,7 +218,11 @@ def create_json(path: Path, record: JsonObject) -> bool:
 
 
 def _json(record: JsonObject) -> bytes:
-    return (json.dumps({"format": FORMAT, **record}, indent=2) + "\n").encode()
+    return (json.dumps(_sealed(record), indent=2) + "\n").encode()
+
+
+def _sealed(record: JsonObject) -> JsonObject:
+    return {"format": FORMAT, **record, SEAL: digest(record)}
 
 
 def read_json(path: Path, required: Sequence[str] = ()) -> JsonObject:
@@ -180,7 +247,7 @@ def write_yaml(path: Path, record: JsonObject) -> None:
     """Write a YAML record atomically, with the format version."""
     import yaml
 
-    write_bytes(path, yaml.safe_dump({"format": FORMAT, **record}, sort_keys=False).encode())
+    write_bytes(path, yaml.safe_dump(_sealed(record), sort_keys=False).encode())
 
 
 def read_yaml(path: Path, required: Sequence[str] = ()) -> JsonObject:
@@ -197,16 +264,28 @@ def read_yaml(path: Path, required: Sequence[str] = ()) -> JsonObject:
 def _checked(path: Path, record: object, required: Sequence[str]) -> JsonObject:
     if not isinstance(record, dict):
         raise Damage(f"{path}: not a record (a mapping was expected)")
-    found = record.pop("format", None)
+    found, seal = record.pop("format", None), record.pop(SEAL, None)
     if found != FORMAT:
-        raise UnknownFormat(
-            f"{path}: format {found!r} is unknown; this version reads format {FORMAT}; "
-            "use the version of distal that wrote it"
-        )
+        raise _unknown(path, found)
+    if seal != digest(record):
+        raise Damage(f"{path}: what it says has changed since it was written; put back what was there")
     missing = [key for key in required if key not in record]
     if missing:
         raise Damage(f"{path}: {missing[0]} is missing")
     return record
+
+
+def _unknown(path: Path, found: object) -> UnknownFormat:
+    return UnknownFormat(
+        f"{path}: format {found} is unknown; this version of distal reads format {FORMAT}; use the version that wrote "
+        "it, or make it anew"
+    )
+
+
+def require_format(path: Path, found: object) -> None:
+    """Raise UnknownFormat unless a format version is the one that is read here."""
+    if found != FORMAT:
+        raise _unknown(path, found)
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -239,6 +318,17 @@ def names_in(folder: Path) -> list[str]:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208
     except FileNotFoundError:
         return []
+
+
+def sweep(folder: Path) -> int:
+    """Remove temporary files that killed processes left anywhere below a folder; returns how many.
+
+    Only for who alone may write there. A superseded process that still writes one finds it gone, and fails.
+    """
+    found = [path for suffix in TEMPORARY for path in folder.rglob(f"*{suffix}")]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
 
 
 def remove_tree(folder: Path) -> None:

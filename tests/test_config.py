@@ -61,7 +61,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ("overrides", "message"),
     [
         (["pool.pth=x"], "unknown key pool.pth; known keys: pool.block_size, pool.limit, pool.path"),
-        (["trian.lr=1"], "unknown key trian; known keys: device, label, loop"),
+        (["trian.lr=1"], "unknown key trian; known keys: device, durable, label, loop"),
         (["loop.budget=true"], "loop.budget must be a valid integer, got True"),
         (["pool.limit=10.0"], "pool.limit must be .*, got 10.0"),
         (["train.lr=.inf"], "train.lr must be a finite number, got inf"),

@@ -18,6 +18,7 @@ LADDER = [
     ["score", "reduce", "acquire", "labels", "train"],
     [
         "runs",
+        "lease",
         "eligibility",
         "selection",
         "scores",

@@ -29,11 +29,22 @@ def test_labels_are_indices_or_names(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "b.csv", "--check", None, 3) == (["x"], [1])
 
 
+def test_what_looks_like_a_number_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("sample_id,label\n007,2\n011,10\n")
+    assert read_ids(tmp_path / "a.csv", "pool.exclude") == ["007", "011"]
+    classes = ("0", "1", "10", "2")  # as the folders of a pool sort
+    assert read_labels(tmp_path / "a.csv", "--check", classes, 4) == (["007", "011"], [3, 2])
+    pq.write_table(pa.table({"sample_id": [7], "label": [2]}), tmp_path / "a.parquet")
+    assert read_labels(tmp_path / "a.parquet", "--check", classes, 4) == (["7"], [2])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("sample_id,label\nx,bird\n", "label 'bird' of x is none of the 3 classes"),
-        ("sample_id,label\nx,3\n", "label 3 of x is none of the 3 classes"),
+        ("sample_id,label\nx,3\n", "label '3' of x is none of the 3 classes"),
+        ("sample_id,label\nx,-1\n", "label '-1' of x is none of the 3 classes"),
+        ("sample_id,label\nx,0\ny,0\nx,1\n", "sample x is there more than once"),
         ("sample_id,label\nx,\n", "of x is none of the 3 classes"),
         ("id,label\nx,1\n", "has no column 'sample_id'; it has id, label"),
         ("sample_id,label\n", "names no sample"),

@@ -4,10 +4,12 @@ import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from distal import storage
+from distal import arrays, storage
 from distal.errors import ConfigError, Damage, UnknownFormat
 
 
@@ -64,8 +66,12 @@ def test_records_round_trip_and_are_checked(tmp_path: Path, suffix: str, write, 
     path = tmp_path / f"record.{suffix}"
     write(path, {"a": 1, "b": [None, "x"]})
     assert read(path) == {"a": 1, "b": [None, "x"]}
-    path.write_text(path.read_text().replace("1", "2", 1))  # the format version
-    with pytest.raises(UnknownFormat, match=r"format 2 is unknown; .* reads format 1"):
+    whole = path.read_text()
+    path.write_text(whole.replace("2", "3", 1))
+    with pytest.raises(UnknownFormat, match=r"format 3 is unknown; .* reads format 2; use the version that wrote it"):
+        read(path)
+    path.write_text(whole.replace("1", "7", 1))
+    with pytest.raises(Damage, match="what it says has changed since it was written"):
         read(path)
     path.write_text('{"a": [')
     with pytest.raises(Damage, match=str(path)):
@@ -84,6 +90,47 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(Damage, match=r"table\.parquet"):
         storage.read_table(path)
+
+
+def test_parquet_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FORMAT", 3)
+    storage.write_table(tmp_path / "table.parquet", pa.table({"a": [1]}))
+    monkeypatch.undo()
+    with pytest.raises(
+        UnknownFormat, match=r"table.parquet: format 3 is unknown; this version of distal reads format 2"
+    ):
+        storage.read_table(tmp_path / "table.parquet")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(UnknownFormat, match="format none is unknown"):
+        storage.read_table(tmp_path / "other.parquet")
+
+
+def test_durable_files_are_on_the_disk_before_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes before the name, the name before the call returns."""
+    monkeypatch.setenv(storage.DURABLE, "1")
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def watched(handle: int) -> None:
+        flushed.append(os.path.relpath(Path(f"/proc/self/fd/{handle}").readlink(), tmp_path))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    storage.write_json(tmp_path / "a.json", {})
+    storage.create_json(tmp_path / "b.json", {})
+    storage.write_table(tmp_path / "c.parquet", pa.table({"a": [1]}))
+    assert [name.split(".")[1] if name != "." else name for name in flushed] == ["a", ".", "b", ".", "c", "."]
+    arrays.create_array(tmp_path / "z", (4,), (2,), "uint8", 0, ("sample",)).write((slice(0, 4),), np.arange(4))
+    assert flushed[6:] == ["z/c/0", "z/c", "z/c/1", "z/c"]
+
+
+def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
+    kept = tmp_path / "deep" / "labels.parquet"
+    storage.write_bytes(kept, b"x")
+    (kept.parent / f".{kept.name}.0123.tmp").touch()
+    (tmp_path / "7.0123.partial").touch()
+    assert storage.sweep(tmp_path) == 2
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [kept.name]
 
 
 def test_a_flipped_bit_in_parquet_is_damage(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from distal.arrays import Array
 from distal.errors import Damage, PoolError
 from distal.records import JsonObject
-from distal.storage import names_in, parquet_errors, read_json
+from distal.storage import names_in, open_parquet, parquet_errors, read_json
 
 MANIFEST, SAMPLES, IMAGES = "pool.json", "samples.parquet", "images.zarr"
 BUILDING = "building.json"  # written first and removed last: a folder that has it holds an unfinished build
@@ -206,12 +206,7 @@ class Pool:
 
     @cached_property
     def _samples(self) -> pq.ParquetFile:
-        try:
-            with parquet_errors(self.path / SAMPLES):
-                # Not mapped: the pages of a mapped file stay in memory, some bytes for every sample.
-                return pq.ParquetFile(self.path / SAMPLES, page_checksum_verification=True)
-        except FileNotFoundError:
-            raise Damage(f"{self.path / SAMPLES}: missing") from None
+        return open_parquet(self.path / SAMPLES)
 
     @cached_property
     def _row_group_starts(self) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
-from distal import checkpoints
+from distal import checkpoints, cluster
 from distal.assignments import Assignments, unassigned
 from distal.errors import DistalError, Diverged, RunConflict, one_line
 from distal.models import ModelSpec, be_deterministic
@@ -42,7 +42,12 @@ from distal.storage import read_json, write_json
 
 POLL_S = 0.2
 RATE_WINDOW_S = 5.0
+WATCH_S = 5.0
+STUCK_S = 600.0
+WAITS_S = 60.0
 MAX_FAILED_STARTS = 3
+
+WATCH = "watch"  # a thread of an actor beside the one that scores
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,12 @@ class Order:
 
 @dataclass(frozen=True)
 class _Done:
-    """What an actor says of a hand-out: images predicted, and the mode counts before a barrier if asked for."""
+    """What an actor says of a hand-out: images predicted, the mode counts before a barrier if asked for, and the most
+    memory it has had."""
 
     n_predicted: int
     histogram: NDArray[np.int64] | None
+    peak_rss_bytes: int
 
 
 @dataclass(frozen=True)
@@ -221,9 +228,9 @@ class Scorer:
     def __repr__(self) -> str:
         return f"Scorer({self._name})"
 
-    def fingerprint(self, job: Job) -> dict[str, str]:
-        """What this actor's predictions depend on besides weights and images."""
-        return fingerprint(torch.device(job.device), job.precision, job.batch_size)
+    def fingerprint(self, job: Job) -> tuple[dict[str, str], cluster.Process]:
+        """What this actor's predictions depend on besides weights and images; and which process it is."""
+        return fingerprint(torch.device(job.device), job.precision, job.batch_size), cluster.this_process()
 
     def choose(self, job: Job, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
         """What `auto` comes to on this actor: the precision, and the batch size for blocks of `n_images`."""
@@ -243,9 +250,10 @@ class Scorer:
         labels: NDArray[np.int64] = self._load(ref)(self._pool.take(indices)).labels
         return labels
 
-    def peak_rss_bytes(self) -> int:
-        """The most memory this process has had."""
-        return peak_rss_bytes()
+    @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
+    def sign_of_life(self) -> int:
+        """A number that changes with every batch; answered also while a block is scored."""
+        return sum(predictor.n_batches for predictor in list(self._predictors.values()))
 
     def score(self, job: Job, order: Order) -> _Done:
         """Score one block at some checkpoints and commit each.
@@ -284,7 +292,7 @@ class Scorer:
         if order.count is not None:
             votes = self._assignments.read(block.start, block.stop, range(order.count), complete=True)
             counts = histogram(votes, eligible, self._assignments.n_classes, self._assignments.n_rows)
-        return _Done(len(todo) * int(scored.sum()), counts)
+        return _Done(len(todo) * int(scored.sum()), counts, peak_rss_bytes())
 
     def _recorded(self, row: int) -> tuple[str, ...]:
         """The arrays that are kept at a row."""
@@ -406,7 +414,8 @@ class Scorers:
         prefix: makes the actors' names unique to this attempt.
         options: Ray options of an actor, such as the resources it takes.
         asked: `score.actors`, None for auto.
-        slots: CPU slots, or GPUs, of the cluster.
+        slots: counts the CPU slots, or GPUs, of the cluster. When nodes are lost the actors that they had wait for
+            others to come.
         cache_bytes, threads: see `Scorer`.
     """
 
@@ -416,7 +425,7 @@ class Scorers:
         options: dict[str, Any],
         *,
         asked: int | None,
-        slots: int,
+        slots: Callable[[], int],
         cache_bytes: int,
         threads: int,
     ) -> None:
@@ -424,9 +433,19 @@ class Scorers:
         self._options = options
         self._arguments = (cache_bytes, threads)
         self._next = 0
+        self._find_slots = slots
         self.asked = asked
-        self.slots = slots
+        self.slots = slots()
         self.actors: dict[int, Any] = {}
+        self.processes: dict[int, cluster.Process] = {}
+
+    def __str__(self) -> str:
+        needs = {name: value for name, value in self._options.items() if name.startswith(("num_", "label")) and value}
+        return f"a scoring actor, which needs {needs}"
+
+    def look_for_nodes(self) -> None:
+        """Count the slots again."""
+        self.slots = max(self.slots, self._find_slots())
 
     def shrink(self, n: int) -> None:
         """Stop actors until there are at most `n`."""
@@ -438,7 +457,9 @@ class Scorers:
         started = []
         while len(self.actors) < n:
             name = f"{self._prefix}-{self._next}"
-            actor = ray.remote(Scorer).options(name=name, namespace="distal", **self._options)
+            actor = ray.remote(concurrency_groups={WATCH: 1})(Scorer).options(
+                name=name, namespace="distal", **self._options
+            )
             self.actors[self._next] = actor.remote(name, *self._arguments)
             started.append(self._next)
             self._next += 1
@@ -446,20 +467,38 @@ class Scorers:
 
     def choose(self, job: Job, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
         """What `auto` comes to on an actor; see `Scorer.choose`."""
-        self.grow(1)
-        actor = next(iter(self.actors.values()))
-        chosen: tuple[Precision, int] = ray.get(actor.choose.remote(job, precision, batch_size, n_images))
+        chosen: tuple[Precision, int] = self._ask("choose", job, precision, batch_size, n_images)
         return chosen
 
     def predict(self, job: Job, indices: Sequence[int], ref: CheckpointRef) -> NDArray[np.int64]:
         """The class of some samples at a checkpoint; see `Scorer.predict`."""
-        self.grow(1)
-        labels: NDArray[np.int64] = ray.get(next(iter(self.actors.values())).predict.remote(job, list(indices), ref))
+        labels: NDArray[np.int64] = self._ask("predict", job, list(indices), ref)
         return labels
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        """Have any actor do something; another one when it dies."""
+        for attempt in range(MAX_FAILED_STARTS):
+            self.grow(1)
+            index, actor = next(iter(self.actors.items()))
+            try:
+                return ray.get(getattr(actor, method).remote(*arguments))
+            except RayTaskError as error:
+                raise error.cause from None
+            except RayError as error:
+                self.drop(index)
+                if attempt + 1 == MAX_FAILED_STARTS:
+                    raise DistalError(f"{MAX_FAILED_STARTS} scoring actors in a row died: {one_line(error)}") from None
+        raise AssertionError
 
     def drop(self, actor: int) -> None:
         """Stop one actor, and free its slot."""
         ray.kill(self.actors.pop(actor))
+        self.processes.pop(actor, None)
+
+    def destroy(self, actor: int) -> None:
+        """Stop one actor that does not listen to Ray any more."""
+        if actor in self.processes:
+            cluster.kill(self.processes[actor])
 
 
 def score(
@@ -471,6 +510,7 @@ def score(
     elimination: Elimination | None = None,
     n_expected: int | None = None,
     mixed_hardware: bool = False,
+    stuck_after: float = STUCK_S,
     progress: Progress,
     on_progress: Callable[[Progress], None],
     on_event: Callable[..., None] = lambda name, **values: None,
@@ -485,6 +525,7 @@ def score(
         elimination: None: every eligible sample is scored at every checkpoint.
         n_expected: how many checkpoints there will be, for people; None: unknown.
         mixed_hardware: whether actors with another fingerprint than the first may join; else they are sent away.
+        stuck_after: seconds without a finished batch after which an actor that has work is replaced.
         progress: what is known of the cycle; `on_progress` is called with it, brought up to date.
         on_event: called with the name and the values of what happened.
 
@@ -494,7 +535,17 @@ def score(
         Damage: a checkpoint has other weights than its row was begun with.
     """
     return _Pass(
-        job, assignments, scorers, producer, elimination, n_expected, mixed_hardware, progress, on_progress, on_event
+        job,
+        assignments,
+        scorers,
+        producer,
+        elimination,
+        n_expected,
+        mixed_hardware,
+        stuck_after,
+        progress,
+        on_progress,
+        on_event,
     ).run()
 
 
@@ -510,6 +561,7 @@ class _Pass:
         elimination: Elimination | None,
         n_expected: int | None,
         mixed_hardware: bool,
+        stuck_after: float,
         progress: Progress,
         on_progress: Callable[[Progress], None],
         on_event: Callable[..., None],
@@ -521,6 +573,7 @@ class _Pass:
         self.elimination = elimination
         self.n_expected = n_expected
         self.mixed_hardware = mixed_hardware
+        self.stuck_after = stuck_after
         self.progress = progress
         self.on_progress = on_progress
         self.on_event = on_event
@@ -540,6 +593,9 @@ class _Pass:
         self.refs: dict[int, CheckpointRef] = {}
         self.joining: dict[Any, int] = {}
         self.working: dict[Any, Work] = {}
+        self.asked: dict[Any, int] = {}  # signs of life asked for
+        self.heard: dict[int, tuple[int, float]] = {}  # the last new one of each actor that has work, and when
+        self.without_actors_since: float | None = None
         self.failed_starts = 0
         self.refused = 0
         self.all_published = False
@@ -547,6 +603,7 @@ class _Pass:
         self.images_predicted = 0
         self.hand_outs = 0
         self.idle_s = 0.0
+        self.actor_rss_bytes = 0
         self.began = time.monotonic()
         self.first_hand_out: float | None = None
         self.last_commit = self.began
@@ -556,12 +613,16 @@ class _Pass:
         self.scorers.shrink(self._allowed())
         for actor in self.scorers.actors:
             self._greet(actor)
-        polled = -POLL_S
+        polled = watched = -np.inf
         self._look_for_checkpoints()  # also when nothing is left to score: the figures are of all checkpoints
         while not self.plan.finished:
             if time.monotonic() - polled >= POLL_S:
                 polled = time.monotonic()
                 self._look_for_checkpoints()
+                if polled - watched >= min(WATCH_S, self.stuck_after / 4):
+                    watched = polled
+                    self.scorers.look_for_nodes()
+                    self._watch()
                 self._shrink()
                 for actor in self.scorers.grow(min(self._allowed(), self.plan.n_unfinished_blocks)):
                     self._greet(actor)
@@ -610,7 +671,6 @@ class _Pass:
 
     def _scored(self) -> Scored:
         n_rows = len(self.refs)
-        peaks = [actor.peak_rss_bytes.remote() for actor in self.scorers.actors.values()]
         seconds = self.last_commit - self.first_hand_out if self.first_hand_out else 0.0
         return Scored(
             images=self.images,
@@ -621,7 +681,7 @@ class _Pass:
             seconds=seconds,
             driver_s=max(0.0, seconds - self.idle_s),
             hand_outs=self.hand_outs,
-            actor_rss_bytes=max(ray.get(peaks), default=0),
+            actor_rss_bytes=self.actor_rss_bytes,
         )
 
     def _allowed(self) -> int:
@@ -661,12 +721,13 @@ class _Pass:
             except RayTaskError as error:  # the code in the actor raised
                 self._failed(ref, error)
             except RayError as error:  # the actor is gone: it died, its node did, or it had no memory left
-                self._lost(actor, error)
+                self._lost(actor, one_line(error)[:300])
             else:
                 self._join(ref, result) if ref in self.joining else self._commit(ref, result)
 
-    def _join(self, ref: Any, found: dict[str, str]) -> None:
+    def _join(self, ref: Any, greeting: tuple[dict[str, str], cluster.Process]) -> None:
         actor = self.joining.pop(ref)
+        found, self.scorers.processes[actor] = greeting
         begun = self.assignments.adopt_fingerprint(found)
         if found != begun and not self.mixed_hardware:
             self._refuse(actor, begun, found)
@@ -696,7 +757,36 @@ class _Pass:
         self.last_commit = time.monotonic()
         self.images += sum(self._n_scored(row, work.block) for row in work.rows)
         self.images_predicted += done.n_predicted
+        self.actor_rss_bytes = max(self.actor_rss_bytes, done.peak_rss_bytes)
         self.recent.append((self.last_commit, done.n_predicted))
+
+    def _watch(self) -> None:
+        """Replace actors that have work and give no sign of life; say when none finds room."""
+        now = time.monotonic()
+        ready, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0) if self.asked else ([], [])
+        for ref in ready:
+            actor = self.asked.pop(ref)
+            try:
+                sign = ray.get(ref)
+            except RayError:
+                continue  # it died: so did what it had in hand, and that says so
+            if actor in self.heard and sign != self.heard[actor][0]:
+                self.heard[actor] = sign, now
+        if self.scorers.actors and len(self.joining) == len(self.scorers.actors):
+            self.without_actors_since = self.without_actors_since or now
+            if now - self.without_actors_since > WAITS_S:
+                self.without_actors_since = now
+                self.on_event("scoring_waits", reason=f"no room on the cluster for {self.scorers}")
+        else:
+            self.without_actors_since = None
+        busy = {work.actor for work in self.working.values()}
+        self.heard = {actor: self.heard.get(actor, (-1, now)) for actor in busy}
+        for actor, (_, since) in list(self.heard.items()):
+            if now - since > self.stuck_after:
+                self.scorers.destroy(actor)
+                self._lost(actor, f"no sign of life for {now - since:.0f} s; it is replaced")
+            elif actor not in self.asked.values():
+                self.asked[self.scorers.actors[actor].sign_of_life.remote()] = actor
 
     def _shrink(self) -> None:
         """Give slots back that are needed elsewhere; the youngest actors go, and what they had in hand waits again."""
@@ -709,17 +799,20 @@ class _Pass:
         joined = actor not in self.joining.values()
         self.joining = {ref: a for ref, a in self.joining.items() if a != actor}
         self.working = {ref: work for ref, work in self.working.items() if work.actor != actor}
+        self.asked = {ref: a for ref, a in self.asked.items() if a != actor}
         self.scorers.drop(actor)
         return joined
 
-    def _lost(self, actor: int, error: RayError) -> None:
-        self.on_event("actor_lost", actor=actor, reason=one_line(error)[:300])
+    def _lost(self, actor: int, reason: str) -> None:
+        """An actor died, or is stuck; what it had in hand is done again."""
+        in_hand = sum(len(work.rows) for work in self.working.values() if work.actor == actor)
+        self.on_event("actor_lost", actor=actor, reason=reason, blocks_in_hand=in_hand)
         if self._forget(actor):
             self.plan.actor_lost(actor)
             return
         self.failed_starts += 1
         if self.failed_starts == MAX_FAILED_STARTS:
-            raise DistalError(f"{MAX_FAILED_STARTS} scoring actors in a row died while starting: {error}")
+            raise DistalError(f"{MAX_FAILED_STARTS} scoring actors in a row died while starting: {reason}")
 
     def _failed(self, ref: Any, error: RayTaskError) -> None:
         if isinstance(error.cause, DistalError) or ref in self.joining:

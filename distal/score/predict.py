@@ -75,6 +75,7 @@ class Predictor:
         self.preprocess = preprocess.to(self.device)
         self.batch_size = batch_size
         self.precision = precision
+        self.n_batches = 0  # predicted so far: a sign of life
         if precision == "bf16":  # what autocast would do again in every forward pass
             for module in self.net.modules():
                 if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
@@ -106,6 +107,7 @@ class Predictor:
                 if self.device.type == "cuda":
                     batch = batch.pin_memory().to(self.device, non_blocking=True)
                 outputs.append(self.net(self.preprocess(batch)).float())
+                self.n_batches += 1
             return torch.cat(outputs)[:n].cpu()
 
     def _padded(self, batch: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -105,7 +108,7 @@ def run(job: Job, assignments: Assignments, scorers: Scorers, n_actors: int, **o
 
 def new_scorers(prefix: str, cache_bytes: int = 2**20) -> Scorers:
     """Actors of half a CPU each."""
-    return Scorers(prefix, {"num_cpus": 0.5}, asked=None, slots=1, cache_bytes=cache_bytes, threads=1)
+    return Scorers(prefix, {"num_cpus": 0.5}, asked=None, slots=lambda: 1, cache_bytes=cache_bytes, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,12 @@ def scorers(cluster: str) -> Iterator[Scorers]:
     shared = new_scorers("shared")
     yield shared
     shared.shrink(0)
+
+
+def gone(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(timeout=10)
+    return not psutil.pid_exists(pid)
 
 
 def digest(path: Path) -> dict[str, str]:
@@ -193,6 +202,29 @@ def test_killed_actors_are_replaced_and_change_nothing(pool: Pool, tmp_path: Pat
     assert len(killed_at) == 3
     assert killed_at[-1] < ROWS * len(assignments.blocks)
     assert events.count("actor_lost") == 3
+
+
+def test_a_stuck_actor_is_replaced(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
+    """SIGSTOP: the process is there and does nothing, nor does it answer. Woken up later, it changes nothing either."""
+    job, assignments = prepare(tmp_path, pool)
+    scorers = new_scorers("stuck")
+    reasons: list[str] = []
+    stopped: list[int] = []
+
+    def on_event(name: str, **values: object) -> None:
+        if name == "actor_lost":
+            reasons.append(str(values["reason"]))
+        if name == "actor_joined" and not stopped:
+            actor = scorers.actors[values["actor"]]
+            stopped.append(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    run(job, assignments, scorers, 1, on_event=on_event, stuck_after=2.0)
+    scorers.shrink(0)
+    assert digest(assignments.path) == reference
+    assert len(reasons) == 1
+    assert re.match("no sign of life for [23] s; it is replaced", reasons[0])
+    assert gone(stopped[0]), "it would keep its slot"
 
 
 def test_only_what_is_missing_is_scored(

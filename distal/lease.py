@@ -1,0 +1,169 @@
+"""Exactly one driver works on a run directory.
+
+::
+
+    RUN/driver/000003.json    who drives: host, process, attempt, and a beat that goes on while it lives
+
+The file with the highest number is the lease. It is created exclusively, so of two that take over at the same moment
+one wins; a driver that finds a higher number than its own has been superseded. Nothing is locked: what a superseded
+driver still writes is what its successor writes, too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from distal.errors import DiskFull, RunConflict, Superseded
+from distal.storage import create_json, names_in, read_json, write_json
+
+FOLDER = "driver"
+EXPIRY_S = 30.0  # a lease whose beat stood still for so long is given up
+BEAT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A driver.
+
+    Attributes:
+        machine: boot and process namespace in which `pid` means something; empty where that is not known.
+        pid, started: process, and when it started (seconds since 1970): a process id is used again.
+        beat: grows while it lives.
+        released: whether it ended by itself.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    started: float
+    attempt: str
+    beat: int = 0
+    released: bool = False
+
+    @classmethod
+    def this_process(cls, attempt: str) -> Self:
+        """What this process is as a driver."""
+        pid = os.getpid()
+        return cls(platform.node(), _machine(), pid, psutil.Process(pid).create_time(), attempt)
+
+    def __str__(self) -> str:
+        return f"attempt {self.attempt} (process {self.pid} on {self.host})"
+
+    def lives(self) -> bool | None:
+        """Whether its process is there; None when that cannot be told from here."""
+        if self.host != platform.node():
+            return None
+        if self.machine != _machine():
+            # The same host after a reboot; or another container of it, whose processes cannot be seen.
+            return None if self.machine.partition(" ")[0] == _machine().partition(" ")[0] else False
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+class Lease:
+    """The right to drive a run, as a context.
+
+    Args:
+        run: the run directory.
+        attempt: names this driver.
+        say: told when it has to wait.
+
+    Raises:
+        RunConflict: another driver holds it, and lives.
+    """
+
+    def __init__(self, run: Path, attempt: str, say: Callable[[str], None] = lambda line: None) -> None:
+        self._run, self._folder, self._say = run, run / FOLDER, say
+        self._me = Holder.this_process(attempt)
+        self._number = 0
+        self._successor: Holder | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._take()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._successor is None:
+            with suppress(DiskFull):  # the next one finds out that this process is gone
+                write_json(self._path(self._number), asdict(replace(self._me, released=True)))
+
+    def check(self) -> None:
+        """Raise Superseded when another driver has taken over."""
+        if self._successor is not None:
+            raise Superseded(f"{self._run}: {self._successor} has taken over; this one stops, nothing is lost")
+
+    def _take(self) -> None:
+        watched: tuple[int, int] | None = None
+        since = time.monotonic()
+        while True:
+            number, holder = self._latest()
+            lives = False if holder is None or holder.released else holder.lives()
+            moved = holder is not None and watched not in (None, (number, holder.beat))
+            if lives or (lives is None and moved):
+                raise RunConflict(
+                    f"{self._run}: {holder} is working on this run; wait until it is done, or stop it and try again"
+                )
+            if lives is None and watched is None and holder is not None:
+                watched, since = (number, holder.beat), time.monotonic()
+                self._say(f"{self._run}: waiting {EXPIRY_S:.0f} s to see whether {holder} is still at work")
+            if lives is None and time.monotonic() - since < EXPIRY_S:
+                time.sleep(min(1.0, EXPIRY_S / 10))
+                continue
+            if create_json(self._path(number + 1), asdict(self._me)):
+                self._number = number + 1
+                for old in self._numbers():
+                    if old < self._number:
+                        self._path(old).unlink(missing_ok=True)
+                return
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            try:
+                number, holder = self._latest()
+                if number > self._number:
+                    self._successor = holder
+                    return
+                self._me = replace(self._me, beat=self._me.beat + 1)
+                write_json(self._path(self._number), asdict(self._me))
+            except (OSError, DiskFull):
+                continue  # a file system that is away for a moment; what it is needed for says so when it stays away
+
+    def _latest(self) -> tuple[int, Holder | None]:
+        """The highest number, and who has it; (0, None) when nobody ever drove."""
+        for number in reversed(self._numbers()):
+            with suppress(FileNotFoundError):  # removed by who took over just now
+                return number, Holder(**read_json(self._path(number), required=("host", "pid", "attempt")))
+        return 0, None
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(name.removesuffix(".json")) for name in names_in(self._folder))
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.json"
+
+
+def _machine() -> str:
+    """The boot of this machine and the namespace of its process ids."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return str(int(psutil.boot_time()))
