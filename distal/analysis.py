@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
@@ -35,6 +36,7 @@ def reduce_run(
     measures: tuple[str, ...] = (),
     window: Window = WHOLE,
     annotate: bool = False,
+    pool: Path | None = None,
     ray_address: str | None = None,
     display: Display | None = None,
 ) -> JsonObject:
@@ -44,6 +46,8 @@ def reduce_run(
         path: the run directory.
         cycle: by default the last one that has been scored.
         measures: by default the one that the run selects by.
+        annotate: keep each sample's most frequent classes, too.
+        pool: where the pool of the run is now, if it has moved.
         ray_address: of a cluster whose nodes share the work; None: the threads of this process.
 
     Raises:
@@ -51,7 +55,7 @@ def reduce_run(
         Damage: a chunk is missing or does not decode.
     """
     display = display or Silent()
-    scored = _Scored(path, cycle)
+    scored = _Scored(path, cycle, pool)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
         done = [
@@ -68,21 +72,25 @@ def select_run(
     measure: str | None = None,
     cycle: int | None = None,
     window: Window = WHOLE,
+    tie_break: str | None = None,
     annotate: bool = False,
+    pool: Path | None = None,
     ray_address: str | None = None,
     display: Display | None = None,
 ) -> JsonObject:
     """Choose the `budget` samples with the largest scores; they are computed first if need be.
 
+    Arguments as for `reduce_run`; `tie_break` is by default that of the run.
+
     Raises like `reduce_run`, and UserError when there are fewer samples than the budget.
     """
     display = display or Silent()
-    scored = _Scored(path, cycle)
+    scored = _Scored(path, cycle, pool)
     name = measure or scored.config.select.measure
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
         scored.reduce(name, window, annotate=annotate, mapper=mapper, display=display)
-    chosen = scored.select(name, window, budget)
+    chosen = scored.select(name, window, budget, tie_break or scored.config.select.tie_break)
     return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, **chosen}
 
 
@@ -96,7 +104,7 @@ def _connection(address: str | None) -> AbstractContextManager[None]:
 class _Scored:
     """A cycle whose assignments are complete."""
 
-    def __init__(self, path: Path, cycle: int | None) -> None:
+    def __init__(self, path: Path, cycle: int | None, pool: Path | None) -> None:
         self.directory = Run.open(path)
         begun = self.directory.begun_cycles()
         able = [each for each in begun if each.marker("score") is not None]
@@ -114,23 +122,29 @@ class _Scored:
         self.marker: JsonObject = marker
         self.config: Config | ForeignConfig = self.cycle.config
         self.n_rows: int = marker["n_rows"]
+        self._pool_path = pool or Path(self.config.pool.path)
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The pool of the run."""
+        return Pool.open(self._pool_path).require(self.marker["inputs"]["pool"])
 
     def reduce(self, measure: str, window: Window, *, annotate: bool, mapper: Mapper, display: Display) -> JsonObject:
         """Compute one measure, unless that is done."""
         rows = self._rows(measure, window)
         analysis = self._analysis(measure, window)
-        made_from = {"score": self.marker["inputs_sha256"], "rows": digest(rows), "annotate": str(annotate)}
+        made_from = {"score": self.marker["inputs_sha256"], "rows": digest(rows)}
         marker = analysis.marker("reduce")
-        if marker is None or marker["inputs"] != made_from:
+        if marker is None or marker["inputs"] != made_from or annotate > marker["annotated"]:
             started = time.monotonic()
-            pool = Pool.open(self.config.pool.path)
+            analysis.invalidate("reduce")
             reduction = Reduction(
                 Assignments.open(self.cycle.assignments),
-                pool.require(self.marker["inputs"]["pool"]),
+                self.pool,
                 (measure,),
                 rows,
                 annotate=annotate,
-                remaining=self.cycle.remaining(),
+                remaining=self.cycle.remaining(self.n_rows),
                 seed=self.config.seed,
                 cycle=self.cycle.index,
             )
@@ -143,7 +157,7 @@ class _Scored:
                     Progress(self.cycle.index, title, images_scored=done, images=total)
                 ),
             )
-            outputs = {"rows": len(rows), "samples": pool.n_samples}
+            outputs = {"rows": len(rows), "samples": self.pool.n_samples, "annotated": annotate}
             marker = analysis.complete("reduce", made_from, outputs, time.monotonic() - started)
         return {
             "measure": measure,
@@ -153,7 +167,7 @@ class _Scored:
             "seconds": marker["seconds"],
         }
 
-    def select(self, measure: str, window: Window, budget: int) -> JsonObject:
+    def select(self, measure: str, window: Window, budget: int, tie_break: str) -> JsonObject:
         """Choose from a measure that has been computed, unless that is done."""
         analysis = self._analysis(measure, window)
         reduced = analysis.marker("reduce")
@@ -161,17 +175,23 @@ class _Scored:
         n_candidates = self.marker["n_eligible"]
         if budget > n_candidates:
             raise UserError(f"--budget: {budget} is more than the {n_candidates} candidates; lower it")
-        config = self.config.select
-        made_from = {"reduce": reduced["inputs_sha256"], "tie_break": config.tie_break, "seed": str(self.config.seed)}
+        if self.config.score.eliminate == "exact" and budget > self._budget():
+            raise UserError(
+                f"--budget: {budget}: samples that could not be among the first {self._budget()} were left out "
+                "(score.eliminate: exact), so no more than that can be selected; score again with "
+                "score.eliminate=none in another run directory"
+            )
+        made_from = {"reduce": reduced["inputs_sha256"], "tie_break": tie_break, "seed": str(self.config.seed)}
         stage, dest = f"select-{budget}", analysis.selection(budget)
         marker = analysis.marker(stage)
         if marker is None or marker["inputs"] != made_from:
             started = time.monotonic()
+            analysis.invalidate(stage)
             selection = select(
                 Scores.open(analysis.scores),
                 Assignments.open(self.cycle.assignments),
-                Pool.open(self.config.pool.path),
-                SelectConfig.model_validate({"measure": measure, "tie_break": config.tie_break}),
+                self.pool,
+                SelectConfig.model_validate({"measure": measure, "tie_break": tie_break}),
                 dest,
                 last_row=self.n_rows - 1,
                 budget=budget,
@@ -194,6 +214,10 @@ class _Scored:
             "tie_share": marker["tie_share"],
             "selection_sha256": marker["selection_sha256"],
         }
+
+    def _budget(self) -> int:
+        """What the run selects in a cycle."""
+        return self.config.score.budget if isinstance(self.config, ForeignConfig) else self.config.loop.budget
 
     def _analysis(self, measure: str, window: Window) -> Analysis:
         # A directory of checkpoints may grow, and every length of it has its own analyses.

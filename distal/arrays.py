@@ -24,7 +24,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from distal.errors import Damage, one_line
 from distal.records import JsonObject
-from distal.storage import FORMAT, disk_errors, flush, is_durable, require_format
+from distal.storage import FORMAT, disk_errors, flush, is_durable, names_in, require_format
 
 
 def create_array(
@@ -162,6 +162,10 @@ class Array:
             raise Damage(f"{self.path}: {_name(index)} does not decode (its bytes have changed)")
         with _decoding(lambda: f"{self.path}: {_name(index)} does not decode"):
             return np.frombuffer(zstd.decompress(data[:-4]), self.dtype.newbyteorder("<")).reshape(self.chunks)
+
+    def stored(self, row: int) -> set[int]:
+        """Second indices of the chunks of a row that are there."""
+        return {int(name) for name in names_in(self.chunk_path(row)) if name.isdigit()}
 
     def chunk_path(self, *index: int) -> Path:
         """The file of one chunk."""

@@ -15,7 +15,7 @@ only ever written whole, by one actor at a time, so no lock is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from distal.arrays import Array, create_array, create_group, get_attributes, set_attributes
 from distal.errors import ConfigError, Damage
 from distal.records import Block, JsonObject, split_blocks
-from distal.storage import names_in
 
 ARRAY, ELIGIBLE = "assignments", "eligible"
 
@@ -114,15 +113,13 @@ class Assignments:
         n_classes: int,
         eligible: Callable[[int, int], NDArray[np.bool_]],
         recorded: Sequence[str] = (),
-        recorded_from: int = 0,
         on_damage: Callable[[str], None],
     ) -> Self:
-        """Lay out the arrays, or take up those that an earlier attempt began; their damaged blocks are deleted.
+        """Lay out the arrays, or take up those that an earlier attempt began; their damaged chunks are deleted.
 
         Args:
             eligible: tells of [start, stop) which samples are to be scored.
-            recorded_from: first row that must have recorded values.
-            on_damage: told what was wrong with each deleted block.
+            on_damage: told what was wrong with each deleted chunk.
         """
         if not cls.begun(path):
             flags = (eligible(block.start, block.stop) for block in split_blocks(n_samples, block_size))
@@ -137,7 +134,7 @@ class Assignments:
             )
         assignments = cls.open(path)
         for row in range(assignments.n_rows):
-            for damage in assignments.remove_damaged(row, recorded=row >= recorded_from):
+            for damage in assignments.remove_damaged(row):
                 on_damage(damage)
         return assignments
 
@@ -209,13 +206,15 @@ class Assignments:
             self._arrays[name].write(where, values.astype(np.float16))
         self._arrays[ARRAY].write(where, labels)
 
-    def has(self, row: int, block: Block) -> bool:
-        """Whether this block of this row is committed."""
-        return self._arrays[ARRAY].chunk_path(row, block.index).exists()
+    def has(self, row: int, block: Block, *, recorded: bool = False) -> bool:
+        """Whether this block of this row is committed; `recorded`: and has its recorded values."""
+        names = (ARRAY, *(self.recorded if recorded else ()))
+        return all(self._arrays[name].chunk_path(row, block.index).exists() for name in names)
 
-    def committed(self, row: int) -> set[int]:
-        """Indices of the blocks of `row` that are committed."""
-        return {int(name) for name in names_in(self._arrays[ARRAY].chunk_path(row)) if name.isdigit()}
+    def committed(self, row: int, *, recorded: bool = False) -> set[int]:
+        """Indices of the blocks of `row` that are committed; `recorded`: and have their recorded values."""
+        names = (ARRAY, *(self.recorded if recorded else ()))
+        return set.intersection(*(self._arrays[name].stored(row) for name in names))
 
     def read(self, start: int, stop: int, rows: Sequence[int] | None = None, *, complete: bool = False) -> LabelArray:
         """Columns [start, stop) of some rows, by default all: (n_rows, stop - start); UNASSIGNED where not scored.
@@ -266,30 +265,34 @@ class Assignments:
                 f"{sha256[:12]}; put the old checkpoint back, or remove {self.path} to score all rows again"
             )
 
-    def remove_damaged(self, row: int, *, recorded: bool) -> list[str]:
-        """Delete every committed block of `row` that does not decode, so that it is scored again.
+    def damaged(self, row: int) -> Iterator[tuple[str, Block, Damage]]:
+        """Every chunk of `row` that is there and does not decode: array, block, and what is wrong."""
+        for name in (*self.recorded, ARRAY):
+            array = self._arrays[name]
+            stored = array.stored(row)
+            for block in self.blocks if stored else ():
+                if block.index not in stored:
+                    continue
+                try:
+                    array.read((slice(row, row + 1), slice(block.start, block.stop)))
+                except Damage as damage:
+                    yield name, block, damage
 
-        Args:
-            recorded: whether this row has recorded values, which then must be there.
+    def remove_damaged(self, row: int) -> list[str]:
+        """Delete every chunk of `row` that does not decode, so that its block is scored again.
 
         Returns:
             What was wrong with each.
         """
         found = []
-        committed = self.committed(row)
-        for block in self.blocks if committed else ():
-            if block.index not in committed:
-                continue
-            where = (slice(row, row + 1), slice(block.start, block.stop))
-            try:
-                for name in (ARRAY, *(self.recorded if recorded else ())):
-                    self._arrays[name].read(where)
-            except Damage as damage:
-                found.append(str(damage))
-                # The commit goes first: a block without its recorded values is not committed.
-                for name in (ARRAY, *self.recorded):
-                    self._arrays[name].chunk_path(row, block.index).unlink(missing_ok=True)
+        for name, block, damage in self.damaged(row):
+            found.append(str(damage))
+            self.remove(name, row, block)
         return found
+
+    def remove(self, name: str, row: int, block: Block) -> None:
+        """Delete one chunk of an array."""
+        self._arrays[name].chunk_path(row, block.index).unlink(missing_ok=True)
 
     def _keep(self, name: str, value: object) -> None:
         set_attributes(self.path, {name: value})

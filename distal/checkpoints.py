@@ -127,7 +127,9 @@ def load(checkpoint: CheckpointRef) -> StateDict:
     try:
         data = checkpoint.path.read_bytes()
     except FileNotFoundError:
-        raise Damage(f"{checkpoint.path}: the weights of checkpoint {checkpoint.index} are missing") from None
+        raise Damage(
+            f"{checkpoint.path}: the weights of checkpoint {checkpoint.index} are missing; put the file back"
+        ) from None
     if sha256(data) != checkpoint.sha256:
         raise Damage(f"{checkpoint.path}: the bytes of checkpoint {checkpoint.index} have changed")
     state: StateDict = deserialize(data, checkpoint.path.suffix)

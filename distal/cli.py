@@ -20,6 +20,8 @@ from distal.errors import ConfigError, DistalError, UserError, one_line
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from distal.records import Window
+
 app = typer.Typer(
     name="distal",
     help="Find the few thousand images worth labelling in a pool of millions.",
@@ -92,7 +94,12 @@ def run(
 def score(
     config: Annotated[Path, typer.Argument(help="YAML file such as configs/score.yaml; see docs/config.md.")],
     overrides: Overrides = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Wait for checkpoints that are still to come.")] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Wait for more, until checkpoints.expect of them are there or checkpoints.idle s pass."
+        ),
+    ] = False,
     no_select: Annotated[bool, typer.Option("--no-select", help="Score only; `distal select` selects later.")] = False,
     exclude: Annotated[Path | None, typer.Option(help="File of samples that are labelled (pool.exclude).")] = None,
     check: Annotated[Path | None, typer.Option(help="File of known samples (sample_id, label), scored first.")] = None,
@@ -134,8 +141,17 @@ CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Which cycle; th
 Last = Annotated[float | None, typer.Option(help="Only the last checkpoints: a number, or below 1 a share.", min=0)]
 Every = Annotated[int, typer.Option(help="Only every k-th checkpoint, counted from the last one.", min=1)]
 From = Annotated[int, typer.Option("--from", help="Leave out the checkpoints before this one.", min=0)]
+PoolPlace = Annotated[Path | None, typer.Option("--pool", help="Where the pool of the run is, if it has moved.")]
 Annotate = Annotated[bool, typer.Option("--annotate", help="Keep each sample's most frequent classes, too.")]
 RayAddress = Annotated[str | None, typer.Option(help="Share the work among the nodes of a cluster: auto or host:port.")]
+
+
+def _window(first: int, last: float | None, every: int) -> Window:
+    from distal.records import Window
+
+    if last is not None and last >= 1 and last != int(last):
+        raise ConfigError(f"--last must be a whole number of checkpoints, or a share of them below 1, got {last:g}")
+    return Window(first, last, every)
 
 
 @app.command()
@@ -147,12 +163,12 @@ def reduce(
     first: From = 0,
     annotate: Annotate = False,
     cycle: CycleIndex = None,
+    pool: PoolPlace = None,
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
     """Compute measures of stored assignments, of all checkpoints or of a window; no inference."""
     from distal.monitor import Terminal, reduce_table
-    from distal.records import Window
 
     def work() -> dict[str, Any]:
         with Terminal() as terminal:
@@ -162,8 +178,9 @@ def reduce(
                 run_directory,
                 cycle=cycle,
                 measures=tuple(measure or ()),
-                window=Window(first, last, every),
+                window=_window(first, last, every),
                 annotate=annotate,
+                pool=pool,
                 ray_address=ray_address,
                 display=terminal,
             )
@@ -181,12 +198,12 @@ def select(
     first: From = 0,
     annotate: Annotate = False,
     cycle: CycleIndex = None,
+    pool: PoolPlace = None,
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
     """Select samples by stored assignments, under another measure, window or budget; no inference."""
     from distal.monitor import Terminal, select_table
-    from distal.records import Window
 
     def work() -> dict[str, Any]:
         with Terminal() as terminal:
@@ -197,8 +214,9 @@ def select(
                 budget=budget,
                 measure=measure,
                 cycle=cycle,
-                window=Window(first, last, every),
+                window=_window(first, last, every),
                 annotate=annotate,
+                pool=pool,
                 ray_address=ray_address,
                 display=terminal,
             )

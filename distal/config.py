@@ -445,7 +445,7 @@ def _read(file: Path) -> Mapping[str, Any]:
     try:
         tree = yaml.safe_load(file.read_text())
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ConfigError(f"{file}: no such file; `distal init {file}` writes a commented one") from None
+        raise ConfigError(f"{file}: no such file; `distal init {file}` writes one for `distal run`") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):

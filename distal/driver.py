@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from distal.monitor import Display, Silent
 from distal.pool import Pool
 from distal.pool.images import MANIFEST, OK
 from distal.records import CheckpointRef, JsonObject, Progress, auto_block_size
+from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
 from distal.runs import Cycle, Run
 from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, score
@@ -43,7 +45,6 @@ from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob
 
 SCORER_THREADS = 1
-ALWAYS_REDUCED = ("dispersion", "vote_entropy", "flips")
 SPOKEN = {
     "training_waits",
     "training_failed",
@@ -257,9 +258,8 @@ class _Driver:
                 n_rows,
                 self._eligible(cycle).read,
                 config.score.record,
-                recorded_from,
             )
-            job = self._job(cycle, self.pool, cycle.assignments).recording_from(recorded_from)
+            job = replace(self._job(cycle, self.pool, cycle.assignments), recorded_from=recorded_from)
             progress = Progress(cycle.index, "train + score", epochs=config.train.epochs)
             scored = self._fill(job, assignments, training, progress, _elimination(cycle))
             return {
@@ -295,7 +295,7 @@ class _Driver:
             assignments = self._assignments(
                 cycle, cycle.test_assignments, test, block_size, 1, lambda start, stop: expected(start, stop) >= 0
             )
-            job = self._job(cycle, test, cycle.test_assignments).beginning_at(last)
+            job = replace(self._job(cycle, test, cycle.test_assignments), first_index=last)
             producer = Published([checkpoints.read(cycle.checkpoints, last)])
             n_test = self._fill(job, assignments, producer, Progress(cycle.index, "test")).images
             right = sum(
@@ -317,15 +317,12 @@ class _Driver:
         config = _begun(cycle)
 
         def work() -> JsonObject:
-            measures = dict.fromkeys((*ALWAYS_REDUCED, *config.score.record, config.select.measure))
-            if config.score.eliminate == "exact":
-                measures = {"dispersion": None}  # of the others only a part would be there
             reduction = Reduction(
                 Assignments.open(cycle.assignments),
                 self.pool,
-                tuple(measures),
+                measures_of(config),
                 range(len(config.train.checkpoint_epochs)),
-                remaining=cycle.remaining(),
+                remaining=cycle.remaining(len(config.train.checkpoint_epochs)),
                 seed=self.config.seed,
                 cycle=cycle.index,
             )
@@ -396,7 +393,6 @@ class _Driver:
         n_rows: int,
         eligible: Callable[[int, int], NDArray[np.bool_]],
         recorded: tuple[str, ...] = (),
-        recorded_from: int = 0,
     ) -> Assignments:
         assert self.pool.classes is not None
         return Assignments.take_up(
@@ -407,7 +403,6 @@ class _Driver:
             n_classes=len(self.pool.classes),
             eligible=eligible,
             recorded=recorded,
-            recorded_from=recorded_from,
             on_damage=lambda damage: self._event(
                 "damaged_block", cycle=cycle.index, reason=f"{damage}; it will be scored again"
             ),

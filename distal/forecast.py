@@ -8,12 +8,14 @@ from distal.assignments import dtype_for
 from distal.config import Config, ForeignConfig
 from distal.errors import PoolError
 from distal.foreign import matching
+from distal.lists import read_ids
 from distal.models import ModelSpec
 from distal.pool import Pool
-from distal.pool.build import learn_layout
+from distal.pool.build import MAX_CHUNK_BYTES, learn_layout
 from distal.pool.images import MANIFEST
 from distal.pool.sources import open_source
 from distal.records import STRIPE_SAMPLES, JsonObject, auto_block_size
+from distal.reduce.measures import measures_of
 from distal.reduce.stream import STRIPE_BYTES
 from distal.score.eliminate import barrier_rows
 from distal.score.plan import MAX_ROWS
@@ -42,6 +44,7 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     else:
         n_classes = config.model.num_classes
         n_rows, budget, cycles = _n_checkpoints(config), config.score.budget, 1
+        n_eligible -= _n_excluded(config)
     n_eligible = max(0, n_eligible)
     size = config.pool.block_size
     block_size = auto_block_size(n_samples) if size == "auto" else size
@@ -50,7 +53,8 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     weights = _weights_bytes(config, shape, n_classes)
     n_recorded = len(config.score.record) * (n_rows if config.score.record_rows == "all" else 1)
     own = isinstance(config, Config)
-    n_measures = len({"dispersion", "vote_entropy", "flips", *config.score.record, config.select.measure}) if own else 1
+    eliminates = config.score.eliminate == "exact"
+    n_measures = len(measures_of(config)) if isinstance(config, Config) else 1
     objects = {
         "assignments": n_rows * n_blocks,
         "recorded": n_recorded * n_blocks,
@@ -65,15 +69,16 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
         "scores": n_measures * n_samples * 4,
         "checkpoints": n_rows * weights if own else 0,
     }
-    block_bytes = min(block_size, n_samples) * shape[0] * shape[1] * shape[2]
+    image_bytes = shape[0] * shape[1] * shape[2]
+    read_bytes = 4 * min(MAX_CHUNK_BYTES, min(block_size, n_samples) * image_bytes)  # the next piece is read ahead
     memory = {
         "driver": PROCESS_BYTES + 8 * n_samples,
-        "scoring actor": PROCESS_BYTES + int(config.score.cache_gb * 2**30) + (MAX_ROWS + 1) * weights + block_bytes,
+        "scoring actor": PROCESS_BYTES + int(config.score.cache_gb * 2**30) + (MAX_ROWS + 1) * weights + read_bytes,
         "reducer": PROCESS_BYTES // 2 + 4 * STRIPE_BYTES + 100 * min(STRIPE_SAMPLES, n_samples),
     }
     if isinstance(config, Config):
-        memory["training rank"] = PROCESS_BYTES + 4 * weights + config.loop.initial * block_bytes // block_size
-    forwards = n_rows * n_eligible
+        memory["training rank"] = PROCESS_BYTES + 4 * weights + config.loop.initial * image_bytes
+    forwards = _with_elimination(n_rows, n_eligible, budget) if eliminates else n_rows * n_eligible
     warnings = []
     if sum(objects.values()) > MANY_OBJECTS:
         warnings.append(
@@ -105,22 +110,31 @@ def _alternatives(config: Config | ForeignConfig, n_rows: int, n_eligible: int, 
         "train.checkpoint_every=2" if isinstance(config, Config) else "half of the checkpoints (checkpoints.pattern)"
     )
     half = max(budget, n_eligible // 2)
+    labelled = config.loop.initial if isinstance(config, Config) else 0
     ways: list[JsonObject] = [
         {"what": "every second checkpoint", "how": every, "forwards": -(-n_rows // 2) * n_eligible},
-        {"what": "a random half of the pool", "how": f"pool.limit={half}", "forwards": n_rows * half},
+        {"what": "a random half of the pool", "how": f"pool.limit={half + labelled}", "forwards": n_rows * half},
     ]
     if config.select.measure == "dispersion" and config.score.eliminate == "none" and barrier_rows(n_rows):
-        # At most all samples but the budget, from the first barrier on; measured: about a quarter of all passes.
-        kept = int(forwards * ELIMINATION_KEEPS)
-        floor = barrier_rows(n_rows)[0] * n_eligible + (n_rows - barrier_rows(n_rows)[0]) * budget
         ways.append(
             {
                 "what": "leave out what can no longer be selected, with the same selection",
                 "how": "score.eliminate=exact",
-                "forwards": max(kept, floor),
+                "forwards": _with_elimination(n_rows, n_eligible, budget),
             }
         )
     return [{**way, "saves": 1 - way["forwards"] / max(1, forwards)} for way in ways]
+
+
+def _with_elimination(n_rows: int, n_eligible: int, budget: int) -> int:
+    """Measured: it saves a quarter of all passes. At most all but the budget are left out from the first barrier on."""
+    first = next(iter(barrier_rows(n_rows)), n_rows)
+    floor = first * n_eligible + (n_rows - first) * budget
+    return min(n_rows * n_eligible, max(int(n_rows * n_eligible * ELIMINATION_KEEPS), floor))
+
+
+def _n_excluded(config: ForeignConfig) -> int:
+    return 0 if config.pool.exclude is None else len(read_ids(Path(config.pool.exclude), "pool.exclude"))
 
 
 def _pool(config: Config | ForeignConfig) -> tuple[int, int, tuple[int, int, int], int]:

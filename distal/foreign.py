@@ -11,7 +11,7 @@ import fnmatch
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,7 +149,7 @@ class ForeignCheckpoints:
         return Entry(len(self._entries), name, stat.st_size, stat.st_mtime_ns, sha256(data))
 
     def _refuse_changed(self) -> None:
-        for entry in self._entries:
+        for position, entry in enumerate(self._entries):
             path = self._folder / entry.path
             try:
                 stat = path.stat()
@@ -162,6 +162,7 @@ class ForeignCheckpoints:
                     f"{path}: changed after it became checkpoint {entry.index}; write every checkpoint to a file of "
                     "its own, and put the old one back or give another run directory (run=...)"
                 )
+            self._entries[position] = replace(entry, mtime_ns=stat.st_mtime_ns)  # copied or touched
 
 
 def matching(folder: Path, pattern: str) -> list[str]:
@@ -183,6 +184,11 @@ def check_fits(name: str, state: object, template: StateDict) -> None:
         told = [f"{what} {keys[0]}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
         raise ModelError(f"{name}: its keys do not fit model.name: {', '.join(told)}{_hint(missing, unexpected)}")
     for key, value in template.items():
+        if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
+            raise ModelError(
+                f"{name}: {key} has values that are not finite: training diverged; leave the file out with "
+                "checkpoints.pattern, or remove it"
+            )
         if state[key].shape != value.shape:
             hint = ""
             if state[key].shape[1:] == value.shape[1:]:

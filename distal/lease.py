@@ -102,9 +102,16 @@ class Lease:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
-        if self._successor is None:
-            with suppress(DiskFull):  # the next one finds out that this process is gone
-                write_json(self._path(self._number), asdict(replace(self._me, released=True)))
+        if self._successor is not None:
+            return
+        if not (self._run / "run.yaml").exists():  # it came to nothing, and leaves nothing
+            self._path(self._number).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                self._folder.rmdir()
+                self._run.rmdir()
+            return
+        with suppress(DiskFull):  # the next one finds out that this process is gone
+            write_json(self._path(self._number), asdict(replace(self._me, released=True)))
 
     def check(self) -> None:
         """Raise Superseded when another driver has taken over."""

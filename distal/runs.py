@@ -57,6 +57,10 @@ class Staged:
         except FileNotFoundError:
             return None
 
+    def invalidate(self, stage: str) -> None:
+        """Remove the completion marker of a stage, before what it speaks of is replaced."""
+        (self.folder / f"{stage}.json").unlink(missing_ok=True)
+
     def complete(self, stage: str, inputs: dict[str, str], outputs: JsonObject, seconds: float) -> JsonObject:
         """Write the completion marker of a stage."""
         marker = {
@@ -137,13 +141,14 @@ class Cycle(Staged):
         """What was decided at each barrier; see `score.eliminate`."""
         return self.folder / "elimination.json"
 
-    def remaining(self) -> tuple[int, ...] | None:
-        """Of each block, how many samples were scored to the end; None when nothing was left out."""
+    def remaining(self, n_rows: int) -> tuple[int, ...] | None:
+        """Of each block, how many samples were scored at the last of `n_rows` rows; None when nothing was left out."""
         try:
             barriers = storage.read_json(self.elimination, required=("barriers",))["barriers"]
         except FileNotFoundError:
             return None
-        return tuple(barriers[-1]["remaining"]) if barriers else None
+        before = [barrier for barrier in barriers if barrier["row"] < n_rows]
+        return tuple(before[-1]["remaining"]) if before else None
 
     @property
     def scores(self) -> Path:

@@ -32,10 +32,11 @@ from distal.lists import find, read_ids, read_labels
 from distal.models import ModelSpec
 from distal.monitor import Display, Silent
 from distal.pool import Pool
+from distal.pool.images import OK
 from distal.records import Block, CheckpointRef, JsonObject, Progress
 from distal.reduce.measures import FROM_VOTES, Votes, dispersion
 from distal.runs import Cycle, Run
-from distal.score.actors import Elimination, Job, Producer, Published, Scored, peak_rss_bytes, score
+from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, peak_rss_bytes, score
 
 SPARE_ROWS = 1000  # for checkpoints that are not there yet; a row that never comes costs nothing
 FEW_CHECKPOINTS = 5
@@ -78,34 +79,42 @@ def score_directory(
         pool = inputs.open_pool(config, connect, display)
         directory = Run(Path(config.run))
         lease = stack.enter_context(begin(config, directory, display))
-        connect()
         scoring = _Scoring(config, directory, pool, display, watch, lease)
-        stack.callback(scoring.scorers.shrink, 0)
-        known = scoring.check_known(check, expect_accuracy) if check is not None else {}
+        known: JsonObject = {}
+        if check is not None or check_precision is not None or not scoring.is_complete():
+            connect()
+            stack.callback(scoring.prepare().shrink, 0)
+            known = scoring.check_known(check, expect_accuracy) if check is not None else {}
+            scoring.begin()
         result = {"state": "complete", "run": config.run, **scoring.score(), **known, **scoring.accuracy()}
         if check_precision is not None:
             result["precision_check"] = scoring.check_precision(check_precision)
     if select:
-        chosen = analysis.select_run(Path(config.run), budget=config.score.budget, display=display)
+        chosen = analysis.select_run(
+            Path(config.run),
+            budget=config.score.budget,
+            measure=config.select.measure,
+            tie_break=config.select.tie_break,
+            pool=Path(config.pool.path),
+            display=display,
+        )
         result |= {name: chosen[name] for name in ("measure", "selection", "n_selected", "tie_share")}
         result["selection_sha256"] = chosen["selection_sha256"]
     return result
 
 
 class _Scoring:
-    """One attempt at a run of `distal score`."""
+    """One attempt at a run of `distal score`. What needs no Ray comes first, so that a mistake is told at once."""
 
     def __init__(
         self, config: ForeignConfig, directory: Run, pool: Pool, display: Display, watch: bool, lease: Lease
     ) -> None:
         self.directory, self.pool, self.display, self.watch, self.lease = directory, pool, display, watch, lease
-        kept = self.directory.identity["constants"] if self.directory.identity else {}
-        device = kept.get("device", config.device) if config.device == "auto" else config.device
-        self.slots = cluster.find_slots(device)
-        constants = kept or inputs.constants(config, pool, self.slots)
-        self.config = inputs.resolved(config, constants)
+        self.constants: JsonObject = directory.identity["constants"] if directory.identity else {}
+        self.config = inputs.resolved(config, self.constants)
         self.excluded = self._excluded()
-        self.directory.check(self._fixed())
+        if self.constants:
+            directory.check(self._fixed())
         dtype_for(config.model.num_classes)
         spec = ModelSpec.of(config.model, pool)
         spec.check()
@@ -115,7 +124,7 @@ class _Scoring:
         if config.score.budget > n_candidates:
             raise UserError(f"score.budget: {config.score.budget} is more than the {n_candidates} candidates; lower it")
 
-        self.cycle: Cycle = self.directory.cycle(0)
+        self.cycle: Cycle = directory.cycle(0)
         template = spec.build(pretrained=False).state_dict()
         self.checkpoints = ForeignCheckpoints(
             self.cycle.foreign,
@@ -123,22 +132,41 @@ class _Scoring:
             config.checkpoints.pattern,
             lambda name, state: check_fits(name, state, template),
         )
-        if not watch:
+        if watch:
+            self.checkpoints.look(patient=True)
+        else:
             self.checkpoints.settle()
-            self._check_number()
+            self._refuse_too_few()
+        self._tell_order()
+        self.elimination = (
+            Elimination(self.cycle.elimination, config.score.budget) if config.score.eliminate == "exact" else None
+        )
+
+    def is_complete(self) -> bool:
+        """Whether every checkpoint that is there is scored."""
+        marker = self.cycle.marker("score")
+        return marker is not None and marker["inputs"] == self._made_from() and not self.watch
+
+    def prepare(self) -> Scorers:
+        """What needs Ray: slots, and what each `auto` comes to. Nothing is written yet."""
+        device = self.constants.get("device", self.config.device)
+        self.slots = cluster.find_slots(device)
+        begun = bool(self.constants)
+        self.constants = self.constants or inputs.constants(self.config, self.pool, self.slots)
+        self.config = inputs.resolved(self.config, self.constants)
         self.scorers = new_scorers(self.config, self.slots, self.directory.attempt)
-        if not kept:
-            constants |= choose(self.config, self.scorers, self.slots, pool, self.directory, len(self.excluded))
-            self.config = inputs.resolved(config, constants)
-        self.directory.begin(self._fixed(), constants)
+        if not begun:
+            n_excluded = len(self.excluded)
+            self.constants |= choose(self.config, self.scorers, self.slots, self.pool, self.directory, n_excluded)
+            self.config = inputs.resolved(self.config, self.constants)
+        return self.scorers
+
+    def begin(self) -> None:
+        """From here on it is fixed what the run is."""
+        self.directory.begin(self._fixed(), self.constants)
         if self.cycle.config is None:
             self.cycle.begin(self.config)
         self.checkpoints.keep()
-        self.elimination = (
-            Elimination(self.cycle.elimination, self.config.score.budget)
-            if self.config.score.eliminate == "exact"
-            else None
-        )
 
     def check_known(self, file: Path, expected: float | None) -> JsonObject:
         """Score known samples at the checkpoints that are there."""
@@ -147,15 +175,23 @@ class _Scoring:
         indices = find(self.pool, ids)
         if (indices < 0).any():
             raise UserError(f"--check: {file}: sample {ids[int(np.argmin(indices))]} is not in the pool")
-        job = self._job(self._assignments())
+        (status,) = self.pool.take_samples(indices, ["status"]).columns
+        unreadable = [i for i, told in enumerate(status.to_pylist()) if told != OK]
+        if unreadable:
+            raise UserError(f"--check: {file}: sample {ids[unreadable[0]]} is unreadable; leave it out")
+        job = self._job(self.cycle.assignments)
         accuracies = []
+        if self.watch:
+            watched = _Watched(self.checkpoints, self.config, self.display)
+            while not self.checkpoints.refs and not watched.finished():
+                time.sleep(0.1)
         for ref in self.checkpoints.refs:
             right = self.scorers.predict(job, indices.tolist(), ref) == np.array(labels)
             accuracies.append(float(right.mean()))
             self.display.say(f"{ref.path.name}: {accuracies[-1]:.4f} of {len(ids)} known samples right")
         if not accuracies:
-            self.display.say("--check: no checkpoint is there yet")
-        elif expected is not None and accuracies[-1] < expected:
+            self._refuse_too_few()
+        if expected is not None and accuracies[-1] < expected:
             raise UserError(
                 f"--expect-accuracy: {self.checkpoints.refs[-1].path.name} is right on {accuracies[-1]:.4f} of the "
                 f"known samples, less than {expected}; check model.name, model.normalize and the order of the classes"
@@ -165,20 +201,23 @@ class _Scoring:
     def score(self) -> JsonObject:
         """Fill the assignments, unless that is done for all checkpoints that are there."""
         marker = self.cycle.marker("score")
-        if marker is None or marker["inputs"] != self._made_from() or self.watch:
+        if marker is None or not self.is_complete():
             started = time.monotonic()
             assignments = self._assignments()
-            recorded_from = self._recorded_from()
-            job = replace(self._job(assignments), recorded_from=recorded_from)
+            job = replace(self._job(assignments.path), recorded_from=self._recorded_from())
             producer: Producer = Published(self.checkpoints.refs)
             if self.watch:
                 producer = _Watched(self.checkpoints, self.config, self.display)
             done = self._pass(job, assignments, producer, self.elimination)
-            if len(self.checkpoints.refs) != done.n_rows:
-                raise ModelError(
-                    f"checkpoints.path: {self.config.checkpoints.path}: grew while it was scored; run again"
+            self._refuse_too_few()
+            if done.n_rows <= job.recorded_from:  # of the one that turned out to be last they are wanted
+                job = replace(job, recorded_from=done.n_rows - 1)
+                refs = Published(self.checkpoints.refs)
+                done = done.then(self._pass(job, assignments, refs, self.elimination, "score: recorded arrays"))
+            if done.n_rows < FEW_CHECKPOINTS:
+                self.display.say(
+                    f"warning: {done.n_rows} checkpoints only; with so few, most samples have the same score"
                 )
-            self._check_number()
             marker = self.cycle.complete("score", self._made_from(), _figures(done), time.monotonic() - started)
         return {
             "checkpoints": marker["n_rows"],
@@ -210,7 +249,7 @@ class _Scoring:
         self.display.say(
             f"the last checkpoint is right on {accuracy:.4f} of the {total:,} samples whose label is known"
         )
-        if accuracy < 2 / n_classes:
+        if accuracy < 1.5 / n_classes:
             self.display.say(
                 f"warning: that is near chance (1 in {n_classes}); check model.normalize and the order of the classes"
             )
@@ -226,17 +265,16 @@ class _Scoring:
         inside = {block.start for block in blocks}
         n_rows = len(self.checkpoints.refs)
         other = Assignments.take_up(
-            self.cycle.folder / f"precision-{n_blocks}.zarr",
+            self.cycle.folder / f"precision-{n_rows}x{n_blocks}.zarr",
             n_rows=n_rows,
             n_samples=main.n_samples,
             block_size=main.block_size,
             n_classes=main.n_classes,
             eligible=lambda start, stop: main.eligible(start, stop) & (start in inside),
             recorded=main.recorded,
-            recorded_from=n_rows - 1,
             on_damage=self.display.say,
         )
-        job = replace(self._job(other), precision="fp32", recorded_from=n_rows - 1)
+        job = replace(self._job(other.path), precision="fp32", recorded_from=n_rows - 1)
         self._pass(job, other, Published(self.checkpoints.refs), None, "score in fp32")
         report = _compare(main, other, blocks, n_rows, self.config.score.budget)
         self.display.say(
@@ -246,12 +284,11 @@ class _Scoring:
         )
         return report
 
-    def _check_number(self) -> None:
+    def _refuse_too_few(self) -> None:
         refs, wanted = self.checkpoints.refs, self.config.checkpoints
         if not refs:
-            raise ModelError(
-                f"checkpoints.path: {wanted.path} has no file {wanted.pattern}; wait for them with --watch"
-            )
+            todo = "none came" if self.watch else "wait for them with --watch"
+            raise ModelError(f"checkpoints.path: {wanted.path} has no file {wanted.pattern}; {todo}")
         if not self.watch and wanted.expect is not None and len(refs) < wanted.expect:
             raise ModelError(
                 f"checkpoints.expect: {wanted.expect}, and {len(refs)} are there; wait for the others with --watch"
@@ -261,8 +298,23 @@ class _Scoring:
                 f"{wanted.path}: one checkpoint only; {self.config.select.measure} of one checkpoint is always 0; keep "
                 "more of them, or set select.measure=margin"
             )
-        if len(refs) < FEW_CHECKPOINTS:
-            self.display.say(f"warning: {len(refs)} checkpoints only; with so few, most samples have the same score")
+
+    def _tell_order(self) -> None:
+        """Say which files are taken for which training steps: nothing else would show that `best.pt` came first."""
+        refs = self.checkpoints.refs
+        if not refs:
+            return
+        names = [ref.path.name for ref in refs]
+        shown = names if len(names) <= 4 else [*names[:2], "...", *names[-2:]]
+        self.display.say(f"{len(names)} checkpoints, in this order: {', '.join(shown)}")
+        first: dict[str, str] = {}
+        for ref in refs:
+            earlier = first.setdefault(ref.sha256, ref.path.name)
+            if earlier != ref.path.name:
+                self.display.say(
+                    f"warning: {ref.path.name} has the weights of {earlier}, and both are counted; leave one out with "
+                    "checkpoints.pattern"
+                )
 
     def _made_from(self) -> dict[str, str]:
         return {
@@ -304,7 +356,6 @@ class _Scoring:
             n_classes=self.config.model.num_classes,
             eligible=self.eligible.read,
             recorded=self.config.score.record,
-            recorded_from=self._recorded_from(),
             on_damage=lambda damage: self._event("damaged_block", reason=f"{damage}; it will be scored again"),
         )
         if n_known > assignments.n_rows:
@@ -316,16 +367,15 @@ class _Scoring:
         return assignments
 
     def _recorded_from(self) -> int:
-        """The first row to record at: the last one, if it is known which that is."""
+        """The first row to record at: the last one, as far as is known which that will be."""
         if self.config.score.record_rows == "all":
             return 0
-        if not self.watch:
-            return len(self.checkpoints.refs) - 1
-        return self.config.checkpoints.expect - 1 if self.config.checkpoints.expect else 0
+        n_known = max(len(self.checkpoints.refs), self.config.checkpoints.expect or 0)
+        return max(0, n_known - 1)
 
-    def _job(self, assignments: Assignments) -> Job:
+    def _job(self, assignments: Path) -> Job:
         model = ModelSpec.of(self.config.model, self.pool)
-        return new_job(self.config, self.pool, model, assignments.path, self.slots.device)
+        return new_job(self.config, self.pool, model, assignments, self.slots.device)
 
     def _pass(
         self,
@@ -365,11 +415,17 @@ class _Watched:
     def __init__(self, checkpoints: ForeignCheckpoints, config: ForeignConfig, display: Display) -> None:
         self._checkpoints, self._config, self._display = checkpoints, config.checkpoints, display
         self._looked = self._grew = time.monotonic()
+        self._finished = False
 
     def published(self) -> Sequence[CheckpointRef]:
         return self._checkpoints.refs
 
     def finished(self) -> bool:
+        """Once it is, nothing is looked at any more: a file that comes then belongs to another pass."""
+        self._finished = self._finished or self._look()
+        return self._finished
+
+    def _look(self) -> bool:
         now = time.monotonic()
         if now - self._looked >= LOOK_S:
             self._looked = now

@@ -9,14 +9,15 @@ import pytest
 from distal import driver
 from distal.analysis import reduce_run, select_run
 from distal.assignments import Assignments
-from distal.errors import ConfigError, Damage, RunConflict, UserError
+from distal.errors import ConfigError, Damage, PoolError, RunConflict, UserError
 from distal.pool import Pool
+from distal.pool.build import build
 from distal.records import Window
 from distal.reduce.measures import FROM_VOTES, Votes
 from distal.runs import Run
 from distal.scores import Scores
 from distal.selection import Selection
-from tests.helpers import small_config
+from tests.helpers import small_config, write_source
 
 N, ROWS = 240, 5
 
@@ -124,3 +125,39 @@ def test_elimination_in_a_run_selects_the_same(run: Path, pool: Pool, tmp_path: 
     for mine, full in zip(summary, plain, strict=True):
         assert mine["images_scored"] + mine["left_out"] == full["images_scored"]
     assert full["left_out"] == 0
+    assert select_run(tmp_path / "run", budget=16)["n_selected"] == 16
+    with pytest.raises(UserError, match="--budget: 17: samples that could not be among the first 16 were left out"):
+        select_run(tmp_path / "run", budget=17)
+
+
+def test_another_pool_at_the_same_place_is_refused(
+    cluster: str, run: Path, pool: Pool, source: Path, tmp_path: Path
+) -> None:
+    """Also once the scores are there: the ids of a selection come from the pool."""
+    copy, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(run, copy)
+    shutil.copytree(pool.path, moved)
+    chosen = select_run(copy, budget=5, pool=moved)
+    assert select_run(copy, budget=5) == chosen
+    other = build(str(write_source(tmp_path / "other.parquet", N, seed=5)), tmp_path / "other")
+    with pytest.raises(PoolError, match="not the pool of this run"):
+        select_run(copy, budget=6, pool=other.path)
+
+
+def test_scores_that_are_being_replaced_are_not_complete(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    reduce_run(copy, measures=("gini",))
+    with monkeypatch.context() as patched:
+        patched.setattr("distal.reduce.stream._reduced", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reduce_run(copy, measures=("gini",), annotate=True)
+    reduce_run(copy, measures=("gini",))
+    scores = Scores.open(copy / "cycles/001/analyses/gini/scores.zarr")
+    assert np.isfinite(scores.read("gini", 0, N)).any()
+    reduce_run(copy, measures=("gini",), annotate=True)
+    before = (copy / "cycles/001/analyses/gini/reduce.json").stat().st_mtime_ns
+    reduce_run(copy, measures=("gini",))  # more is there than is asked for
+    assert (copy / "cycles/001/analyses/gini/reduce.json").stat().st_mtime_ns == before

@@ -141,21 +141,24 @@ def test_a_flipped_bit_is_named_and_the_block_scored_again(tmp_path: Path, array
     flip_a_bit(assignments.path / array / "c/2/0", where)
     with pytest.raises(Damage, match=f"{array}: row 2, block 0 does not decode"):
         assignments.read(0, N) if array == "assignments" else assignments.read_recorded("margin", 2, 0, N)
-    assert assignments.remove_damaged(0, recorded=True) == []
-    (bad,) = assignments.remove_damaged(2, recorded=True)
+    assert assignments.remove_damaged(0) == []
+    (bad,) = assignments.remove_damaged(2)
     assert f"{array}: row 2, block 0 does not decode" in bad
-    assert assignments.committed(2) == {1, 2}
-    assert assignments.committed(1) == {0, 1, 2}
-    assert not (assignments.path / "margin/c/2/0").exists()
+    assert assignments.committed(2, recorded=True) == {1, 2}
+    assert assignments.committed(2) == ({1, 2} if array == "assignments" else {0, 1, 2})
+    assert assignments.committed(1, recorded=True) == {0, 1, 2}
+    assert not (assignments.path / array / "c/2/0").exists()
 
 
-def test_a_block_without_its_recorded_values_is_not_committed(tmp_path: Path) -> None:
+def test_a_block_can_lack_its_recorded_values(tmp_path: Path) -> None:
+    """Its labels count all the same; whoever needs the values scores it again."""
     assignments = filled(tmp_path / "a.zarr")
     (assignments.path / "margin/c/2/1").unlink()
-    assert assignments.remove_damaged(2, recorded=False) == []
-    (lost,) = assignments.remove_damaged(2, recorded=True)
-    assert "margin: row 2, block 1 is missing" in lost
-    assert assignments.committed(2) == {0, 2}
+    assert assignments.remove_damaged(2) == []
+    block = assignments.blocks[1]
+    assert (assignments.has(2, block), assignments.has(2, block, recorded=True)) == (True, False)
+    assert assignments.committed(2) == {0, 1, 2}
+    assert assignments.committed(2, recorded=True) == {0, 2}
 
 
 def test_a_disk_that_cannot_be_read_just_now_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +170,7 @@ def test_a_disk_that_cannot_be_read_just_now_is_not_damage(tmp_path: Path, monke
 
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(OSError, match="input/output error"):
-        assignments.remove_damaged(1, recorded=True)
+        assignments.remove_damaged(1)
     assert assignments.committed(1) == {0, 1, 2}
 
 

@@ -38,7 +38,7 @@ def finished(pool: Pool, test_pool: Pool, tmp_path_factory: pytest.TempPathFacto
 
 def test_layout_on_disk(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "run.yaml", "initial.parquet", "summary.json", "events", "cycles",
+        "run.yaml", "initial.parquet", "summary.json", "events", "driver", "cycles",
     }  # fmt: skip
     expected = {
         "cycle.yaml", "train", "checkpoints", "assignments.zarr", "test.zarr", "scores.zarr", "selection.parquet",

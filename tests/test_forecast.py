@@ -25,6 +25,8 @@ def test_a_run_of_the_small_pool(pool: Pool, tmp_path: Path) -> None:
     assert set(plan["memory_bytes"]) == {"driver", "scoring actor", "reducer", "training rank"}
     assert [way["forwards"] for way in plan["alternatives"]] == [2 * 214, 3 * 107, 475]
     assert plan["warnings"] == []
+    exact = forecast(small_config(tmp_path / "run", pool, None, "score.eliminate=exact"))
+    assert (exact["forwards"], exact["objects"]["scores"]) == (475, 4)
 
 
 def test_a_pool_that_is_not_packed_yet() -> None:
@@ -37,6 +39,9 @@ def test_a_directory_of_checkpoints(pool: Pool, tmp_path: Path) -> None:
         forecast(foreign_config(tmp_path / "run", pool, tmp_path / "ck"))
     write_checkpoints(tmp_path / "ck", pool, range(4))
     assert forecast(foreign_config(tmp_path / "run", pool, tmp_path / "ck"))["forwards"] == 4 * 238
+    (tmp_path / "labelled.txt").write_text("a\nb\n")
+    excluding = foreign_config(tmp_path / "run", pool, tmp_path / "ck", f"pool.exclude={tmp_path / 'labelled.txt'}")
+    assert forecast(excluding)["forwards"] == 4 * 236
     many = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "checkpoints.expect=50000", "score.budget=500")
     warnings = forecast(many)["warnings"]
     assert warnings[0].startswith("200,")

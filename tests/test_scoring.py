@@ -146,6 +146,60 @@ def test_watch_ends_when_nothing_comes_any_more(pool: Pool, tmp_path: Path) -> N
     assert "no new checkpoint for 2 s: going on with the 2 that are there" in lines.said
 
 
+@pytest.mark.parametrize("eliminate", ["none", "exact"])
+def test_watch_when_fewer_come_than_were_expected(
+    scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path, eliminate: str
+) -> None:
+    """The margin, which breaks ties, is wanted of the row that turned out to be the last one."""
+    overrides = (f"checkpoints.expect={T + 1}", "checkpoints.idle=3", f"score.eliminate={eliminate}", "score.budget=4")
+    result = score_directory(foreign_config(tmp_path / "run", pool, folder, *overrides), watch=True)
+    assert result["checkpoints"] == T
+    assert result["selection_sha256"] == analysis.select_run(scored[0], budget=4)["selection_sha256"]
+
+
+def test_a_checkpoint_that_comes_too_late_belongs_to_another_pass(pool: Pool, folder: Path, tmp_path: Path) -> None:
+    early = tmp_path / "early"
+    write_checkpoints(early, pool, range(5))
+    lines = Lines()
+    lines.progress = lambda state: write_checkpoints(early, pool, [5]) if state.rows_scored else None  # type: ignore
+    config = foreign_config(tmp_path / "run", pool, early, "checkpoints.expect=5")
+    assert score_directory(config, lines, watch=True)["checkpoints"] == 5
+    assert (early / "epoch6.pt").exists()
+    more = foreign_config(tmp_path / "run", pool, early, "checkpoints.expect=6")
+    assert score_directory(more)["checkpoints"] == 6
+
+
+def test_watch_leaves_alone_what_is_scored(scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored[0], run)
+    stamps = {path: path.stat().st_mtime_ns for path in run.glob("cycles/000/assignments.zarr/*/c/*/*")}
+    result = score_directory(foreign_config(run, pool, folder, "checkpoints.idle=1"), watch=True)
+    assert result["selection_sha256"] == scored[1]["selection_sha256"]
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_another_measure_selects_again_without_scoring(
+    scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored[0], run)
+    other = score_directory(foreign_config(run, pool, folder, "select.measure=flips", "select.tie_break=hash"))
+    assert other["measure"] == "flips"
+    assert other["selection_sha256"] != scored[1]["selection_sha256"]
+    assert other["images_scored"] == scored[1]["images_scored"]
+
+
+def test_the_order_of_checkpoints_is_told(pool: Pool, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "ck")
+    shutil.copy2(folder / f"epoch{T}.pt", tmp_path / "ck" / "best.pt")
+    lines = Lines()
+    score_directory(foreign_config(tmp_path / "run", pool, tmp_path / "ck"), lines, select=False)
+    assert lines.said[1:3] == [
+        f"{T + 1} checkpoints, in this order: best.pt, epoch1.pt, ..., epoch7.pt, epoch8.pt",
+        "warning: epoch8.pt has the weights of best.pt, and both are counted; leave one out with checkpoints.pattern",
+    ]
+
+
 def test_elimination_selects_the_same_with_fewer_passes(
     scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
 ) -> None:
@@ -207,7 +261,18 @@ class TestKnownSamples:
         config = foreign_config(tmp_path / "run", pool, folder)
         with pytest.raises(UserError, match=r"epoch8.pt is right on 0.0000 of the known samples, less than 0.5"):
             score_directory(config, check=self.known(tmp_path, pool, wrong), expect_accuracy=0.5)
-        assert (assignments(tmp_path / "run") == 255).all()
+        assert not (tmp_path / "run").exists()  # so that it can be tried with another model.normalize
+
+    def test_watch_checks_the_first_one_that_comes(
+        self, scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+    ) -> None:
+        wrong = (assignments(scored[0])[0, 20:60] + 1) % 4
+        known = self.known(tmp_path, pool, wrong)
+        (tmp_path / "ck").mkdir()
+        threading.Timer(1.0, shutil.copy2, (folder / "epoch1.pt", tmp_path / "ck")).start()
+        config = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "checkpoints.idle=60")
+        with pytest.raises(UserError, match=r"epoch1.pt is right on 0.0000 of the known samples"):
+            score_directory(config, watch=True, check=known, expect_accuracy=0.5)
 
     def test_samples_that_are_not_in_the_pool(self, pool: Pool, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "known.csv").write_text("sample_id,label\nnobody,1\n")
@@ -215,6 +280,10 @@ class TestKnownSamples:
             score_directory(foreign_config(tmp_path / "run", pool, folder), check=tmp_path / "known.csv")
         with pytest.raises(SourceError, match="no such file"):
             score_directory(foreign_config(tmp_path / "run", pool, folder), check=tmp_path / "missing.csv")
+        bad = pool.samples(7, 8)["sample_id"][0].as_py()
+        (tmp_path / "known.csv").write_text(f"sample_id,label\n{bad},1\n")
+        with pytest.raises(UserError, match=f"sample {bad} is unreadable; leave it out"):
+            score_directory(foreign_config(tmp_path / "run", pool, folder), check=tmp_path / "known.csv")
 
 
 def test_bf16_is_compared_with_fp32(pool: Pool, folder: Path, tmp_path: Path) -> None:
@@ -279,10 +348,21 @@ class TestMistakes:
         message = "score.eliminate: exact needs to know how many"
         self.refuse(message, ConfigError, pool, tmp_path, "score.eliminate=exact", folder=folder, watch=True)
 
-    def test_a_logit_that_is_not_finite(self, cluster: str, pool: Pool, tmp_path: Path) -> None:
+    def test_weights_that_are_not_finite(self, cluster: str, pool: Pool, tmp_path: Path) -> None:
+        """Refused before they have an index, so without the file the same command goes on."""
         write_checkpoints(tmp_path / "ck", pool, range(5))
         state = torch.load(tmp_path / "ck/epoch3.pt")
         state["14.bias"][1] = torch.nan
+        torch.save(state, tmp_path / "ck/epoch3.pt")
+        self.refuse(r"epoch3.pt: 14.bias has values that are not finite", ModelError, pool, tmp_path)
+        (tmp_path / "ck/epoch3.pt").unlink()
+        assert score_directory(foreign_config(tmp_path / "run", pool, tmp_path / "ck"))["checkpoints"] == 4
+
+    def test_a_logit_that_is_not_finite(self, cluster: str, pool: Pool, tmp_path: Path) -> None:
+        write_checkpoints(tmp_path / "ck", pool, range(5))
+        state = torch.load(tmp_path / "ck/epoch3.pt")
+        state["14.bias"][1] = 3e38
+        state["14.weight"][1] = 3e38  # finite, and their sums are not
         torch.save(state, tmp_path / "ck/epoch3.pt")
         with pytest.raises(
             UserError, match=r"checkpoint 2 \(epoch3.pt\) gives a logit that is not finite for sample s1-"

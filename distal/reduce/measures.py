@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal import kernels
+from distal.config import Config
 from distal.hashing import mix64
 
 Floats = NDArray[np.float64]
@@ -128,3 +129,10 @@ ANNOTATIONS: dict[str, Callable[[Votes], NDArray[np.int64]]] = {
     "runner_up": lambda votes: votes.tally.runner_up,
 }
 """Not scores but classes: the most frequent one, and the next; the smaller index wins a tie, -1 when there is none."""
+
+
+def measures_of(config: Config) -> tuple[str, ...]:
+    """What a cycle of a run is reduced to."""
+    if config.score.eliminate == "exact":
+        return ("dispersion",)  # of the others only a part would be there
+    return tuple(dict.fromkeys(("dispersion", "vote_entropy", "flips", *config.score.record, config.select.measure)))

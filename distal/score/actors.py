@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,7 @@ class Job:
         pool, assignments: folders to read images from and to write to.
         pool_sha256: content hash of the pool.
         first_index: the checkpoint that row 0 belongs to.
-        recorded_from: first row whose recorded arrays are kept.
+        recorded_from: first row whose recorded arrays are kept. A block that lacks them there is scored again.
     """
 
     pool: Path
@@ -70,14 +71,6 @@ class Job:
     device: str
     first_index: int = 0
     recorded_from: int = 0
-
-    def recording_from(self, row: int) -> Job:
-        """The same job, with recorded arrays kept from this row on."""
-        return replace(self, recorded_from=row)
-
-    def beginning_at(self, checkpoint_index: int) -> Job:
-        """The same job for an array whose row 0 belongs to this checkpoint."""
-        return replace(self, first_index=checkpoint_index)
 
 
 @dataclass(frozen=True)
@@ -179,6 +172,18 @@ class Scored:
     hand_outs: int = 0
     actor_rss_bytes: int = 0
 
+    def then(self, other: Scored) -> Scored:
+        """What this pass and another one over the same array came to."""
+        return replace(
+            other,
+            images_predicted=self.images_predicted + other.images_predicted,
+            startup_s=self.startup_s,
+            seconds=self.seconds + other.seconds,
+            driver_s=self.driver_s + other.driver_s,
+            hand_outs=self.hand_outs + other.hand_outs,
+            actor_rss_bytes=max(self.actor_rss_bytes, other.actor_rss_bytes),
+        )
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -198,9 +203,19 @@ class _Piece:
     def of(self, flags: NDArray[np.bool_]) -> _Piece:
         """Those that are flagged; `flags` are for the whole block."""
         kept = flags[self.positions]
-        if kept.all():
-            return self
-        return _Piece(self.positions[kept], self.images.transpose(0, 2, 3, 1)[kept].transpose(0, 3, 1, 2))
+        return self if kept.all() else self._take(kept)
+
+    def then(self, other: _Piece) -> _Piece:
+        """These images and those of another piece."""
+        images = [each.images.transpose(0, 2, 3, 1) for each in (self, other)]
+        return _Piece(np.concatenate([self.positions, other.positions]), np.concatenate(images).transpose(0, 3, 1, 2))
+
+    def split(self, n: int) -> tuple[_Piece, _Piece]:
+        """The first `n`, and the others."""
+        return self._take(slice(n)), self._take(slice(n, None))
+
+    def _take(self, which: slice | NDArray[np.bool_]) -> _Piece:
+        return _Piece(self.positions[which], self.images.transpose(0, 2, 3, 1)[which].transpose(0, 3, 1, 2))
 
 
 class Scorer:
@@ -247,8 +262,12 @@ class Scorer:
         """The class of some samples at a checkpoint, without writing it anywhere: (n,) int64."""
         torch.set_num_threads(self._threads)
         self._begin(job)
-        labels: NDArray[np.int64] = self._load(ref)(self._pool.take(indices)).labels
-        return labels
+        self._job = None  # the assignments are not open
+        try:
+            prediction = self._load(ref)(self._pool.take(indices))
+        except NotFinite as error:
+            raise Diverged(self._not_finite(ref, int(indices[error.args[0]]))) from error
+        return prediction.labels
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def sign_of_life(self) -> int:
@@ -265,9 +284,11 @@ class Scorer:
             Damage: images or weights are not what was written.
         """
         torch.set_num_threads(self._threads)  # a setting of the thread, and Ray may use another one
-        self._begin(job)
+        if job != self._job:
+            self._begin(job)
+            self._assignments = Assignments.open(job.assignments)
         block = order.block
-        todo = [ref for ref in order.refs if not self._assignments.has(ref.index - job.first_index, block)]
+        todo = [ref for ref in order.refs if not self._is_done(ref.index - job.first_index, block)]
         eligible = self._assignments.eligible(block.start, block.stop)
         scored = eligible
         if order.barrier is not None and todo:
@@ -275,9 +296,8 @@ class Scorer:
             scored = survivors(votes, eligible, self._assignments.n_classes, order.theta)
         names = ("labels", *self._assignments.recorded)
         found: dict[int, dict[str, list[NDArray[Any]]]] = {ref.index: {name: [] for name in names} for ref in todo}
-        for piece in _ahead(self._pieces_of(block, eligible)) if todo else ():
-            piece = piece.of(scored)
-            for ref in todo if len(piece) else ():
+        for piece in _batched(_ahead(self._pieces_of(block, eligible)), scored, job.batch_size) if todo else ():
+            for ref in todo:
                 try:
                     prediction = self._load(ref)(piece.images)
                 except NotFinite as error:
@@ -293,6 +313,9 @@ class Scorer:
             votes = self._assignments.read(block.start, block.stop, range(order.count), complete=True)
             counts = histogram(votes, eligible, self._assignments.n_classes, self._assignments.n_rows)
         return _Done(len(todo) * int(scored.sum()), counts, peak_rss_bytes())
+
+    def _is_done(self, row: int, block: Block) -> bool:
+        return self._assignments.has(row, block, recorded=bool(self._recorded(row)))
 
     def _recorded(self, row: int) -> tuple[str, ...]:
         """The arrays that are kept at a row."""
@@ -312,14 +335,11 @@ class Scorer:
         self._assignments.write(row, block, labels, recorded)
 
     def _begin(self, job: Job) -> None:
-        if job == self._job:
-            return
         self._job = None  # until everything below has worked
         self._pieces.clear()
         self._room = self._cache_bytes
         self._predictors.clear()
         self._pool = Pool.open(job.pool).require(job.pool_sha256)
-        self._assignments = Assignments.open(job.assignments)
         be_deterministic(torch.device(job.device))
         self._template = Predictor(
             job.model.build(pretrained=False),
@@ -341,16 +361,17 @@ class Scorer:
             yield from self._pieces[block.index]
             return
         _, height, width = self._pool.image_shape
-        keep = int(eligible.sum()) * self._pool.image_shape[0] * height * width <= self._room
+        n_bytes = int(eligible.sum()) * self._pool.image_shape[0] * height * width
+        keep = n_bytes <= self._room
         kept = []
         for piece in _pieces(self._pool, block, eligible, self._job.batch_size):
             if keep:
                 piece = replace(piece, images=piece.images.copy(order="K"))  # a slice would keep all it was cut from
                 kept.append(piece)
-                self._room -= piece.images.nbytes
             yield piece
         if keep:
             self._pieces[block.index] = kept
+            self._room -= n_bytes
 
     def _load(self, ref: CheckpointRef) -> Predictor:
         """A predictor with the weights of a checkpoint; the last few are kept."""
@@ -368,6 +389,23 @@ class Scorer:
             f"checkpoint {ref.index} ({ref.path.name}) gives a logit that is not finite for sample {sample_id}: "
             "training diverged; train again with a lower learning rate"
         )
+
+
+def _batched(pieces: Iterator[_Piece], scored: NDArray[np.bool_], batch_size: int) -> Iterator[_Piece]:
+    """The images of a block that are scored, in pieces of whole batches but for the last.
+
+    What an image is predicted to be then depends on which images of its block are scored, not on how it was read.
+    """
+    rest: _Piece | None = None
+    for piece in pieces:
+        piece = piece.of(scored)
+        if rest is not None and len(rest):
+            piece = rest.then(piece)
+        whole, rest = piece.split(len(piece) // batch_size * batch_size)
+        if len(whole):
+            yield whole
+    if rest is not None and len(rest):
+        yield rest
 
 
 def _ahead(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
@@ -580,7 +618,12 @@ class _Pass:
         self.blocks = assignments.blocks
         self.eligible = [int(assignments.eligible(b.start, b.stop).sum()) for b in self.blocks]
         self.barriers = read_barriers(elimination.record) if elimination else []
-        done = [(row, b) for row in range(assignments.n_rows) for b in assignments.committed(row)]
+        self.totals = [sum(self.eligible), *(sum(barrier.remaining) for barrier in self.barriers)]
+        done = [
+            (row, b)
+            for row in range(assignments.n_rows)
+            for b in assignments.committed(row, recorded=row >= job.recorded_from)
+        ]
         self.images = sum(self._n_scored(row, block) for row, block in done)
         self.plan = Plan(
             assignments.n_rows,
@@ -652,22 +695,23 @@ class _Pass:
         assert row is not None
         histograms = [self.histograms[block] for block in range(len(self.blocks))]
         self.barriers.append(decide(row, histograms, self.elimination.budget))
+        self.totals.append(sum(self.barriers[-1].remaining))
         # On disk before anything is handed out that depends on it.
         write_json(self.elimination.record, {"barriers": [barrier.to_record() for barrier in self.barriers]})
         self.histograms.clear()
         self.plan.pass_barrier()
 
-    def _n_scored(self, row: int, block: int) -> int:
-        """Samples of a block that are scored at a row."""
-        before = [barrier for barrier in self.barriers if barrier.row <= row]
-        return before[-1].remaining[block] if before else self.eligible[block]
+    def _n_scored(self, row: int, block: int | None = None) -> int:
+        """Samples of a block, or of all blocks, that are scored at a row."""
+        passed = bisect_right([barrier.row for barrier in self.barriers], row)
+        if block is None:
+            return self.totals[passed]
+        return self.barriers[passed - 1].remaining[block] if passed else self.eligible[block]
 
     def _n_images(self) -> int:
         """Predictions in the whole array, as far as is decided now."""
         rows = range(max(len(self.refs), self.n_expected or 0))
-        if not self.barriers:
-            return sum(self.eligible) * len(rows)
-        return sum(self._n_scored(row, block) for row in rows for block in range(len(self.blocks)))
+        return sum(self._n_scored(row) for row in rows)
 
     def _scored(self) -> Scored:
         n_rows = len(self.refs)
@@ -675,7 +719,7 @@ class _Pass:
         return Scored(
             images=self.images,
             n_rows=n_rows,
-            left_out=sum(self.eligible) * n_rows - self.images,
+            left_out=self.totals[0] * n_rows - self.images,
             images_predicted=self.images_predicted,
             startup_s=(self.first_hand_out or time.monotonic()) - self.began,
             seconds=seconds,
@@ -690,6 +734,8 @@ class _Pass:
         return max(0, actors_allowed(self.scorers.asked, self.scorers.slots, held) - self.refused)
 
     def _look_for_checkpoints(self) -> None:
+        if self.all_published:
+            return  # one that comes later belongs to another pass
         finished = self.producer.finished()  # asked first: what is missing afterwards will never come
         for ref in self.producer.published():
             row = ref.index - self.job.first_index
@@ -697,7 +743,7 @@ class _Pass:
                 self.assignments.adopt_weights(row, ref.sha256)
                 self.refs[row] = ref
                 self.plan.published(row)
-        if finished and not self.all_published:
+        if finished:
             self.all_published = True
             self.plan.no_more()
 
@@ -706,10 +752,11 @@ class _Pass:
 
     def _wait(self) -> None:
         pending = [*self.joining, *self.working]
+        started = time.monotonic()
         if not pending:
             time.sleep(POLL_S)
+            self.idle_s += time.monotonic() - started
             return
-        started = time.monotonic()
         ready, _ = ray.wait(pending, timeout=POLL_S)
         self.idle_s += time.monotonic() - started
         for ref in ready:

@@ -62,6 +62,8 @@ class Plan:
         self._barriers = list(barriers)
         self._passed = passed
         self._waiting: list[set[int]] = [set() for _ in range(n_blocks)]  # published rows not handed out
+        self._oldest = [n_rows] * n_blocks  # the first of them; n_rows when there is none
+        self._n_waiting = [0] * n_rows  # blocks that wait, per row
         self._done: set[tuple[int, int]] = set(done)
         self._left = [n_rows] * n_blocks  # rows not committed yet, per block
         self._missing = [n_blocks] * n_rows  # blocks not committed yet, per row
@@ -110,9 +112,9 @@ class Plan:
         if row in self._published:
             return
         self._published.add(row)
-        for block, rows in enumerate(self._waiting):
+        for block in range(len(self._waiting)):
             if (row, block) not in self._done:
-                rows.add(row)
+                self._wait(block, (row,))
 
     def no_more(self) -> None:
         """No checkpoint will come: rows that were not published are no rows."""
@@ -131,7 +133,7 @@ class Plan:
         self._owner = {block: owner for block, owner in self._owner.items() if owner != actor}
         in_hand = self._work.pop(actor)
         for work in in_hand:
-            self._waiting[work.block].update(work.rows)
+            self._wait(work.block, work.rows)
         return in_hand
 
     def actor_lost(self, actor: int) -> None:
@@ -162,7 +164,7 @@ class Plan:
             BlockFailed: it has failed too often.
         """
         self._work[work.actor].remove(work)
-        self._waiting[work.block].update(work.rows)
+        self._wait(work.block, work.rows)
         self._owner.pop(work.block, None)
         self._failed_at[work.block] = work.actor  # another one tries it next: it may be the actor that is at fault
         self._count_failure(work.block, reason)
@@ -176,14 +178,14 @@ class Plan:
                 if block is None:
                     continue
                 work = self._hand_out(actor, block)
-                self._waiting[block].difference_update(work.rows)
+                self._take(block, work.rows)
                 self._owner[block] = actor
                 in_hand.append(work)
                 handed_out.append(work)
         return handed_out
 
     def _hand_out(self, actor: int, block: int) -> Work:
-        ready = sorted(self._ready(block))
+        ready = sorted(row for row in self._waiting[block] if row < self._limit)
         below = bisect_right(self._barriers, ready[0]) if ready else self._passed
         stop = self._barriers[below] if below < len(self._barriers) else self._n_rows  # one stretch between barriers
         stretch = [row for row in ready if row < stop][: self._rows_at_once()]
@@ -200,13 +202,28 @@ class Plan:
         """At most `MAX_ROWS`, and with several actors less than a fair share of what waits."""
         if len(self._work) == 1:
             return MAX_ROWS
-        waiting = sum(len(self._ready(block)) for block in range(len(self._waiting)))
+        waiting = sum(self._n_waiting[: self._limit])
         return max(1, min(MAX_ROWS, waiting // (2 * IN_FLIGHT * len(self._work))))
 
-    def _ready(self, block: int) -> set[int]:
-        """Rows of a block that wait and lie before the next barrier."""
-        barrier = self.next_barrier
-        return self._waiting[block] if barrier is None else {row for row in self._waiting[block] if row < barrier}
+    @property
+    def _limit(self) -> int:
+        """Rows from here on may not be handed out yet."""
+        return len(self._n_waiting) if self.next_barrier is None else self.next_barrier
+
+    def _is_ready(self, block: int) -> bool:
+        return self._oldest[block] < self._limit
+
+    def _wait(self, block: int, rows: Iterable[int]) -> None:
+        for row in rows:
+            self._waiting[block].add(row)
+            self._n_waiting[row] += 1
+            self._oldest[block] = min(self._oldest[block], row)
+
+    def _take(self, block: int, rows: Iterable[int]) -> None:
+        for row in rows:
+            self._waiting[block].remove(row)
+            self._n_waiting[row] -= 1
+        self._oldest[block] = min(self._waiting[block], default=len(self._n_waiting))
 
     def _complete_before_barrier(self, block: int, handed_out: Sequence[int] = ()) -> bool:
         """Whether a block that has not counted its votes can do so, once the rows in `handed_out` are scored."""
@@ -224,14 +241,14 @@ class Plan:
             for block in range(len(self._waiting))
             if block not in busy
             and (alone or self._failed_at.get(block) != actor)
-            and (self._ready(block) or self._complete_before_barrier(block))
+            and (self._is_ready(block) or self._complete_before_barrier(block))
         ]
         if not candidates:
             return None
         own = [b for b in candidates if self._owner.get(b) == actor]
         free = [b for b in candidates if b not in self._owner]
         pick = own or free or self._of_the_richest(candidates)
-        return min(pick, key=lambda b: (min(self._ready(b), default=-1), b))
+        return min(pick, key=lambda b: (self._oldest[b] if self._is_ready(b) else -1, b))
 
     def _of_the_richest(self, candidates: list[int]) -> list[int]:
         """The candidates of the actor that has most of them."""
