@@ -197,6 +197,7 @@ class _Scored:
                 budget=budget,
                 seed=self.config.seed,
                 cycle=self.cycle.index,
+                expected=analysis.expected(stage, made_from),
             )
             outputs = {
                 "n_selected": len(selection),

@@ -133,9 +133,12 @@ class Assignments:
                 recorded=recorded,
             )
         assignments = cls.open(path)
+        for block, damage in list(assignments.damaged_eligible()):
+            on_damage(str(damage))
+            assignments._arrays[ELIGIBLE].write((slice(block.start, block.stop),), eligible(block.start, block.stop))
         for row in range(assignments.n_rows):
-            for damage in assignments.remove_damaged(row):
-                on_damage(damage)
+            for what in assignments.remove_damaged(row):
+                on_damage(what)
         return assignments
 
     @classmethod
@@ -278,6 +281,14 @@ class Assignments:
                 except Damage as damage:
                     yield name, block, damage
 
+    def damaged_eligible(self) -> Iterator[tuple[Block, Damage]]:
+        """Every block whose `eligible` flags are missing or do not decode."""
+        for block in self.blocks:
+            try:
+                self.eligible(block.start, block.stop)
+            except Damage as damage:
+                yield block, damage
+
     def remove_damaged(self, row: int) -> list[str]:
         """Delete every chunk of `row` that does not decode, so that its block is scored again.
 
@@ -287,12 +298,12 @@ class Assignments:
         found = []
         for name, block, damage in self.damaged(row):
             found.append(str(damage))
-            self.remove(name, row, block)
+            self.chunk(name, row, block).unlink(missing_ok=True)
         return found
 
-    def remove(self, name: str, row: int, block: Block) -> None:
-        """Delete one chunk of an array."""
-        self._arrays[name].chunk_path(row, block.index).unlink(missing_ok=True)
+    def chunk(self, name: str, row: int | None, block: Block) -> Path:
+        """The file of one chunk of an array; `row` is None for `eligible`."""
+        return self._arrays[name].chunk_path(*(() if row is None else (row,)), block.index)
 
     def _keep(self, name: str, value: object) -> None:
         set_attributes(self.path, {name: value})

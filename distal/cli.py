@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from distal import __version__
-from distal.errors import ConfigError, DistalError, UserError, one_line
+from distal.errors import ConfigError, Damage, DistalError, UserError, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -255,6 +255,39 @@ def status(
     _answer(lambda: status_of(run_directory), as_json, status_table)
 
 
+RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory, or folder of a pool.")]
+
+
+@app.command()
+def verify(path: RunOrPool, as_json: Json = False) -> None:
+    """Read everything of a run or a pool and check it; exit 4 when something is damaged. Nothing is changed."""
+    from distal.monitor import Terminal, verify_table
+
+    def work() -> dict[str, Any]:
+        with Terminal() as terminal:
+            from distal.storage import local_path
+            from distal.verify import verify as verify_all
+
+            return verify_all(local_path(path, "RUN|POOL"), terminal)
+
+    _answer(work, as_json, verify_table)
+
+
+@app.command()
+def repair(path: RunOrPool, as_json: Json = False) -> None:
+    """Delete what is damaged, so that the command that made it makes it again; in a pool, pack the images again."""
+    from distal.monitor import Terminal, repair_table
+
+    def work() -> dict[str, Any]:
+        with Terminal() as terminal:
+            from distal.storage import local_path
+            from distal.verify import repair as repair_all
+
+            return repair_all(local_path(path, "RUN|POOL"), terminal)
+
+    _answer(work, as_json, repair_table)
+
+
 @pool_app.command("build")
 def pool_build(
     source: Annotated[str, typer.Argument(help="Parquet file or folder, image folder, or builtin:NAME.")],
@@ -354,6 +387,8 @@ def _answer(
         from rich.console import Console
 
         Console(soft_wrap=True).print(render(result), highlight=False)
+    if result.get("state") == "damaged":
+        raise typer.Exit(Damage.exit_code)
 
 
 def _refuse(line: str, exit_code: int, as_json: bool) -> typer.Exit:

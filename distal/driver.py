@@ -94,6 +94,8 @@ def _is_complete(directory: Run, config: Config) -> bool:
     """Whether nothing is left to do, told from storage alone. Raises RunConflict when the run is another one."""
     if directory.identity is None or not directory.is_complete(config.loop.cycles):
         return False
+    if not directory.initial.exists():  # after a repair; it comes out the same, or training says that it did not
+        return False
     config = inputs.resolved(config, directory.identity["constants"])
     fixed = config.fixed()
     folder = Path(config.pool.path)
@@ -351,6 +353,7 @@ class _Driver:
                 budget=config.loop.budget,
                 seed=config.seed,
                 cycle=cycle.index,
+                expected=cycle.expected("select", made_from()),
             )
             return {
                 "n_selected": len(selection),

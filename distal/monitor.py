@@ -213,6 +213,23 @@ def forecast_table(plan: JsonObject) -> Table:
     return _facts(facts)
 
 
+def verify_table(result: JsonObject) -> str:
+    """What is not what was written."""
+    lines = [f"damaged: {line}" for line in result["damage"]]
+    n = len(lines)
+    end = f"{n} damaged; `distal repair {result['path']}` deletes what can be made again" if n else "sound"
+    return "\n".join([*lines, f"{result['path']}: {result['files']:,} files read: {end}"])
+
+
+def repair_table(result: JsonObject) -> str:
+    """What was done about it."""
+    lines = [f"deleted: {path}" for path in result.get("deleted", ())]
+    lines += [f"packed again: {what}" for what in result.get("packed_again", ())]
+    lines += [f"cannot be made again: {line}" for line in result["left"]]
+    lines.append(f"{result['path']}: {result['state']}{'; next: ' if result['next'] else ''}{result['next']}")
+    return "\n".join(lines)
+
+
 def _bytes(size: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

@@ -12,6 +12,7 @@
         cycle.yaml        the resolved configuration of the cycle
         checkpoints/  assignments.zarr  test.zarr  scores.zarr  selection.parquet  labels.parquet
         <stage>.json      the stage is complete: what it was made from, and what it came to
+        expected.json     after a repair: the selection that must come out again
 
 Storage is the only truth: a run is resumed from these files alone.
 """
@@ -19,6 +20,7 @@ Storage is the only truth: a run is resumed from these files alone.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import uuid
@@ -37,6 +39,7 @@ from distal.ledger import Ledger, label_files
 from distal.records import JsonObject
 from distal.selection import Selection
 
+EXPECTED = "expected.json"
 STAGES = ("train", "score", "test", "reduce", "select", "label")
 
 
@@ -60,6 +63,27 @@ class Staged:
     def invalidate(self, stage: str) -> None:
         """Remove the completion marker of a stage, before what it speaks of is replaced."""
         (self.folder / f"{stage}.json").unlink(missing_ok=True)
+
+    def expect_again(self, stage: str) -> None:
+        """Keep which selection a stage made, before its marker goes: made again, it must be the same."""
+        try:
+            marker = self.marker(stage)
+        except Damage:
+            marker = None
+        if marker is not None:
+            kept = {"inputs": marker["inputs"], "selection_sha256": marker["selection_sha256"]}
+            storage.write_json(self.folder / EXPECTED, {**self._expectations(), stage: kept})
+
+    def expected(self, stage: str, inputs: dict[str, str]) -> str | None:
+        """The sha256 that a selection made again from these inputs must have; None when it may be any."""
+        kept = self._expectations().get(stage)
+        return kept["selection_sha256"] if kept and kept["inputs"] == inputs else None
+
+    def _expectations(self) -> JsonObject:
+        try:
+            return storage.read_json(self.folder / EXPECTED)
+        except FileNotFoundError:
+            return {}
 
     def complete(self, stage: str, inputs: dict[str, str], outputs: JsonObject, seconds: float) -> JsonObject:
         """Write the completion marker of a stage."""
@@ -110,6 +134,11 @@ class Analysis(Staged):
     def selection(self, budget: int) -> Path:
         """The samples chosen with a budget."""
         return self.folder / f"selection-{budget}.parquet"
+
+    def selections(self) -> list[str]:
+        """The stages that selected: `select-<budget>`."""
+        names = storage.names_in(self.folder)
+        return [name.removesuffix(".json") for name in names if re.fullmatch(r"select-\d+\.json", name)]
 
 
 @dataclass(frozen=True)
@@ -185,6 +214,10 @@ class Cycle(Staged):
     def analysis(self, name: str) -> Analysis:
         """A later `reduce` or `select`; the cycle's own record is never overwritten."""
         return Analysis(self.folder / "analyses" / name)
+
+    def analyses(self) -> list[Analysis]:
+        """All of them."""
+        return [self.analysis(name) for name in storage.names_in(self.folder / "analyses")]
 
     @property
     def foreign(self) -> Path:
@@ -285,10 +318,14 @@ class Run:
         begun = self.begun_cycles()[:n_cycles]
         if begun and isinstance(begun[-1].config, ForeignConfig):
             return begun[-1].marker("score") is not None
-        if not begun or begun[-1].marker("select") is None:
+        if not begun:
             return False
         last = begun[-1]
-        return last.index + 1 == n_cycles or (last.took_all() and last.marker("label") is not None)
+        labelled = last.index + 1 < n_cycles
+        if labelled and not last.took_all():
+            return False
+        due = [(cycle, stage) for cycle in begun for stage in STAGES if labelled or (cycle, stage) != (last, "label")]
+        return all(cycle.marker(stage) is not None for cycle, stage in due)
 
     def check_answers(self) -> None:
         """Look at what people take from a finished run: what is labelled, and what was selected.
@@ -328,7 +365,8 @@ class Run:
 
     def summary(self) -> JsonObject:
         """What each cycle with a selection came to, from the markers."""
-        return {"cycles": [_summarize(cycle) for cycle in self.begun_cycles() if cycle.marker("select")]}
+        needed = ("train", "score", "select")
+        return {"cycles": [_summarize(cycle) for cycle in self.begun_cycles() if all(map(cycle.marker, needed))]}
 
     def write_summary(self) -> JsonObject:
         """Write `summary.json` and return it."""

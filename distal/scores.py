@@ -5,7 +5,7 @@ Beside them there can be annotations, (n_samples,) int32 classes, -1 where there
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from distal.arrays import Array, create_array, create_group, get_attributes, set_attributes
 from distal.errors import Damage
-from distal.records import Block
+from distal.records import Block, split_blocks
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,15 @@ class Scores:
             Damage: a chunk is missing or does not decode.
         """
         return self._arrays[name].read((slice(start, stop),))
+
+    def damaged(self) -> Iterator[Damage]:
+        """What is wrong with each block that is missing or does not decode."""
+        for name, array in self._arrays.items():
+            for block in split_blocks(self.n_samples, array.chunks[0]):
+                try:
+                    self.read(name, block.start, block.stop)
+                except Damage as damage:
+                    yield damage
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path; a handle is opened where it is used."""

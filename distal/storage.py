@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fsspec.core import split_protocol
 
@@ -41,7 +41,8 @@ DURABLE = "DISTAL_DURABLE"
 
 TEMPORARY = (".tmp", ".partial")  # ours, and Zarr's
 
-_PARQUET_FORMAT = b"distal.format"
+_PARQUET_FORMAT, _PARQUET_SEAL = b"distal.format", b"distal.sha256"
+_NO_SEAL = b"0" * 64
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -146,6 +147,8 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
     with _temporary(path) as temporary:
         with pq.ParquetWriter(temporary, _with_format(schema), write_page_checksum=True) as writer:
             yield writer
+        with temporary.open("r+b") as file:
+            _seal_parquet(file)
         _replace(temporary, path)
 
 
@@ -155,7 +158,43 @@ def write_table(path: Path, table: pa.Table) -> None:
 
     buffer = io.BytesIO()
     pq.write_table(table.cast(_with_format(table.schema)), buffer, write_page_checksum=True)
+    _seal_parquet(buffer)
     write_bytes(path, buffer.getbuffer())
+
+
+def _seal_parquet(file: BinaryIO) -> None:
+    """Put the hash of all other bytes into the footer: the pages have checksums of their own, the footer has none."""
+    place, checksum = _parquet_seal(file)
+    file.seek(place)
+    file.write(checksum.encode())
+
+
+def check_parquet(path: Path) -> None:
+    """Raise Damage unless a Parquet file has the bytes that were written; raises like `read_table`."""
+    open_parquet(path).close()
+    with path.open("rb") as file:
+        try:
+            place, checksum = _parquet_seal(file)
+        except ValueError:
+            raise Damage(f"{path}: damaged (its footer has no checksum)") from None
+        file.seek(place)
+        if file.read(64) != checksum.encode():
+            raise Damage(f"{path}: damaged (its bytes have changed)")
+
+
+def _parquet_seal(file: BinaryIO) -> tuple[int, str]:
+    """Where the hash stands in a Parquet file, and the hash of all bytes but those. Raises ValueError without one."""
+    size = file.seek(-8, os.SEEK_END) + 8
+    footer = int.from_bytes(file.read(4), "little")
+    start = file.seek(max(0, size - 8 - footer))
+    place = start + file.read().rindex(_PARQUET_SEAL) + len(_PARQUET_SEAL) + 2  # type and length of a string of Thrift
+    checksum = hashlib.sha256()
+    for begin, end in ((0, place), (place + 64, size)):
+        file.seek(begin)
+        while begin < end and (data := file.read(min(2**20, end - begin))):
+            checksum.update(data)
+            begin += len(data)
+    return place, checksum.hexdigest()
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -165,6 +204,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         Damage: the file is missing, or is not valid Parquet.
         UnknownFormat: it was written by a version with another format.
     """
+    check_parquet(path)
     with open_parquet(path) as file, parquet_errors(path):
         return file.read(columns=columns)
 
@@ -189,7 +229,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _with_format(schema: pa.Schema) -> pa.Schema:
-    return schema.with_metadata({**(schema.metadata or {}), _PARQUET_FORMAT: str(FORMAT).encode()})
+    ours = {_PARQUET_FORMAT: str(FORMAT).encode(), _PARQUET_SEAL: _NO_SEAL}
+    return schema.with_metadata({**(schema.metadata or {}), **ours})
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import zarr
 from PIL import Image
 
 from distal.config import Config, ForeignConfig, ModelConfig, parse, parse_foreign
@@ -124,3 +127,27 @@ def foreign_config(run: Path, pool: Pool, checkpoints: Path, *overrides: str) ->
         "score": {"precision": "fp32", "batch_size": 32, "budget": 20},
     }
     return parse_foreign(tree, overrides)
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    """One bit of the byte at a share of the file."""
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+def content(run: Path) -> dict[str, object]:
+    """Every array, table and weights file of a run, decoded where it decodes: what must be the same however it ran."""
+    told: dict[str, object] = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.suffix == ".pt" and path.name != "state.pt":
+            told[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.suffix == ".parquet":
+            with suppress(pa.ArrowInvalid, OSError):
+                told[name] = pq.read_table(path, page_checksum_verification=True).to_pylist()
+        elif path.name == "zarr.json":
+            with suppress(Exception):
+                array = zarr.open_array(path.parent, mode="r")
+                told[name] = (array.shape, array[...].tobytes())
+    return told

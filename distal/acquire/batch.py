@@ -10,6 +10,7 @@ import pyarrow as pa
 from distal.acquire.topk import Candidates, TopK
 from distal.assignments import Assignments
 from distal.config import SelectConfig
+from distal.errors import Damage
 from distal.hashing import mix64
 from distal.pool import Pool
 from distal.records import STRIPE_SAMPLES, split_blocks
@@ -28,6 +29,7 @@ def select(
     budget: int,
     seed: int,
     cycle: int,
+    expected: str | None = None,
 ) -> Selection:
     """Choose the `budget` samples with the largest scores, and write `selection.parquet`.
 
@@ -36,6 +38,10 @@ def select(
     Args:
         assignments: supplies the margin of `last_row`, the last checkpoint, when ties are broken by it.
         dest: `selection.parquet`.
+        expected: the sha256 that the selection must have, None for any.
+
+    Raises:
+        Damage: it is another one than expected; nothing is written.
     """
     top = TopK(budget)
     blocks_per_stripe = max(1, STRIPE_SAMPLES // assignments.block_size)
@@ -60,7 +66,13 @@ def select(
         "measure": pa.array([config.measure] * len(chosen), pa.string()),
         "decided_by": pa.array(decided_by, pa.string()),
     }
-    return Selection.write(dest, pa.table(columns))
+    selection = Selection(pa.table(columns))
+    if expected not in (None, selection.sha256):
+        raise Damage(
+            f"{dest}: the selection that comes out now ({selection.sha256[:12]}) is not the one that was made "
+            f"({str(expected)[:12]}); nothing was changed; put the run back from a copy"
+        )
+    return Selection.write(dest, selection.table)
 
 
 def _gather(scores: Scores, name: str, index: np.ndarray) -> np.ndarray:

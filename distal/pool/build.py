@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,17 +22,28 @@ import ray
 from numpy.typing import NDArray
 
 from distal.arrays import Array, create_array
-from distal.errors import DiskFull, DistalError, PoolError, SourceError, one_line
+from distal.errors import Damage, DiskFull, DistalError, PoolError, SourceError, one_line
 from distal.hashing import sample_keys
 from distal.pool.decode import Channels, Unreadable, decode, is_grey, pixels
-from distal.pool.images import BUILDING, IMAGES, MANIFEST, OK, SAMPLES, SCHEMA, UNREADABLE, Pool
+from distal.pool.images import (
+    BUILDING,
+    IMAGES,
+    MANIFEST,
+    OK,
+    SAMPLES,
+    SCHEMA,
+    UNREADABLE,
+    Pool,
+    begin_content,
+    close_part,
+    parts,
+)
 from distal.pool.sources import Columns, Row, Source, open_source
-from distal.records import Block, auto_block_size, split_blocks
+from distal.records import Block, auto_block_size
 from distal.storage import create_json, parquet_writer, read_json, remove_tree, write_json
 
 MAX_CHUNK_BYTES = 16 * 2**20
 STALE_S = 300  # seconds without a new chunk after which a build on another host counts as interrupted
-MAX_SAMPLES_PER_TASK = 8192
 _MAX_SAMPLED = 128  # images looked at to learn the size and the channels
 
 
@@ -98,7 +109,7 @@ def build(
     layout = learn_layout(opened, source, size, channels)
     _make_room(dest)
     try:
-        return _build(opened, source, dest, layout, on_progress)
+        return _build(opened, source, columns or Columns(), dest, layout, on_progress)
     except DiskFull as error:
         raise DiskFull(f"{dest}: no space left on device; nothing was kept; free some space and build again") from error
     finally:
@@ -179,7 +190,33 @@ def learn_layout(
     return Layout(size or first, channels, resize=size is not None, recolour=asked)
 
 
-def _build(source: Source, name: str, dest: Path, layout: Layout, on_progress: Callable[[int, int], None]) -> Pool:
+def pack_again(path: Path) -> list[str]:
+    """Pack the parts of a pool whose images do not decode again, from the source that it was built from.
+
+    Returns:
+        What was wrong with each.
+
+    Raises:
+        SourceError: the source is not there.
+    """
+    pool = Pool.open(path)
+    record = read_json(path / MANIFEST, required=("columns", "layout"))
+    layout = Layout(**{**record["layout"], "size": tuple(record["layout"]["size"])})
+    source: Source | None = None
+    damaged = []
+    for part in parts(pool.n_samples):
+        try:
+            pool.part_sha256(part)
+        except Damage as damage:
+            damaged.append(str(damage))
+            source = source or open_source(pool.source, Columns(**record["columns"]))
+            _pack_block(source, part, path, layout)
+    return damaged
+
+
+def _build(
+    source: Source, name: str, columns: Columns, dest: Path, layout: Layout, on_progress: Callable[[int, int], None]
+) -> Pool:
     n_samples = len(source)
     chunk = _chunk_size(n_samples, layout)
     dimensions = ("sample", "height", "width", "channel")
@@ -188,8 +225,9 @@ def _build(source: Source, name: str, dest: Path, layout: Layout, on_progress: C
     histogram = np.zeros((layout.shape[2], 256), dtype=np.int64)
     class_counts = np.zeros(len(source.classes or ()), dtype=np.int64)
     n_unreadable = 0
-    content = hashlib.sha256(repr((n_samples, layout.shape, source.classes)).encode())
-    blocks = split_blocks(n_samples, min(auto_block_size(n_samples), MAX_SAMPLES_PER_TASK))
+    height, width, channels = layout.shape
+    content = begin_content(n_samples, (channels, height, width), source.classes)
+    blocks = parts(n_samples)
     with parquet_writer(dest / SAMPLES, SCHEMA) as writer:
         for block, part in _in_order(source, blocks, dest, layout):
             histogram += part.histogram
@@ -206,6 +244,8 @@ def _build(source: Source, name: str, dest: Path, layout: Layout, on_progress: C
         dest / MANIFEST,
         {
             "source": name,
+            "columns": asdict(columns),
+            "layout": asdict(layout),
             "n_samples": n_samples,
             "n_unreadable": n_unreadable,
             "channels": layout.shape[2],
@@ -276,7 +316,6 @@ def _pack_block(source: Source, block: Block, dest: Path, layout: Layout) -> _Pa
                 histogram += [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(image, -1, 0)]
         array.write((slice(start, start + len(images)),), images)
         digest.update(images.data)
-    digest.update(repr([(r.sample_id, r.label, r.group_id, s) for r, s in zip(rows, statuses, strict=True)]).encode())
     labels = [row.label for row, status in zip(rows, statuses, strict=True) if status == OK and row.label is not None]
     return _Part(
         table=pa.table(
@@ -294,7 +333,9 @@ def _pack_block(source: Source, block: Block, dest: Path, layout: Layout) -> _Pa
         histogram=histogram,
         class_counts=np.bincount(np.array(labels, dtype=np.int64), minlength=len(source.classes or ())),
         n_unreadable=len(statuses) - statuses.count(OK),
-        sha256=digest.digest(),
+        sha256=close_part(
+            digest, [(r.sample_id, r.label, r.group_id, status) for r, status in zip(rows, statuses, strict=True)]
+        ),
     )
 
 

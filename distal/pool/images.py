@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +24,13 @@ from numpy.typing import NDArray
 
 from distal.arrays import Array
 from distal.errors import Damage, PoolError
-from distal.records import JsonObject
+from distal.records import Block, JsonObject, auto_block_size, split_blocks
 from distal.storage import names_in, open_parquet, parquet_errors, read_json
 
 MANIFEST, SAMPLES, IMAGES = "pool.json", "samples.parquet", "images.zarr"
 BUILDING = "building.json"  # written first and removed last: a folder that has it holds an unfinished build
+
+MAX_PART_SAMPLES = 8192
 
 OK = "ok"
 UNREADABLE = "unreadable: "
@@ -171,6 +174,15 @@ class Pool:
             images[positions] = self.read(start, stop).transpose(0, 2, 3, 1)[wanted[positions] - start]
         return images.transpose(0, 3, 1, 2)
 
+    def part_sha256(self, part: Block) -> bytes:
+        """The hash of one of `parts`, from what is stored; raises Damage like `read`."""
+        rows = self.samples(part.start, part.stop, ["sample_id", "label", "group_id", "status"]).to_pylist()
+        pixels = hashlib.sha256()
+        for start in range(part.start, part.stop, self.chunk_size):
+            images = self.read(start, min(start + self.chunk_size, part.stop))
+            pixels.update(np.ascontiguousarray(images.transpose(0, 2, 3, 1)).data)
+        return close_part(pixels, [(r["sample_id"], r["label"], r["group_id"], r["status"]) for r in rows])
+
     def samples(self, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
         """Rows [start, stop) of samples.parquet."""
         first = int(np.searchsorted(self._row_group_starts, start, side="right")) - 1
@@ -217,6 +229,29 @@ class Pool:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without open handles."""
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+
+
+def begin_content(n_samples: int, image_shape: tuple[int, int, int], classes: Sequence[str] | None) -> hashlib._Hash:
+    """The content hash of a pool, before the hashes of its parts, in order, are added to it."""
+    channels, height, width = image_shape
+    named = None if classes is None else tuple(classes)
+    return hashlib.sha256(repr((n_samples, (height, width, channels), named)).encode())
+
+
+def parts(n_samples: int) -> list[Block]:
+    """The pieces in which a pool is packed and hashed."""
+    return split_blocks(n_samples, min(auto_block_size(n_samples), MAX_PART_SAMPLES))
+
+
+def close_part(pixels: hashlib._Hash, rows: Iterable[tuple[str, int | None, str | None, str]]) -> bytes:
+    """The hash of a part of a pool.
+
+    Args:
+        pixels: a sha256 of its images, (n, H, W, C) uint8.
+        rows: `sample_id`, `label`, `group_id` and `status` of each sample.
+    """
+    pixels.update(repr(list(rows)).encode())
+    return pixels.digest()
 
 
 def _grouped(wanted: NDArray[np.int64], chunk: int, n_samples: int) -> Iterator[tuple[NDArray[np.int64], int, int]]:

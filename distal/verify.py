@@ -1,0 +1,380 @@
+"""Is what is stored what was written? `distal verify` reads everything, `distal repair` deletes what is damaged.
+
+What is deleted can be made again from what is left: the next `distal run` or `distal score` refills it, and a selection
+that was made before must come out again, or it stops. What cannot be made again is named and left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from distal import checkpoints, foreign
+from distal.assignments import ELIGIBLE, Assignments
+from distal.config import Config, ForeignConfig
+from distal.errors import Damage, UnknownFormat
+from distal.lease import Lease
+from distal.ledger import Ledger
+from distal.monitor import Display, Silent
+from distal.pool import Pool
+from distal.pool.images import IMAGES, MANIFEST, SAMPLES, begin_content, parts
+from distal.records import JsonObject, Progress
+from distal.runs import STAGES, Analysis, Cycle, Run, Staged
+from distal.scores import Scores
+from distal.selection import Selection
+from distal.storage import check_parquet, names_in, read_json, read_sealed, remove_tree, sha256, sweep
+
+T = TypeVar("T")
+
+REDO = {
+    "train": ("train",),
+    "score": ("score", "reduce", "select"),
+    "test": ("test",),
+    "reduce": ("reduce", "select"),
+    "select": ("select",),
+    "label": ("label",),
+}
+"""The stages to do again, when what a stage made is damaged."""
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """Something that is not what was written.
+
+    Attributes:
+        what: one line that names file, array, row or block.
+        delete: files or folders to remove, so that they are made again.
+        redo: the stage that makes them, where its marker is; None when no marker depends on them.
+        advice: what to do when nothing can make it again; empty when something can.
+    """
+
+    what: str
+    delete: tuple[Path, ...] = ()
+    redo: tuple[Staged, str] | None = None
+    advice: str = ""
+
+
+def verify(path: Path, display: Display | None = None) -> JsonObject:
+    """Read and check every file of a run, or of a pool.
+
+    Returns:
+        `{"state": "sound" | "damaged", "path": ..., "files": ..., "damage": [one line each]}`.
+
+    Raises:
+        RunConflict: there is neither a run nor a pool.
+    """
+    inspection = _inspect(path, display or Silent())
+    return {
+        "state": "damaged" if inspection.found else "sound",
+        "path": str(path),
+        "files": inspection.n_files,
+        "damage": [damaged.what for damaged in inspection.found],
+    }
+
+
+def repair(path: Path, display: Display | None = None) -> JsonObject:
+    """Delete what is damaged and can be made again; in a pool, pack it again from its source.
+
+    Returns:
+        `{"state": "sound" | "repaired" | "damaged", "deleted": [...], "left": [...], "next": ...}`; damaged when
+        something cannot be made again.
+
+    Raises:
+        RunConflict: there is neither a run nor a pool, or a driver is at work.
+        Damage: the source of the pool is not what it was.
+    """
+    display = display or Silent()
+    if (path / MANIFEST).exists():
+        return _repair_pool(path, display)
+    run = _run(path)
+    deleted: list[str] = []
+    with Lease(run.path, run.attempt, display.say):
+        n_swept = sweep(run.path)
+        found = _inspect(path, display).found
+        for damaged in found:
+            if damaged.advice:
+                continue
+            if damaged.redo is not None:
+                _invalidate(*damaged.redo)
+            for each in damaged.delete:
+                remove_tree(each) if each.is_dir() else each.unlink(missing_ok=True)
+                deleted.append(str(each))
+        if deleted:
+            run.event("repaired", deleted=deleted)
+    left = [f"{damaged.what}; {damaged.advice}" for damaged in found if damaged.advice]
+    return {
+        "state": "damaged" if left else "repaired" if deleted else "sound",
+        "path": str(path),
+        "deleted": deleted,
+        "swept": n_swept,
+        "left": left,
+        "next": "run the command that made it again" if deleted else "",
+    }
+
+
+def _inspect(path: Path, display: Display) -> _Inspection:
+    inspection = _Inspection(path, display)
+    if (path / MANIFEST).exists():
+        inspection.pool(path)
+    else:
+        inspection.run(_run(path))
+    return inspection
+
+
+def _run(path: Path) -> Run:
+    """The run, also when its record is damaged."""
+    return Run(path) if (path / "run.yaml").exists() else Run.open(path)
+
+
+def _invalidate(staged: Staged, stage: str) -> None:
+    """Remove the markers of a stage and of those that follow, and keep which selections must come out again."""
+    if isinstance(staged, Analysis):
+        stages = [stage] if stage != "reduce" else ["reduce", *staged.selections()]
+        analyses: list[Analysis] = []
+    else:
+        assert isinstance(staged, Cycle)
+        stages, analyses = list(REDO[stage]), staged.analyses() if stage == "score" else []
+    for each in stages:
+        if each.startswith("select"):
+            staged.expect_again(each)
+        staged.invalidate(each)
+    for analysis in analyses:
+        _invalidate(analysis, "reduce")
+
+
+class _Inspection:
+    """A walk over a run or a pool. Every check that fails adds to `found`, and the walk goes on."""
+
+    def __init__(self, path: Path, display: Display) -> None:
+        self.found: list[Damaged] = []
+        self.n_files = 0
+        self._display = display
+        self._n_expected = sum(1 for each in path.rglob("*") if each.is_file())
+
+    def run(self, run: Run) -> None:
+        """All cycles, and what lies beside them."""
+        backup = "put it back from a copy"
+        self._look(partial(getattr, run, "identity"), advice=backup)
+        self._look_at_file(read_json, run.path / "summary.json")
+        cycles = [run.cycle(int(name)) for name in names_in(run.path / "cycles") if name.isdigit()]
+        for cycle in cycles:
+            config = self._look(partial(getattr, cycle, "config"), advice=backup)
+            if isinstance(config, Config):
+                if cycle.index == 0 and (run.initial.exists() or (cycle.folder / "train.json").exists()):
+                    self._look(partial(Ledger.read, [run.initial]), delete=(run.initial,))
+                self._own(run, cycle, config)
+            elif isinstance(config, ForeignConfig):
+                self._foreign(cycle, config)
+
+    def _own(self, run: Run, cycle: Cycle, config: Config) -> None:
+        """A cycle of `distal run`."""
+        markers = self._markers(cycle, STAGES)
+        refs = self._checkpoints(cycle, config, complete="train" in markers)
+        n_rows = len(config.train.checkpoint_epochs)
+        recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
+        complete = range(n_rows) if "score" in markers else range(0)
+        self._assignments(cycle, "score", cycle.assignments, complete, recorded_from, refs)
+        self._assignments(cycle, "test", cycle.test_assignments, range(1 if "test" in markers else 0), 1, {})
+        self._look_at_file(read_json, cycle.elimination, redo=(cycle, "score"))
+        if "reduce" in markers:
+            self._scores(cycle.scores, (cycle, "reduce"))
+        if "select" in markers:
+            self._look(cycle.chosen, delete=(cycle.selection,), redo=(cycle, "select"))
+        if "label" in markers:
+            self._look(partial(_labels, cycle, markers["label"]), delete=(cycle.labels,), redo=(cycle, "label"))
+        if "train" in markers:
+            self._look(partial(_ledger, run, cycle, markers["train"]), advice="put the label files back from a copy")
+        self._analyses(cycle)
+
+    def _foreign(self, cycle: Cycle, config: ForeignConfig) -> None:
+        """The one cycle of `distal score`."""
+        markers = self._markers(cycle, ("score",))
+        entries = self._look(partial(foreign.known, cycle.foreign), advice="put it back from a copy") or []
+        for entry in entries:
+            path = Path(config.checkpoints.path) / entry.path
+            if path.exists():  # rows that are scored do not need it any more
+                self._look(partial(_unchanged, path, entry.sha256), advice="put the old file back")
+        n_rows = markers["score"]["n_rows"] if "score" in markers else 0
+        recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
+        refs = {entry.index: entry.sha256 for entry in entries}
+        self._assignments(cycle, "score", cycle.assignments, range(n_rows), recorded_from, refs)
+        self._look_at_file(read_json, cycle.elimination, redo=(cycle, "score"))
+        self._analyses(cycle)
+
+    def _markers(self, cycle: Cycle, stages: tuple[str, ...]) -> dict[str, JsonObject]:
+        """The completion markers that can be read."""
+        found = {}
+        for stage in stages:
+            path = cycle.folder / f"{stage}.json"
+            marker = self._look(partial(cycle.marker, stage), delete=(path,), redo=(cycle, stage))
+            if marker is not None:
+                found[stage] = marker
+        return found
+
+    def _checkpoints(self, cycle: Cycle, config: Config, *, complete: bool) -> dict[int, str]:
+        """Weights, manifests and the state of training. To make one checkpoint again, all epochs are trained again."""
+        state = cycle.folder / "train" / "state.pt"
+        again = (state, cycle.folder / "train.json")
+        self._look_at_file(read_sealed, state)
+        refs: dict[int, str] = {}
+        for index in range(len(config.train.checkpoint_epochs)):
+            place = cycle.checkpoints / f"{index:04d}"
+            if not (place / checkpoints.MANIFEST).exists():
+                if complete:
+                    what = f"{place / checkpoints.MANIFEST}: missing"
+                    self.found.append(Damaged(what, (place, *again), (cycle, "train")))
+                continue
+            delete = (place, *again)
+            ref = self._look(partial(checkpoints.read, cycle.checkpoints, index), delete=delete, redo=(cycle, "train"))
+            if ref is not None:
+                refs[index] = ref.sha256
+                self._look(partial(_unchanged, ref.path, ref.sha256), delete=delete, redo=(cycle, "train"))
+        return refs
+
+    def _assignments(
+        self, cycle: Cycle, stage: str, path: Path, complete: range, recorded_from: int, weights: dict[int, str]
+    ) -> None:
+        """Every chunk that is there; of the rows in `complete` all must be."""
+        redo = (cycle, stage)
+        if not path.exists():
+            if len(complete):
+                self.found.append(Damaged(f"{path}: missing", (), redo))
+            return
+        if not len(complete) and not self._look(partial(Assignments.begun, path), delete=(path,), redo=redo):
+            return
+        assignments = self._look(partial(Assignments.open, path), delete=(path,), redo=redo)
+        if assignments is None:
+            return
+        for block, damage in assignments.damaged_eligible():
+            self.found.append(Damaged(str(damage), (assignments.chunk(ELIGIBLE, None, block),), redo))
+        kept = assignments.attributes["weights"]
+        for row, checksum in weights.items():
+            if row < len(kept) and kept[row] not in (None, checksum):
+                what = f"{path}: row {row} was scored with other weights than checkpoint {row} has now"
+                self.found.append(Damaged(what, (path,), redo))
+        for row in range(assignments.n_rows):
+            for name, block, damage in assignments.damaged(row):
+                # With its recorded values missing a block is scored again; its labels must come out the same.
+                self.found.append(Damaged(str(damage), (assignments.chunk(name, row, block),), redo))
+            self._read(len(assignments.committed(row)))
+            if row in complete:
+                there = assignments.committed(row, recorded=row >= recorded_from)
+                for block in assignments.blocks:
+                    if block.index not in there and block.index not in assignments.committed(row):
+                        self.found.append(Damaged(f"{path}: row {row}, block {block.index} is missing", (), redo))
+                    elif block.index not in there:
+                        what = f"{path}: row {row}, block {block.index} has no recorded values"
+                        self.found.append(Damaged(what, (), redo))
+
+    def _scores(self, path: Path, redo: tuple[Staged, str]) -> None:
+        scores = self._look(partial(Scores.open, path), delete=(path,), redo=redo)
+        for damage in scores.damaged() if scores is not None else ():
+            self.found.append(Damaged(str(damage), (path,), redo))
+        self._read(sum(1 for each in path.rglob("*") if each.is_file()))
+
+    def _analyses(self, cycle: Cycle) -> None:
+        for analysis in cycle.analyses():
+            path = analysis.folder / "reduce.json"
+            reduced = self._look(partial(analysis.marker, "reduce"), delete=(path,), redo=(analysis, "reduce"))
+            if reduced is not None:
+                self._scores(analysis.scores, (analysis, "reduce"))
+            for stage in analysis.selections():
+                dest = analysis.selection(int(stage.removeprefix("select-")))
+                again = (analysis.folder / f"{stage}.json", dest)
+                self._look(partial(_selection, analysis, stage, dest), delete=again, redo=(analysis, stage))
+
+    def pool(self, path: Path) -> None:
+        """All images and all rows of a pool, and its content hash."""
+        anew = "build the pool again in another folder"
+        pool = self._look(partial(Pool.open, path), advice=anew)
+        if pool is None or not self._look(partial(_sound, path / SAMPLES), advice=anew):
+            return
+        content = begin_content(pool.n_samples, pool.image_shape, pool.classes)
+        for part in parts(pool.n_samples):
+            digest = self._look(partial(pool.part_sha256, part), advice=f"run `distal repair {path}`")
+            content.update(digest or b"")
+            self._read(len(part) // pool.chunk_size)
+        if not self.found and content.hexdigest() != pool.content_sha256:
+            what = f"{path}: {IMAGES} and {SAMPLES} are not what {MANIFEST} says (another content hash)"
+            self.found.append(Damaged(what, advice=anew))
+
+    def _look_at_file(self, read: Callable[[Path], object], path: Path, redo: tuple[Staged, str] | None = None) -> None:
+        if path.exists():
+            self._look(partial(read, path), delete=(path,), redo=redo)
+
+    def _look(
+        self,
+        work: Callable[[], T],
+        *,
+        delete: tuple[Path, ...] = (),
+        redo: tuple[Staged, str] | None = None,
+        advice: str = "",
+    ) -> T | None:
+        """Do a check; when it fails, keep what is wrong and what makes it good."""
+        try:
+            return work()
+        except (Damage, UnknownFormat) as error:
+            self.found.append(Damaged(str(error), delete, redo, advice))
+            return None
+        finally:
+            self._read(1)
+
+    def _read(self, n_files: int) -> None:
+        self.n_files += n_files
+        done = min(self.n_files, self._n_expected)
+        self._display.progress(Progress(-1, "verifying", images_scored=done, images=self._n_expected))
+
+
+def _sound(path: Path) -> bool:
+    check_parquet(path)
+    return True
+
+
+def _unchanged(path: Path, checksum: str) -> None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise Damage(f"{path}: missing") from None
+    if sha256(data) != checksum:
+        raise Damage(f"{path}: its bytes have changed")
+
+
+def _labels(cycle: Cycle, marker: JsonObject) -> None:
+    if Ledger.read([cycle.labels]).sha256 != marker["inputs"]["labels"]:
+        raise Damage(f"{cycle.labels}: not the labels that came back")
+
+
+def _ledger(run: Run, cycle: Cycle, marker: JsonObject) -> None:
+    try:
+        found = run.ledger(before=cycle.index).sha256
+    except Damage:
+        return  # the file itself is named elsewhere
+    if found != marker["inputs"]["ledger"]:
+        raise Damage(f"{cycle.folder}: trained with other labels than the label files of the cycles before hold now")
+
+
+def _selection(analysis: Analysis, stage: str, dest: Path) -> None:
+    marker = analysis.marker(stage)
+    if marker is not None and Selection.read(dest).sha256 != marker["selection_sha256"]:
+        raise Damage(f"{dest}: not the selection that was made")
+
+
+def _repair_pool(path: Path, display: Display) -> JsonObject:
+    """Pack the damaged parts of a pool again."""
+    damaged = _inspect(path, display).found
+    packed: list[str] = []
+    if damaged:
+        from distal.pool.build import pack_again
+
+        packed = pack_again(path)
+    left = [f"{each.what}; {each.advice}" for each in _inspect(path, display).found] if damaged else []
+    return {
+        "state": "damaged" if left else "repaired" if packed else "sound",
+        "path": str(path),
+        "packed_again": packed,
+        "left": left,
+        "next": "",
+    }

@@ -1,0 +1,101 @@
+"""Disturb runs on purpose, and say what came of it.
+
+    python -m tests.chaos --faults 100 --seed 0
+
+Exit 0 when every run ended with the same answer as the undisturbed one.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["RAY_AUTH_MODE"] = "disabled"  # before Ray is imported
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.chaos.campaign import FAULTS, Lab, Strike, deck, disturb, undisturbed
+
+PER_RUN = 5
+
+
+def table(strikes: list[Strike]) -> str:
+    """One line for each kind of fault."""
+    lines = [
+        "| fault | injected | recovered | blocks in hand, redone | committed blocks rewritten | seconds to the next commit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for fault in FAULTS:
+        mine = [strike for strike in strikes if strike.fault == fault]
+        if mine:
+            seconds = statistics.median(strike.seconds for strike in mine)
+            lines.append(
+                f"| {fault} | {len(mine)} | {sum(s.recovered for s in mine)} | {sum(s.in_hand for s in mine)} | "
+                f"{sum(s.rewritten for s in mine)} | {seconds:.1f} |"
+            )
+    seconds = statistics.median(strike.seconds for strike in strikes)
+    lines.append(
+        f"| all | {len(strikes)} | {sum(s.recovered for s in strikes)} | {sum(s.in_hand for s in strikes)} | "
+        f"{sum(s.rewritten for s in strikes)} | {seconds:.1f} |"
+    )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON, one record for each strike")
+    arguments = parser.parse_args()
+
+    rng = random.Random(arguments.seed)
+    waiting = deck(rng, arguments.faults)
+    strikes: list[Strike] = []
+    began = time.monotonic()
+    number = 0
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Lab(Path(folder), arguments.samples) as lab:
+        answers = {eliminate: undisturbed(lab, eliminate) for eliminate in (False, True)}
+        while len(strikes) < arguments.faults:
+            hand = [waiting.pop() if waiting else rng.choice(list(FAULTS)) for _ in range(PER_RUN)]
+            hand = hand[: arguments.faults - len(strikes)]
+            eliminate = number % 3 == 2
+            done = disturb(lab, number, hand, eliminate, answers[eliminate][0], arguments.seed)
+            missed = list(hand)
+            for strike in done:
+                missed.remove(strike.fault)
+            waiting += missed  # found nothing to strike: they come again
+            strikes += done
+            number += 1
+            for strike in done:
+                print(
+                    f"run {number}: {strike.fault} at {strike.at}: {'recovered' if strike.recovered else 'LOST'} "
+                    f"({strike.seconds:.1f} s) {strike.note}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if arguments.out:
+                arguments.out.write_text(json.dumps([asdict(strike) for strike in strikes], indent=1))
+    alone = ", ".join(f"{seconds:.0f} s" for _, seconds in answers.values())
+    print(
+        f"seed {arguments.seed}, {arguments.samples} images, {number} runs on {platform.processor() or 'this machine'}, "
+        f"{time.monotonic() - began:.0f} s in all; an undisturbed run takes {alone}\n"
+    )
+    print(table(strikes))
+    lost = [strike for strike in strikes if not strike.recovered or strike.rewritten]
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,450 @@
+"""Runs that are disturbed on purpose, and compared with one that was left alone.
+
+A campaign has one pool, and a Ray cluster of three nodes of its own. Each run is `distal run` as a process that joins
+the cluster. A killer, seeded, waits until a named thing appears on disk and strikes; when that ended the driver, the
+same command is given again. In the end the run must be complete, and every decoded array, table and weights file the
+same as those of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from distal.pool import Pool
+from distal.pool.build import build
+from tests.helpers import content, flip, write_source
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+ROWS, CYCLES, BLOCK = 6, 2, 128
+STUCK_S = 4
+QUICK_DEATHS = {  # so that a lost node is noticed within seconds, not half a minute
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 3,
+    "health_check_timeout_ms": 500,
+}
+DISK = "30m"
+
+
+@dataclass
+class Strike:
+    """One injected fault.
+
+    Attributes:
+        at: what had appeared when it struck.
+        in_hand: blocks x checkpoints that were being scored by the processes it took, as far as the driver told.
+        rewritten: committed blocks that were written again, without having been damaged: none should be.
+        seconds: from the strike to the next thing that was committed.
+    """
+
+    run: int
+    fault: str
+    at: str
+    in_hand: int = 0
+    rewritten: int = 0
+    seconds: float = 0.0
+    recovered: bool = False
+    note: str = ""
+
+
+class Lab:
+    """A pool, a cluster, and the answer of an undisturbed run.
+
+    Args:
+        folder: for everything.
+        n_samples: of the pool.
+    """
+
+    def __init__(self, folder: Path, n_samples: int) -> None:
+        self.folder = folder
+        self.n_samples = n_samples
+        self.cluster: Cluster
+        self.nodes: list[Any] = []
+
+    def __enter__(self) -> Lab:
+        self.start_cluster()
+        ray.init(address=self.cluster.address, namespace="distal", log_to_driver=False, logging_level="error")
+        try:
+            source = write_source(self.folder / "train.parquet", self.n_samples, seed=1)
+            self.pool: Pool = build(str(source), self.folder / "pool")
+            test = write_source(self.folder / "test.parquet", 100, seed=2)
+            self.test: Pool = build(str(test), self.folder / "test")
+        finally:
+            ray.shutdown()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cluster.shutdown()
+
+    def start_cluster(self) -> None:
+        """A head without slots, so that losing a node is not losing everything, and two nodes."""
+        small = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
+        head = {"num_cpus": 0, "_system_config": QUICK_DEATHS, **small}
+        self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
+        self.nodes = []
+        for _ in range(2):
+            self.add_node()
+
+    def add_node(self) -> None:
+        """A node of two slots."""
+        self.nodes.append(self.cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20))
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """The processes of the nodes whose title contains `title`."""
+        found = []
+        for node in self.nodes:
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+            for process in raylet.children(recursive=True):
+                try:
+                    if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                        found.append(process)
+                except psutil.NoSuchProcess:
+                    continue
+        return found
+
+    def overrides(self, run: Path, eliminate: bool) -> list[str]:
+        """Two cycles of six checkpoints, on two ranks and as many actors as there is room for."""
+        return [
+            f"run={run}", "device=cpu", f"ray.address={self.cluster.address}", "seed=0",
+            f"pool.path={self.pool.path}", "pool.source=null", f"pool.test={self.test.path}", f"pool.block_size={BLOCK}",
+            f"loop.cycles={CYCLES}", "loop.initial=40", "loop.budget=40",
+            f"train.epochs={ROWS}", "train.batch_size=20", "train.threads=1", "train.workers=2", "train.max_failures=10",
+            "score.batch_size=32", "score.precision=fp32", "score.cache_gb=0.01", f"score.stuck_after={STUCK_S}",
+            f"score.eliminate={'exact' if eliminate else 'none'}",
+        ]  # fmt: skip
+
+    @contextmanager
+    def disk(self, run: Path) -> Iterator[bool]:
+        """A small disk of its own for a run, where that can be had; tells whether it is one."""
+        run.mkdir(parents=True)
+        mounted = (
+            os.getuid() == 0
+            and not subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(run)], capture_output=True, check=False
+            ).returncode
+        )
+        try:
+            yield mounted
+        finally:
+            if mounted:
+                subprocess.run(["umount", "--lazy", str(run)], check=True)
+
+
+@dataclass
+class Disturbed:
+    """One run under fire."""
+
+    lab: Lab
+    number: int
+    path: Path
+    eliminate: bool
+    mounted: bool
+    rng: random.Random
+    driver: subprocess.Popen[bytes] | None = None
+    exits: list[int] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Give the command, again if need be."""
+        command = [sys.executable, "-m", "distal", "run", CONFIG, *self.lab.overrides(self.path, self.eliminate)]
+        with self.log.open("ab") as log:
+            self.driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    @property
+    def log(self) -> Path:
+        """What the driver says, of all attempts."""
+        return self.path.parent / f"{self.path.name}.log"
+
+    def ended(self) -> bool:
+        """Whether the driver has ended."""
+        return self.driver is None or self.driver.poll() is not None
+
+    def wait_for(self, there: Callable[[], bool], seconds: float = 120) -> bool:
+        """Wait until something is there; False when the driver ended first."""
+        deadline = time.monotonic() + seconds
+        while not there():
+            if self.ended():
+                return there()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"run {self.number}: nothing came for {seconds} s\n{self.tail()}")
+            time.sleep(0.002)
+        return True
+
+    def finish(self) -> None:
+        """Give the command until the run is complete."""
+        for _ in range(4):
+            if self.ended():
+                self.start()
+            assert self.driver is not None
+            self.exits.append(self.driver.wait(timeout=240))
+            if self.exits[-1] == 0:
+                return
+        raise AssertionError(f"run {self.number} does not finish: {self.exits}\n{self.tail()}")
+
+    def tail(self) -> str:
+        """The end of what the driver said."""
+        return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
+
+    def chunks(self) -> dict[Path, int]:
+        """When each block of assignments that is there was committed."""
+        found = {}
+        for path in self.path.glob("cycles/*/assignments.zarr/assignments/c/*/*"):
+            if path.name.isdigit():
+                try:
+                    found[path] = path.stat().st_mtime_ns
+                except FileNotFoundError:
+                    continue
+        return found
+
+    def n_committed(self) -> int:
+        """Files that a run commits, of all kinds."""
+        return sum(
+            1 for path in self.path.rglob("*") if path.is_file() and not path.name.endswith((".tmp", ".partial"))
+        )
+
+    def in_hand(self) -> int:
+        """Blocks that lost actors had in hand, as the events tell."""
+        import json
+
+        total = 0
+        for log in self.path.glob("events/*.jsonl"):
+            for line in log.read_text().splitlines():
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a driver that was killed
+                total += event.get("blocks_in_hand", 0) if event["event"] == "actor_lost" else 0
+        return total
+
+
+def triggers(rng: random.Random) -> list[str]:
+    """Five things of which the appearance is a good moment, in the order in which they appear."""
+    stages = []
+    for cycle in range(CYCLES):
+        folder = f"cycles/{cycle:03d}"
+        stages += [f"{folder}/cycle.yaml", f"{folder}/train/state.pt"]
+        for row in range(ROWS):
+            stages += [f"{folder}/checkpoints/{row:04d}/manifest.json"]
+            stages += [f"{folder}/assignments.zarr/assignments/c/{row}/{rng.randrange(8)}"]
+        stages += [f"{folder}/train.json", f"{folder}/score.json", f"{folder}/scores.zarr/zarr.json"]
+        stages += [f"{folder}/selection.parquet"] + ([f"{folder}/labels.parquet"] if cycle + 1 < CYCLES else [])
+    chosen = sorted(rng.sample(range(len(stages)), 5))
+    return [stages[index] for index in chosen]
+
+
+def kill_driver(run: Disturbed) -> str:
+    assert run.driver is not None
+    run.driver.kill()
+    run.driver.wait()
+    return ""
+
+
+def stop_driver(run: Disturbed) -> str:
+    """SIGTERM: 143 within two seconds, and a line that says how to go on."""
+    assert run.driver is not None
+    run.driver.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    code = run.driver.wait(timeout=30)
+    assert code in (143, -signal.SIGTERM, 0), run.tail()  # -15: it came before Python had put its handler in place
+    assert time.monotonic() - began < 2
+    return ""
+
+
+def _strike_process(run: Disturbed, title: str, number: signal.Signals) -> str:
+    found: list[psutil.Process] = []
+
+    def there() -> bool:
+        found[:] = run.lab.processes(title)
+        return bool(found)
+
+    if not run.wait_for(there, 60) or run.ended():
+        return "none was there"
+    run.rng.choice(found).send_signal(number)
+    return ""
+
+
+def kill_actor(run: Disturbed) -> str:
+    return _strike_process(run, "ray::Scorer", signal.SIGKILL)
+
+
+def stop_actor(run: Disturbed) -> str:
+    """It hangs: it is there, and does nothing."""
+    return _strike_process(run, "ray::Scorer", signal.SIGSTOP)
+
+
+def kill_rank(run: Disturbed) -> str:
+    return _strike_process(run, "RayTrainWorker", signal.SIGKILL)
+
+
+def lose_node(run: Disturbed) -> str:
+    """One of the two nodes that work goes away, and another one comes."""
+    lab = run.lab
+    node = lab.nodes.pop(run.rng.randrange(len(lab.nodes)))
+    lab.cluster.remove_node(node, allow_graceful=False)
+    time.sleep(run.rng.uniform(0, 2))
+    lab.add_node()
+    return ""
+
+
+def lose_cluster(run: Disturbed) -> str:
+    """Every process of Ray, and with them the driver; another cluster is started."""
+    assert run.driver is not None
+    run.lab.cluster.shutdown()
+    try:
+        run.driver.wait(timeout=100)
+    finally:
+        run.lab.start_cluster()
+    assert run.driver.returncode != 0
+    return f"exit {run.driver.returncode}"
+
+
+def damage_chunk(run: Disturbed) -> str:
+    """The driver is killed, and a committed block is cut short or has a bit flipped."""
+    kill_driver(run)
+    chunks = [path for path in run.chunks() if not (path.parents[3] / "score.json").exists()]
+    if not chunks:
+        return "none was there"
+    path = run.rng.choice(chunks)
+    if run.rng.random() < 0.5:
+        path.write_bytes(path.read_bytes()[: run.rng.randrange(20)])
+    else:
+        flip(path, run.rng.random())
+    return ""
+
+
+def damage_finished(run: Disturbed) -> str:
+    """The driver is killed, a bit is flipped in what is finished, and `distal repair` is run."""
+    kill_driver(run)
+    patterns = ("cycles/*/assignments.zarr/assignments/c/*/*", "cycles/*/checkpoints/*/weights-*.pt",
+                "cycles/*/scores.zarr/*/c/*", "cycles/*/selection.parquet", "cycles/*/*.json")  # fmt: skip
+    for pattern in run.rng.sample(patterns, len(patterns)):
+        found = [path for path in run.path.glob(pattern) if path.name != "expected.json"]
+        if pattern.startswith("cycles/*/checkpoints"):
+            found = [path for path in found if (path.parents[2] / "train.json").exists()]
+        if found:
+            flip(run.rng.choice(found), run.rng.random())
+            break
+    else:
+        return "none was there"
+    verify = [sys.executable, "-m", "distal", "verify", str(run.path)]
+    assert subprocess.run(verify, capture_output=True, check=False).returncode == 4
+    repaired = subprocess.run([*verify[:3], "repair", str(run.path)], capture_output=True, text=True, check=False)
+    assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+    return ""
+
+
+def fill_disk(run: Disturbed) -> str:
+    """Not a byte is left until the driver has ended with exit 2."""
+    assert run.driver is not None
+    if not run.mounted:
+        return "no disk of its own"
+    filler = run.path.parent / f"{run.path.name}" / "events" / "filler"
+    filler.parent.mkdir(exist_ok=True)
+    with filler.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(2**16))
+                file.flush()
+        except OSError:
+            pass
+    try:
+        code = run.driver.wait(timeout=120)
+    finally:
+        filler.unlink()
+    assert code in (0, 2), f"exit {code}\n{run.tail()}"
+    return f"exit {code}"
+
+
+FAULTS: dict[str, tuple[Callable[[Disturbed], str], int]] = {
+    "driver killed": (kill_driver, 20),
+    "driver stopped (SIGTERM)": (stop_driver, 10),
+    "actor killed": (kill_actor, 20),
+    "actor stuck": (stop_actor, 8),
+    "rank killed": (kill_rank, 12),
+    "node lost": (lose_node, 9),
+    "cluster lost": (lose_cluster, 4),
+    "unfinished block damaged": (damage_chunk, 8),
+    "finished file damaged": (damage_finished, 7),
+    "disk full": (fill_disk, 6),
+}
+"""What can strike, and how often of a hundred."""
+
+UNTOUCHED = {"unfinished block damaged", "finished file damaged"}
+
+
+def deck(rng: random.Random, n: int) -> list[str]:
+    """`n` faults in the shares of `FAULTS`, shuffled."""
+    total = sum(share for _, share in FAULTS.values())
+    wanted = [name for name, (_, share) in FAULTS.items() for _ in range(-(-share * n // total))]
+    rng.shuffle(wanted)
+    return wanted[:n]
+
+
+def undisturbed(lab: Lab, eliminate: bool) -> tuple[dict[str, object], float]:
+    """What a run comes to that is left alone, and its seconds."""
+    path = lab.folder / f"undisturbed-{eliminate}"
+    run = Disturbed(lab, -1, path, eliminate, False, random.Random(0))
+    path.mkdir()
+    began = time.monotonic()
+    run.finish()
+    seconds = time.monotonic() - began
+    told = content(path)
+    shutil.rmtree(path)
+    return told, seconds
+
+
+def disturb(
+    lab: Lab, number: int, faults: list[str], eliminate: bool, expected: dict[str, object], seed: int
+) -> list[Strike]:
+    """One run, struck by some faults; those that found nothing to strike are not among what is returned."""
+    rng = random.Random(f"{seed}-{number}")
+    path = lab.folder / f"run-{number:02d}"
+    strikes: list[Strike] = []
+    with lab.disk(path) as mounted:
+        run = Disturbed(lab, number, path, eliminate, mounted, rng)
+        run.start()
+        moments = triggers(rng)[: len(faults)]
+        for fault, moment in zip(faults, moments, strict=True):
+            if run.ended():
+                run.start()
+            if not run.wait_for((path / moment).exists) or run.ended():
+                assert run.driver is not None
+                assert run.driver.returncode == 0, run.tail()
+                break  # it was complete before
+            time.sleep(rng.choice([0, 0, 0.05, 0.5]))
+            before, in_hand, n_before = run.chunks(), run.in_hand(), run.n_committed()
+            began = time.monotonic()
+            note = FAULTS[fault][0](run)
+            if note in ("none was there", "no disk of its own"):
+                continue
+            strike = Strike(number, fault, moment, note=note)
+            strikes.append(strike)
+            if run.ended():
+                run.start()
+            run.wait_for(lambda n_before=n_before: run.n_committed() > n_before, 200)  # type: ignore[misc]
+            strike.seconds = time.monotonic() - began
+            strike.in_hand = run.in_hand() - in_hand
+            if fault not in UNTOUCHED:
+                now = run.chunks()
+                strike.rewritten = sum(now.get(path, written) != written for path, written in before.items())
+        run.finish()
+        found = content(path)
+        different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        for strike in strikes:
+            strike.recovered = not different
+            strike.note = f"{strike.note} {different[:3]}" if different else strike.note
+    return strikes

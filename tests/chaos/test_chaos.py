@@ -1,0 +1,29 @@
+"""A short campaign in every test run, and a long one before a release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.campaign import FAULTS, Lab, Strike, disturb, undisturbed
+
+
+def check(strikes: list[Strike], n: int) -> None:
+    assert len(strikes) == n
+    assert [strike for strike in strikes if not strike.recovered or strike.rewritten] == []
+
+
+def test_a_run_under_fire_ends_with_the_same_answer(tmp_path: Path) -> None:
+    with Lab(tmp_path, 1500) as lab:
+        expected, _ = undisturbed(lab, eliminate=False)
+        faults = ["actor killed", "driver killed", "rank killed", "unfinished block damaged", "finished file damaged"]
+        check(disturb(lab, 0, faults, False, expected, seed=3), len(faults))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault(tmp_path: Path, fault: str) -> None:
+    with Lab(tmp_path, 2000) as lab:
+        expected, _ = undisturbed(lab, eliminate=True)
+        assert disturb(lab, 0, [fault], True, expected, seed=1)[0].recovered

@@ -1,0 +1,219 @@
+"""Every file of a run is damaged in turn, found, repaired, and made again by the same command."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distal import driver
+from distal.analysis import reduce_run, select_run
+from distal.errors import Damage, PoolError, RunConflict
+from distal.lease import Lease
+from distal.pool import Pool
+from distal.pool.build import build
+from distal.runs import Run
+from distal.scoring import score_directory
+from distal.storage import write_json
+from distal.verify import repair, verify
+from tests.helpers import content, flip, foreign_config, small_config, write_checkpoints, write_source
+
+N = 240
+
+
+@pytest.fixture(scope="module")
+def finished(pool: Pool, test_pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two cycles of three checkpoints, and an analysis."""
+    run = tmp_path_factory.mktemp("verified") / "run"
+    driver.run(small_config(run, pool, test_pool))
+    select_run(run, measure="gini", budget=9)
+    return run
+
+
+def again(run: Path, pool: Pool, test: Pool) -> None:
+    driver.run(small_config(run, pool, test))
+
+
+def test_a_run_that_is_sound(finished: Path) -> None:
+    told = verify(finished)
+    assert (told["state"], told["damage"]) == ("sound", [])
+    assert told["files"] > 50
+    assert repair(finished)["state"] == "sound"
+
+
+CHUNK = "cycles/000/assignments.zarr/assignments/c/1/2"
+MENDED = [
+    (CHUNK, "array|assignments: row 1, block 2 does not decode"),
+    ("cycles/001/assignments.zarr/margin/c/2/0", "margin: row 2, block 0 does not decode"),
+    ("cycles/001/assignments.zarr/eligible/c/1", "eligible: block 1 does not decode"),
+    ("cycles/000/test.zarr/assignments/c/0/0", "test.zarr/assignments: row 0, block 0 does not decode"),
+    ("cycles/000/scores.zarr/dispersion/c/3", "dispersion: block 3 does not decode"),
+    ("cycles/001/scores.zarr/margin/zarr.json", "margin"),
+    ("cycles/000/checkpoints/0001/weights-*.pt", "weights-.*: its bytes have changed"),
+    ("cycles/001/checkpoints/0000/manifest.json", "0000/manifest.json: "),
+    ("cycles/000/train/state.pt", "state.pt: its bytes have changed"),
+    ("cycles/000/selection.parquet", "selection.parquet: "),
+    ("cycles/000/labels.parquet", "labels.parquet: "),
+    ("initial.parquet", "initial.parquet: "),
+    ("summary.json", "summary.json: "),
+    *((f"cycles/000/{stage}.json", f"{stage}.json: ") for stage in ("train", "score", "test", "reduce", "label")),
+    ("cycles/001/select.json", "select.json: "),
+    ("cycles/001/analyses/gini/scores.zarr/gini/c/1", "gini: block 1 does not decode"),
+    ("cycles/001/analyses/gini/reduce.json", "gini/reduce.json: "),
+    ("cycles/001/analyses/gini/selection-9.parquet", "selection-9.parquet: "),
+]
+
+
+@pytest.mark.parametrize(("pattern", "message"), MENDED, ids=[pattern for pattern, _ in MENDED])
+def test_a_flipped_bit_is_named_and_repaired(
+    finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path, pattern: str, message: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (path,) = run.glob(pattern)
+    flip(path)
+    told = verify(run)
+    assert told["state"] == "damaged"
+    assert len(told["damage"]) == 1, told["damage"]
+    assert str(path).rsplit("/c/", 1)[0] in told["damage"][0] or pattern.endswith("zarr.json")
+    assert message.split("|")[-1].rstrip(": ").split(".*")[0] in told["damage"][0]
+
+    repaired = repair(run)
+    assert (repaired["state"], repaired["left"]) == ("repaired", [])
+    again(run, pool, test_pool)
+    select_run(run, measure="gini", budget=9)
+    assert verify(run)["state"] == "sound"
+    assert content(run) == content(finished)
+
+
+def test_a_missing_chunk_of_a_finished_cycle_is_damage(
+    finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / CHUNK).unlink()
+    assert verify(run)["damage"] == [f"{run}/cycles/000/assignments.zarr: row 1, block 2 is missing"]
+    assert repair(run)["state"] == "damaged" or not (run / "cycles/000/score.json").exists()
+    again(run, pool, test_pool)
+    assert content(run) == content(finished)
+
+
+def test_reduce_refuses_what_is_damaged(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    flip(run / CHUNK)
+    with pytest.raises(Damage, match="assignments: row 1, block 2 does not decode"):
+        reduce_run(run, cycle=0, measures=("flips",))
+
+
+@pytest.mark.parametrize("pattern", ["run.yaml", "cycles/001/cycle.yaml"])
+def test_what_cannot_be_made_again_is_named_and_left_alone(finished: Path, tmp_path: Path, pattern: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    flip(run / pattern)
+    before = (run / pattern).read_bytes()
+    told = repair(run)
+    assert told["state"] == "damaged"
+    assert told["deleted"] == []
+    assert f"{pattern}: " in told["left"][0]
+    assert told["left"][0].endswith("put it back from a copy")
+    assert (run / pattern).read_bytes() == before
+
+
+def test_another_selection_than_before_is_refused(finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
+    """As if a chunk came out differently, on another kind of machine: labels were asked for the first selection."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    flip(run / "cycles/000/scores.zarr/dispersion/c/0")
+    repair(run)
+    cycle = Run.open(run).cycle(0)
+    kept = cycle.expected("select", {"x": "y"})
+    assert kept is None  # made from other inputs: nothing is expected of it
+    record = {"inputs": finished_inputs(finished), "selection_sha256": "0" * 64}
+    write_json(cycle.folder / "expected.json", {"select": record})
+    before = cycle.selection.read_bytes()
+    with pytest.raises(Damage, match=r"the selection that comes out now \(\w{12}\) is not the one that was made"):
+        again(run, pool, test_pool)
+    assert cycle.selection.read_bytes() == before
+    assert cycle.marker("select") is None
+
+
+def finished_inputs(finished: Path) -> dict[str, str]:
+    marker = Run.open(finished).cycle(0).marker("select")
+    assert marker is not None
+    inputs: dict[str, str] = marker["inputs"]
+    return inputs
+
+
+def test_repair_waits_for_no_driver(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with Lease(run, "another"), pytest.raises(RunConflict, match=r"attempt another \(process \d+ on .*\) is working"):
+        repair(run)
+
+
+def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) -> None:
+    write_checkpoints(tmp_path / "ck", pool, range(5))
+    config = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "score.eliminate=exact", "score.budget=4")
+    first = score_directory(config)
+    assert verify(tmp_path / "run")["state"] == "sound"
+    whole = content(tmp_path / "run")
+    damages: list[Callable[[], object]] = [
+        lambda: flip(tmp_path / "run/cycles/000/assignments.zarr/assignments/c/1/0"),
+        lambda: flip(tmp_path / "run/cycles/000/elimination.json"),
+        lambda: flip(next((tmp_path / "run").glob("cycles/000/analyses/*/scores.zarr/dispersion/c/2"))),
+    ]
+    for damage in damages:
+        damage()
+        assert len(verify(tmp_path / "run")["damage"]) == 1
+        assert repair(tmp_path / "run")["state"] == "repaired"
+        assert score_directory(config)["selection_sha256"] == first["selection_sha256"]
+        assert content(tmp_path / "run") == whole
+    flip(tmp_path / "ck/epoch2.pt")
+    told = repair(tmp_path / "run")
+    assert told["left"] == [f"{tmp_path}/ck/epoch2.pt: its bytes have changed; put the old file back"]
+
+
+class TestPools:
+    @pytest.fixture
+    def packed(self, cluster: str, tmp_path: Path) -> tuple[Path, Path]:
+        source = write_source(tmp_path / "source.parquet", 300, seed=3)
+        return source, build(str(source), tmp_path / "pool").path
+
+    def test_images_are_packed_again(self, packed: tuple[Path, Path]) -> None:
+        _, pool = packed
+        assert verify(pool)["state"] == "sound"
+        chunk = pool / "images.zarr/c/1/0/0/0"
+        whole = chunk.read_bytes()
+        flip(chunk)
+        told = verify(pool)
+        assert told["damage"] == [f"{pool}/images.zarr: block 1 does not decode (its bytes have changed)"]
+        assert repair(pool)["state"] == "repaired"
+        assert chunk.read_bytes() == whole
+        assert verify(pool)["state"] == "sound"
+
+    def test_from_a_source_that_has_changed_nothing_is_repaired(self, packed: tuple[Path, Path]) -> None:
+        source, pool = packed
+        flip(pool / "images.zarr/c/1/0/0/0")
+        write_source(source, 300, seed=4)
+        told = repair(pool)
+        assert told["state"] == "damaged"
+        assert "another content hash" in told["left"][0]
+
+    def test_valid_chunks_of_other_images(self, packed: tuple[Path, Path]) -> None:
+        """Every checksum is right, and it is another pool."""
+        _, pool = packed
+        chunks = pool / "images.zarr/c"
+        shutil.copy(chunks / "0/0/0/0", chunks / "1/0/0/0")
+        assert "are not what pool.json says" in verify(pool)["damage"][0]
+
+    def test_samples(self, packed: tuple[Path, Path]) -> None:
+        _, pool = packed
+        flip(pool / "samples.parquet", 0.2)
+        assert "samples.parquet: " in verify(pool)["damage"][0]
+
+    def test_neither_run_nor_pool(self, tmp_path: Path) -> None:
+        with pytest.raises((RunConflict, PoolError), match="no run here"):
+            verify(tmp_path)
