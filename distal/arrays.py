@@ -97,6 +97,7 @@ class Array:
         self.shape: tuple[int, ...] = self._array.shape
         self.chunks: tuple[int, ...] = self._array.chunks
         self.dtype: np.dtype[Any] = np.dtype(self._array.dtype)
+        self.fill_value: Any = self._array.fill_value
 
     def write(self, where: tuple[int | slice, ...], values: NDArray[Any]) -> None:
         """Write a region made of whole chunks; each appears at once or not at all. Raises DiskFull."""
@@ -133,7 +134,7 @@ class Array:
             except FileNotFoundError:
                 if complete:
                     raise Damage(f"{self.path}: {_name(index)} is missing") from None
-                region[target] = self._array.fill_value
+                region[target] = self.fill_value
             else:
                 region[target] = chunk[
                     tuple(slice(low - b, high - b) for (low, high), b in zip(shared, begins, strict=True))

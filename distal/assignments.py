@@ -153,6 +153,19 @@ class Assignments:
             raise Damage(f"{path}: no assignments here")
         recorded = tuple(attributes["recorded"])
         arrays = {name: Array(path / name) for name in (ARRAY, ELIGIBLE, *recorded)}
+        dtype = dtype_for(attributes["n_classes"])
+        shape, chunks = arrays[ARRAY].shape, arrays[ARRAY].chunks
+        expected = {
+            ARRAY: (shape, (1, *chunks[1:]), dtype, unassigned(dtype)),
+            ELIGIBLE: (shape[1:], chunks[1:], np.dtype(bool), False),
+        }
+        for name, (its_shape, its_chunks, its_dtype, fill_value) in expected.items():
+            array = arrays[name]
+            found = (array.shape, array.chunks, array.dtype, array.fill_value)
+            if len(shape) != 2 or found != (its_shape, its_chunks, its_dtype, fill_value):
+                raise Damage(f"{path / name}: its metadata has changed (shape, chunks, dtype or fill value)")
+        if len(attributes["weights"]) != shape[0]:
+            raise Damage(f"{path}: its metadata has changed (it tells the weights of other rows than it has)")
         return cls(path, attributes["n_classes"], recorded, attributes, arrays)
 
     @property

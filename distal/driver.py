@@ -79,6 +79,7 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
             inputs.check(config, pool, test)
             lease = stack.enter_context(begin(config, directory, display))
             connect()
+            directory.sweep()
             _Driver(config, directory, pool, test, display, lease).run()
     return {"state": "complete", "run": str(directory.path), **directory.write_summary()}
 

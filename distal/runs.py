@@ -327,6 +327,11 @@ class Run:
         due = [(cycle, stage) for cycle in begun for stage in STAGES if labelled or (cycle, stage) != (last, "label")]
         return all(cycle.marker(stage) is not None for cycle, stage in due)
 
+    def sweep(self) -> None:
+        """Remove the temporary files that killed processes left in the last cycle. For the driver alone."""
+        for cycle in self.begun_cycles()[-1:]:
+            storage.sweep(cycle.folder)
+
     def check_answers(self) -> None:
         """Look at what people take from a finished run: what is labelled, and what was selected.
 

@@ -85,6 +85,7 @@ def score_directory(
             connect()
             stack.callback(scoring.prepare().shrink, 0)
             known = scoring.check_known(check, expect_accuracy) if check is not None else {}
+            directory.sweep()
             scoring.begin()
         result = {"state": "complete", "run": config.run, **scoring.score(), **known, **scoring.accuracy()}
         if check_precision is not None:

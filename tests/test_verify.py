@@ -66,7 +66,13 @@ MENDED = [
 ]
 
 
-@pytest.mark.parametrize(("pattern", "message"), MENDED, ids=[pattern for pattern, _ in MENDED])
+ALWAYS = {CHUNK, "cycles/000/checkpoints/0001/weights-*.pt", "cycles/000/selection.parquet"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [pytest.param(*each, id=each[0], marks=[] if each[0] in ALWAYS else pytest.mark.slow) for each in MENDED],
+)
 def test_a_flipped_bit_is_named_and_repaired(
     finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path, pattern: str, message: str
 ) -> None:

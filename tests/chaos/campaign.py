@@ -8,6 +8,7 @@ same as those of the undisturbed run.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -218,8 +219,6 @@ class Disturbed:
 
     def in_hand(self) -> int:
         """Blocks that lost actors had in hand, as the events tell."""
-        import json
-
         total = 0
         for log in self.path.glob("events/*.jsonl"):
             for line in log.read_text().splitlines():

@@ -17,7 +17,7 @@ def check(strikes: list[Strike], n: int) -> None:
 def test_a_run_under_fire_ends_with_the_same_answer(tmp_path: Path) -> None:
     with Lab(tmp_path, 1500) as lab:
         expected, _ = undisturbed(lab, eliminate=False)
-        faults = ["actor killed", "driver killed", "rank killed", "unfinished block damaged", "finished file damaged"]
+        faults = ["actor killed", "driver killed", "unfinished block damaged", "finished file damaged"]
         check(disturb(lab, 0, faults, False, expected, seed=3), len(faults))
 
 

@@ -113,9 +113,16 @@ def test_two_ranks_learn_the_same_thing_in_another_order_of_sums(one_rank: Train
     assert two == pytest.approx(one, rel=0.5)
 
 
-def test_killed_ranks_are_started_again_and_give_the_same_bits(pool: Pool, tmp_path: Path, two_ranks: TrainJob) -> None:
-    """SIGKILL of one of two ranks when the first checkpoint appears."""
-    again = job(tmp_path, pool, workers=2, epochs=3)
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_ranks_are_started_again_and_give_the_same_bits(
+    pool: Pool, tmp_path: Path, two_ranks: TrainJob, workers: int
+) -> None:
+    """SIGKILL of one rank when the first checkpoint appears."""
+    undisturbed = two_ranks
+    if workers == 3:  # with three, DDP sums in an order that a resume could change
+        undisturbed = job(tmp_path / "undisturbed", pool, workers=3, epochs=3)
+        train(undisturbed, ranks(3))
+    again = job(tmp_path, pool, workers=workers, epochs=3)
     killed: list[int] = []
     events: list[str] = []
 
@@ -128,11 +135,11 @@ def test_killed_ranks_are_started_again_and_give_the_same_bits(pool: Pool, tmp_p
 
     thread = threading.Thread(target=killer, daemon=True)
     thread.start()
-    train(again, ranks(2), on_event=lambda name, **_: events.append(name))
+    train(again, ranks(workers), on_event=lambda name, **_: events.append(name))
     thread.join(timeout=5)
     assert killed
     assert events == ["training_failed"]
-    assert weights(again) == weights(two_ranks)
+    assert weights(again) == weights(undisturbed)
 
 
 def test_a_state_from_other_inputs_is_refused(one_rank: TrainJob, tmp_path: Path) -> None:
