@@ -366,10 +366,17 @@ def sweep(folder: Path) -> int:
 
     Only for who alone may write there. A superseded process that still writes one finds it gone, and fails.
     """
-    found = [path for suffix in TEMPORARY for path in folder.rglob(f"*{suffix}")]
+    found = [path for path in files_below(folder) if path.name.endswith(TEMPORARY)]
     for path in found:
         path.unlink(missing_ok=True)
     return len(found)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, however deep; what goes away meanwhile is left out."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            yield Path(parent, name)
 
 
 def remove_tree(folder: Path) -> None:

@@ -25,7 +25,7 @@ from distal.records import JsonObject, Progress
 from distal.runs import STAGES, Analysis, Cycle, Run, Staged
 from distal.scores import Scores
 from distal.selection import Selection
-from distal.storage import check_parquet, names_in, read_json, read_sealed, remove_tree, sha256, sweep
+from distal.storage import check_parquet, files_below, names_in, read_json, read_sealed, remove_tree, sha256, sweep
 
 T = TypeVar("T")
 
@@ -152,7 +152,7 @@ class _Inspection:
         self.found: list[Damaged] = []
         self.n_files = 0
         self._display = display
-        self._n_expected = sum(1 for each in path.rglob("*") if each.is_file())
+        self._n_expected = sum(1 for _ in files_below(path))
 
     def run(self, run: Run) -> None:
         """All cycles, and what lies beside them."""
@@ -273,7 +273,7 @@ class _Inspection:
         scores = self._look(partial(Scores.open, path), delete=(path,), redo=redo)
         for damage in scores.damaged() if scores is not None else ():
             self.found.append(Damaged(str(damage), (path,), redo))
-        self._read(sum(1 for each in path.rglob("*") if each.is_file()))
+        self._read(sum(1 for _ in files_below(path)))
 
     def _analyses(self, cycle: Cycle) -> None:
         for analysis in cycle.analyses():

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ray.cluster_utils import Cluster
 
 from distal.pool import Pool
 from distal.pool.build import build
+from distal.storage import files_below
 from tests.helpers import content, flip, write_source
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
@@ -203,12 +204,10 @@ class Disturbed:
     def chunks(self) -> dict[Path, int]:
         """When each block of assignments that is there was committed."""
         found = {}
-        for path in self.path.glob("cycles/*/assignments.zarr/assignments/c/*/*"):
-            if path.name.isdigit():
-                try:
+        for path in files_below(self.path / "cycles"):
+            if path.name.isdigit() and path.parts[-4:-2] == ("assignments", "c"):
+                with suppress(FileNotFoundError):
                     found[path] = path.stat().st_mtime_ns
-                except FileNotFoundError:
-                    continue
         return found
 
     def n_committed(self) -> int:
