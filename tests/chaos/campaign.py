@@ -313,7 +313,7 @@ def lose_cluster(run: Disturbed) -> str:
 def damage_chunk(run: Disturbed) -> str:
     """The driver is killed, and a committed block is cut short or has a bit flipped."""
     kill_driver(run)
-    chunks = [path for path in run.chunks() if not (path.parents[3] / "score.json").exists()]
+    chunks = [path for path in run.chunks() if not (path.parents[4] / "score.json").exists()]
     if not chunks:
         return "none was there"
     path = run.rng.choice(chunks)
