@@ -110,6 +110,14 @@ class PoolConfig(PoolSource):
     )
 
 
+    classes: tuple[str, ...] | str | None = key(
+        None,
+        "Names of the classes in the order of their indices, or a text file with one per line. Needed when the pool has "
+        "no labels; otherwise the classes of the pool, and more after them. A later cycle may append to them. null: "
+        "those of the pool.",
+    )
+
+
 class ForeignPool(PoolSource):
     """All images, read-only; labels are not needed."""
 
@@ -188,7 +196,12 @@ class LoopConfig(Section):
     """Cycles and what is bought in each."""
 
     cycles: Integer = key(3, "Cycles to run; may grow. The last one selects but does not label.", ANY_TIME, ge=1)
-    initial: Integer = key(300, "Labelled samples to start from, balanced over the classes.", NEVER, ge=1)
+    initial: Count | str = key(
+        300,
+        "Labelled samples to start from: how many, or a CSV or Parquet file with columns `sample_id` and `label`. A "
+        "number is balanced over the classes with label.oracle: pool, and random with files.",
+        NEVER,
+    )
     budget: Integer = key(300, "Samples to label per cycle.", ge=1)
 
 
@@ -289,7 +302,18 @@ class SelectConfig(Section):
 class LabelConfig(Section):
     """Who answers."""
 
-    oracle: Literal["pool"] = key("pool", "pool: the labels that the pool itself carries (experiments).")
+    oracle: Literal["pool", "files"] = key(
+        "pool",
+        "pool: the labels that the pool itself carries (experiments). files: people, by `distal labels export` and "
+        "`import`; `distal run` ends when a batch waits for them, and goes on when they have come.",
+    )
+    min_labels: Count | None = key(
+        None, "With files: answers to a batch after which the next cycle may start. null: all of it.", ANY_TIME
+    )
+    conflict: Literal["majority", "first", "reask"] = key(
+        "majority",
+        "When annotators disagree: what most of them say (a tie is asked again), what the first one said, or ask again.",
+    )
 
 
 class Root(Section):
@@ -387,7 +411,7 @@ class Config(Root):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.loop.initial < 2 * self.train.workers:
+        if isinstance(self.loop.initial, int) and self.loop.initial < 2 * self.train.workers:
             raise ValueError(
                 f"loop.initial: {self.loop.initial} must be at least 2 per rank (train.workers: {self.train.workers}): "
                 "batch norm needs two images"
@@ -399,6 +423,10 @@ class Config(Root):
         named = super().places()
         if self.pool.test is not None and not self.pool.test.startswith(BUILTIN):
             named["pool.test"] = self.pool.test
+        if isinstance(self.loop.initial, str):
+            named["loop.initial"] = self.loop.initial
+        if isinstance(self.pool.classes, str):
+            named["pool.classes"] = self.pool.classes
         weights = self.model.weights
         if weights is not None and (os.sep in weights or Path(weights).suffix):
             named["model.weights"] = weights

@@ -1,4 +1,4 @@
-"""Which samples count: readable, inside `pool.limit`, and not labelled when the cycle starts."""
+"""Which samples count: readable, inside `pool.limit`, and neither labelled nor declined when the cycle starts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Eligibility:
             draws = mix64("limit", self.seed, samples["sample_key"].to_numpy())
             flags = flags & (draws <= np.uint64(self.largest_draw))
         if self.ledger is not None:
-            flags = flags & ~self.ledger.labeled(start, stop)
+            flags = flags & ~self.ledger.asked(start, stop)
         return flags
 
     def stripes(self, n_samples: int = STRIPE_SAMPLES) -> Iterator[tuple[int, int, NDArray[np.bool_]]]:

@@ -6,13 +6,14 @@ The ledger of a cycle is the union of `initial.parquet` and the `labels*.parquet
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from distal.errors import Damage
@@ -22,10 +23,14 @@ SCHEMA = pa.schema(
     [
         pa.field("sample_index", pa.int64(), nullable=False),
         pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),
+        pa.field("label", pa.int32()),
         pa.field("annotator", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
     ]
 )
+
+LABELED, SKIPPED, UNSURE = "labeled", "skipped", "unsure"
+"""What became of a sample that was asked: it has a label; the annotator passed over it; or could not tell."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,12 @@ class Ledger:
     Attributes:
         indices: (n_labeled,) int64, ascending, unique.
         labels: (n_labeled,) int64, class of each.
+        declined: int64, ascending: samples that were asked, and have no label: they are not asked again.
     """
 
     indices: NDArray[np.int64]
     labels: NDArray[np.int64]
+    declined: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -50,33 +57,50 @@ class Ledger:
         Raises:
             Damage: a file is missing, or two answer for the same sample.
         """
-        tables = [read_table(file, ["sample_index", "sample_id", "label"]) for file in files]
+        tables = [read_table(file, ["sample_index", "sample_id", "label", "status"]) for file in files]
         table = pa.concat_tables(tables).sort_by("sample_index")
         indices = table["sample_index"].to_numpy()
         twice = np.flatnonzero(np.diff(indices) == 0)
         if len(twice):
             raise Damage(f"sample {table['sample_id'][int(twice[0])].as_py()} is labelled in more than one file")
-        return cls(indices, table["label"].to_numpy().astype(np.int64))
+        labels = table["label"].fill_null(-1).to_numpy().astype(np.int64)
+        has_label = pc.equal(table["status"], LABELED).to_numpy()
+        return cls(indices[has_label], labels[has_label], indices[~has_label])
 
     @property
     def sha256(self) -> str:
-        """Of all indices and labels (hex)."""
-        return hashlib.sha256(np.stack([self.indices, self.labels]).astype("<i8").tobytes()).hexdigest()
+        """Of all indices, labels, and declined indices (hex)."""
+        content = hashlib.sha256(np.stack([self.indices, self.labels]).astype("<i8").tobytes())
+        content.update(self.declined.astype("<i8").tobytes())
+        return content.hexdigest()
 
-    def labeled(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Which of the samples [start, stop) are labelled: (stop - start,) bool."""
-        low, high = np.searchsorted(self.indices, [start, stop])
+    def asked(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Which of the samples [start, stop) are labelled or declined: (stop - start,) bool."""
         flags = np.zeros(stop - start, dtype=bool)
-        flags[self.indices[low:high] - start] = True
+        for indices in (self.indices, self.declined):
+            low, high = np.searchsorted(indices, [start, stop])
+            flags[indices[low:high] - start] = True
         return flags
 
 
 def write_labels(
-    path: Path, indices: NDArray[np.int64], sample_ids: list[str], labels: NDArray[np.integer], annotator: str
+    path: Path,
+    indices: NDArray[np.int64],
+    sample_ids: list[str],
+    labels: NDArray[np.integer] | Sequence[int | None],
+    annotator: str | Sequence[str],
+    status: Sequence[str] | None = None,
 ) -> None:
-    """Write an immutable file of labels."""
+    """Write an immutable file of labels.
+
+    Args:
+        labels: class of each sample; None where `status` is not LABELED.
+        annotator: who answered, or one for each.
+        status: LABELED, SKIPPED or UNSURE; None: all are labelled.
+    """
     n = len(indices)
-    columns = [indices, sample_ids, np.asarray(labels, dtype=np.int32), [annotator] * n]
+    annotators = [annotator] * n if isinstance(annotator, str) else list(annotator)
+    columns = [indices, sample_ids, pa.array(labels, pa.int32()), annotators, list(status or [LABELED] * n)]
     write_table(path, pa.table(columns, schema=SCHEMA))
 
 
