@@ -33,6 +33,8 @@ app = typer.Typer(
 )
 pool_app = typer.Typer(help="Pack images into a pool, and look at one.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(pool_app, name="pool")
+labels_app = typer.Typer(help="Out to annotators, and back.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(labels_app, name="labels")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", metavar="[KEY=VALUE]...")]
@@ -77,7 +79,7 @@ def run(
     """Run the whole loop. The same command again continues where it stopped."""
     from distal import cluster
     from distal.config import load
-    from distal.monitor import Terminal, summary_table
+    from distal.monitor import Terminal, run_table
 
     def work() -> dict[str, Any]:
         loaded = load(config, overrides or [])
@@ -87,7 +89,7 @@ def run(
 
             return distal.driver.run(loaded, terminal)
 
-    _answer(work, as_json, summary_table, resume=True)
+    _answer(work, as_json, run_table, resume=True)
 
 
 @app.command()
@@ -286,6 +288,61 @@ def repair(path: RunOrPool, as_json: Json = False) -> None:
             return repair_all(local_path(path, "RUN|POOL"), terminal)
 
     _answer(work, as_json, repair_table)
+
+
+@labels_app.command("export")
+def labels_export(
+    run_directory: RunDirectory,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    fmt: Annotated[Literal["csv", "parquet", "label-studio"], typer.Option("--format", help="Of the file.")] = "csv",
+    copy_images: Annotated[Path | None, typer.Option(help="Folder to write the images to, as PNG.")] = None,
+    url_map: Annotated[
+        str | None, typer.Option(help="FROM=TO: a beginning of every path or URL, and what annotators see instead.")
+    ] = None,
+    predictions: Annotated[
+        bool, typer.Option("--predictions", help="Pre-select what the model says. It biases annotators.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what is still to be labelled of the batch that a run waits for."""
+    from distal.monitor import export_table
+
+    def work() -> dict[str, Any]:
+        from distal.labelling import export_labels
+
+        if url_map is not None and "=" not in url_map:
+            raise ConfigError(f"--url-map must be FROM=TO, got {url_map!r}")
+        begins, _, becomes = (url_map or "").partition("=")
+        return export_labels(
+            run_directory,
+            out,
+            fmt=fmt,
+            copy_images=copy_images,
+            url_map=(begins, becomes) if url_map else None,
+            predictions=predictions,
+        )
+
+    _answer(work, as_json, export_table)
+
+
+@labels_app.command("import")
+def labels_import(
+    run_directory: RunDirectory,
+    file: Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON of Label Studio.")],
+    allow_unasked: Annotated[
+        bool, typer.Option("--allow-unasked", help="Take labels of samples that no batch asked for, too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Keep the answers of annotators; twice is as good as once. The next `distal run` goes on with them."""
+    from distal.monitor import import_table
+
+    def work() -> dict[str, Any]:
+        from distal.labelling import import_labels
+
+        return import_labels(run_directory, file, allow_unasked=allow_unasked)
+
+    _answer(work, as_json, import_table)
 
 
 @pool_app.command("build")

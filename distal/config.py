@@ -109,12 +109,11 @@ class PoolConfig(PoolSource):
         PLACE,
     )
 
-
     classes: tuple[str, ...] | str | None = key(
         None,
-        "Names of the classes in the order of their indices, or a text file with one per line. Needed when the pool has "
-        "no labels; otherwise the classes of the pool, and more after them. A later cycle may append to them. null: "
-        "those of the pool.",
+        "Names of the classes in the order of their indices, or a text file with one per line. Needed when the pool "
+        "has no labels; otherwise the classes of the pool, and more after them. A later cycle may append to them. "
+        "null: those of the pool.",
     )
 
 
@@ -312,7 +311,8 @@ class LabelConfig(Section):
     )
     conflict: Literal["majority", "first", "reask"] = key(
         "majority",
-        "When annotators disagree: what most of them say (a tie is asked again), what the first one said, or ask again.",
+        "When annotators disagree: what most of them say (a tie is asked again), what the first one said, or ask "
+        "again.",
     )
 
 

@@ -21,15 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal import __version__, checkpoints, cluster, inputs
-from distal.acquire.batch import select
+from distal.acquire.batch import random_batch, select
 from distal.assignments import Assignments
 from distal.config import Config, ForeignConfig, Root, check_unchanged
 from distal.eligibility import Eligibility
-from distal.errors import ConfigError, ModelError
+from distal.errors import ConfigError, ModelError, RunConflict
 from distal.hashing import digest
-from distal.labels.oracle import choose_initial, label_from_pool
+from distal.labelling import Waiting
+from distal.labels.oracle import choose_at_random, choose_initial, label_from_pool
 from distal.lease import Lease
-from distal.ledger import Ledger
+from distal.ledger import Ledger, write_labels
+from distal.lists import find, read_labels
 from distal.models import ModelSpec
 from distal.monitor import Display, Silent
 from distal.pool import Pool
@@ -40,6 +42,7 @@ from distal.reduce.stream import Reduction, reduce
 from distal.runs import Cycle, Run
 from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, score
 from distal.scores import Scores
+from distal.selection import Selection
 from distal.storage import DURABLE, sha256
 from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob
@@ -60,7 +63,8 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
     """Run the whole loop; called again, it continues where it stopped.
 
     Returns:
-        `{"state": "complete", "run": ..., "cycles": [...]}`: the summary of the run.
+        `{"state": "complete", "run": ..., "cycles": [...]}`: the summary of the run; or, when people are to label a
+        batch, `{"state": "waiting_for_labels", ...}`, see `Waiting.report`.
 
     Raises:
         UserError: the configuration, the pool and the run directory do not fit together.
@@ -69,18 +73,25 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
     config = config.absolute()
     display = display or Silent()
     directory = Run(Path(config.run))
+    waiting: JsonObject | None = None
     if _is_complete(directory, config):
         display.say(f"{directory.path}: complete")
     else:
         with ExitStack() as stack:
             connect = cache(partial(stack.enter_context, cluster.connect(config.ray.address)))
-            pool = inputs.open_pool(config, connect, display)
+            pool = inputs.with_classes(config, inputs.open_pool(config, connect, display))
             test = inputs.open_test_pool(config, connect, display)
             inputs.check(config, pool, test)
+            waiting = _still_waiting(directory, config, pool)
+            if waiting is not None:
+                return waiting
             lease = stack.enter_context(begin(config, directory, display))
             connect()
             directory.sweep()
-            _Driver(config, directory, pool, test, display, lease).run()
+            waiting = _Driver(config, directory, pool, test, display, lease).run()
+    if waiting is not None:
+        directory.write_summary()
+        return waiting
     return {"state": "complete", "run": str(directory.path), **directory.write_summary()}
 
 
@@ -89,6 +100,23 @@ def begin(config: Root, directory: Run, display: Display) -> Lease:
     os.environ[DURABLE] = "1" if config.durable else "0"
     directory.require_own_folder()
     return Lease(directory.path, directory.attempt, display.say)
+
+
+def _still_waiting(directory: Run, config: Config, pool: Pool) -> JsonObject | None:
+    """What people have not answered yet, told from storage alone; None when there is something to do."""
+    waiting = Waiting.read(directory) if directory.identity else None
+    if waiting is None or waiting != _waiting(config, pool, waiting.cycle, waiting.selection):
+        return None
+    report = waiting.report(directory)
+    return report if report["answered"] < report["needed"] else None
+
+
+def _waiting(config: Config, pool: Pool, cycle: int, selection: Path) -> Waiting:
+    """What is asked of people: a batch."""
+    assert pool.classes is not None
+    n_asked = len(Selection.read(selection))
+    needed = n_asked if config.label.min_labels is None else min(config.label.min_labels, n_asked)
+    return Waiting(cycle, selection, pool.classes, needed, config.label.conflict, pool.path, pool.content_sha256)
 
 
 def _is_complete(directory: Run, config: Config) -> bool:
@@ -121,10 +149,12 @@ class _Driver:
         device = kept.get("device", config.device) if config.device == "auto" else config.device
         self.slots = cluster.find_slots(device)
         constants = kept or inputs.constants(config, pool, self.slots)
+        config = config.with_values({"pool.classes": pool.classes})
         self.config = inputs.resolved(config, constants)
         fixed = inputs.fixed(self.config, pool, test)
         directory.check(fixed)
         self._check_changes()
+        self._check_classes()
         self._check_slots()
 
         self.unlabeled = Eligibility.of(pool, self.config.pool.limit, self.config.seed)
@@ -136,12 +166,13 @@ class _Driver:
         )
         self.scorers = new_scorers(self.config, self.slots, directory.attempt)
         if not kept:
-            constants |= choose(self.config, self.scorers, self.slots, pool, directory, config.loop.initial)
+            n_labeled = config.loop.initial if isinstance(config.loop.initial, int) else 0
+            constants |= choose(self.config, self.scorers, self.slots, pool, directory, n_labeled)
             self.config = inputs.resolved(config, constants)
         directory.begin(fixed, constants)
 
-    def run(self) -> None:
-        """Every cycle in turn; stages that are complete are skipped."""
+    def run(self) -> JsonObject | None:
+        """Every cycle in turn; stages that are complete are skipped. Returns what people are to label, if anything."""
         self._event(
             "attempt",
             distal=__version__,
@@ -150,8 +181,11 @@ class _Driver:
             device=self.slots.device,
             slots=self.slots.scoring,
         )
-        self._initial()
         try:
+            if not self.directory.initial.exists():
+                asked = self._initial()
+                if asked is not None:
+                    return asked
             for index in range(self.config.loop.cycles):
                 cycle = self.directory.cycle(index)
                 if not self._begin(cycle):
@@ -161,17 +195,75 @@ class _Driver:
                 self._test(cycle)
                 self._reduce(cycle)
                 self._select(cycle)
-                if index + 1 < self.config.loop.cycles:
-                    self._label(cycle)
                 self.directory.write_summary()
+                if index + 1 < self.config.loop.cycles and self.config.label.oracle == "files":
+                    asked = self._ask(cycle)
+                    if asked is not None:
+                        return asked
+                elif index + 1 < self.config.loop.cycles:
+                    self._label(cycle)
         finally:
             self.scorers.shrink(0)
+        return None
 
-    def _initial(self) -> None:
-        """Choose and label the samples to start from."""
-        if not self.directory.initial.exists():
-            chosen = choose_initial(self.unlabeled, self.config.loop.initial, self.config.seed)
-            label_from_pool(self.pool, chosen, self.directory.initial)
+    def _initial(self) -> JsonObject | None:
+        """Choose and label the samples to start from; returns what people are to label first, if any."""
+        initial, seed = self.config.loop.initial, self.config.seed
+        if isinstance(initial, str):
+            self._take_initial(Path(initial))
+        elif self.config.label.oracle == "pool":
+            label_from_pool(self.pool, choose_initial(self.unlabeled, initial, seed), self.directory.initial)
+        else:
+            if not self.directory.initial_selection.exists():
+                random_batch(
+                    self.pool, choose_at_random(self.unlabeled, initial, seed), self.directory.initial_selection
+                )
+            waiting = _waiting(self.config, self.pool, -1, self.directory.initial_selection)
+            waiting.write(self.directory)
+            if waiting.collect(self.directory) is None:
+                return waiting.report(self.directory)
+        return None
+
+    def _take_initial(self, file: Path) -> None:
+        """The labels that a file brings."""
+        assert self.pool.classes is not None
+        ids, labels = read_labels(file, "loop.initial", self.pool.classes, len(self.pool.classes))
+        indices = find(self.pool, ids)
+        missing = [sample_id for sample_id, index in zip(ids, indices, strict=True) if index < 0]
+        if missing:
+            raise ConfigError(f"loop.initial: {file}: sample {missing[0]} is not in the pool ({len(missing)} are not)")
+        if len(ids) < 2 * self.config.train.workers or len(set(labels)) < 2:
+            raise ConfigError(
+                f"loop.initial: {file}: {len(ids)} samples of {len(set(labels))} classes; at least 2 samples per rank "
+                "and 2 classes are needed"
+            )
+        order = np.argsort(indices)
+        ordered = [ids[i] for i in order]
+        write_labels(self.directory.initial, indices[order], ordered, np.array(labels)[order], file.name)
+
+    def _ask(self, cycle: Cycle) -> JsonObject | None:
+        """Have people label the batch of a cycle; returns what they still have to, if anything."""
+        waiting = _waiting(self.config, self.pool, cycle.index, cycle.selection)
+
+        def work() -> JsonObject:
+            collected = waiting.collect(self.directory)
+            assert collected is not None
+            return collected
+
+        if cycle.marker("label") is None and not cycle.labels.exists():
+            waiting.write(self.directory)
+            report = waiting.report(self.directory)
+            if report["answered"] < report["needed"]:
+                self._event("waiting", cycle=cycle.index, asked=report["asked"], answered=report["answered"])
+                return report
+        elif cycle.marker("label") is None:
+            work = partial(_labelled_before, cycle.labels)
+
+        def made_from() -> dict[str, str]:
+            return {"selection": cycle.chosen().sha256, "labels": Ledger.read([cycle.labels]).sha256}
+
+        self._stage(cycle, "label", made_from, work)
+        return None
 
     def _begin(self, cycle: Cycle) -> bool:
         """Fix the configuration of a cycle; False when no eligible image is left for it."""
@@ -447,6 +539,18 @@ class _Driver:
         if begun and begun[-1].marker("select") is None:
             check_unchanged(_begun(begun[-1]), self.config, begun[-1].index)
 
+    def _check_classes(self) -> None:
+        """A class may come after the others; an index means the same class for ever."""
+        for cycle in self.directory.begun_cycles()[-1:]:
+            before, now = _begun(cycle).pool.classes, self.pool.classes
+            assert before is not None
+            assert now is not None
+            if now[: len(before)] != tuple(before):
+                raise RunConflict(
+                    f"pool.classes: cycle {cycle.index} was begun with {', '.join(before)}; keep them in this order, "
+                    "and append new ones"
+                )
+
     def _check_slots(self) -> None:
         """On a cluster of our own no slot will ever be added, so training would wait for ever."""
         workers, threads = self.config.train.workers, int(self.config.train.threads)
@@ -461,7 +565,14 @@ class _Driver:
 
     def _check_warm_start(self, cycle: Cycle) -> None:
         before = self.directory.cycle(cycle.index - 1).config if cycle.index else None
-        if before and self.config.train.init == "warm" and before.model != self.config.model:
+        if not isinstance(before, Config) or self.config.train.init != "warm":
+            return
+        if before.pool.classes != self.config.pool.classes:
+            raise ModelError(
+                "train.init: warm continues with the network of the cycle before, which has fewer classes; set "
+                "train.init=scratch for this cycle"
+            )
+        if before.model != self.config.model:
             raise ModelError(
                 f"train.init: warm continues with the network of cycle {cycle.index - 1}, and the model section has "
                 "changed since; set train.init=scratch, or put the model back"
@@ -598,6 +709,12 @@ def choose(
         per_block = inputs.eligible_per_block(config, pool, n_labeled)
         precision, batch_size = scorers.choose(job, precision, batch_size, per_block)
     return {"score.precision": precision, "score.batch_size": batch_size}
+
+
+def _labelled_before(labels: Path) -> JsonObject:
+    """What a label file came to that was written just before its driver was killed."""
+    ledger = Ledger.read([labels])
+    return {"n_answered": len(ledger) + len(ledger.declined), "n_labeled": len(ledger), "n_conflicts": 0}
 
 
 def _elimination(cycle: Cycle) -> Elimination | None:

@@ -39,7 +39,7 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     limit = config.pool.limit
     n_eligible = n_readable if limit is None else min(limit, n_readable)
     if isinstance(config, Config):
-        n_eligible -= config.loop.initial
+        n_eligible -= _n_initial(config)
         n_rows, budget, cycles = len(config.train.checkpoint_epochs), config.loop.budget, config.loop.cycles
     else:
         n_classes = config.model.num_classes
@@ -77,7 +77,7 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
         "reducer": PROCESS_BYTES // 2 + 4 * STRIPE_BYTES + 100 * min(STRIPE_SAMPLES, n_samples),
     }
     if isinstance(config, Config):
-        memory["training rank"] = PROCESS_BYTES + 4 * weights + config.loop.initial * image_bytes
+        memory["training rank"] = PROCESS_BYTES + 4 * weights + _n_initial(config) * image_bytes
     forwards = _with_elimination(n_rows, n_eligible, budget) if eliminates else n_rows * n_eligible
     warnings = []
     if sum(objects.values()) > MANY_OBJECTS:
@@ -110,7 +110,7 @@ def _alternatives(config: Config | ForeignConfig, n_rows: int, n_eligible: int, 
         "train.checkpoint_every=2" if isinstance(config, Config) else "half of the checkpoints (checkpoints.pattern)"
     )
     half = max(budget, n_eligible // 2)
-    labelled = config.loop.initial if isinstance(config, Config) else 0
+    labelled = _n_initial(config) if isinstance(config, Config) else 0
     ways: list[JsonObject] = [
         {"what": "every second checkpoint", "how": every, "forwards": -(-n_rows // 2) * n_eligible},
         {"what": "a random half of the pool", "how": f"pool.limit={half + labelled}", "forwards": n_rows * half},
@@ -131,6 +131,11 @@ def _with_elimination(n_rows: int, n_eligible: int, budget: int) -> int:
     first = next(iter(barrier_rows(n_rows)), n_rows)
     floor = first * n_eligible + (n_rows - first) * budget
     return min(n_rows * n_eligible, max(int(n_rows * n_eligible * ELIMINATION_KEEPS), floor))
+
+
+def _n_initial(config: Config) -> int:
+    initial = config.loop.initial
+    return initial if isinstance(initial, int) else len(read_ids(Path(initial), "loop.initial"))
 
 
 def _n_excluded(config: ForeignConfig) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from distal.assignments import dtype_for
 from distal.cluster import Slots
 from distal.config import BUILTIN, AnyRoot, Config, Root
-from distal.errors import PoolError, UserError
+from distal.errors import ConfigError, PoolError, UserError
+from distal.lists import read_text
 from distal.models import ModelSpec
 from distal.monitor import Display
 from distal.pool import Pool
@@ -63,19 +65,41 @@ def _open(
     return pool
 
 
-def check(config: Config, pool: Pool, test: Pool | None) -> None:
-    """Refuse at once what would fail later. Raises UserError."""
-    if pool.classes is None or pool.n_labeled < pool.n_readable:
-        raise PoolError(
-            f"{pool.path}: {pool.n_readable - pool.n_labeled} of {pool.n_readable} readable images have no label; "
-            "label.oracle: pool needs a label for every image"
+def with_classes(config: Config, pool: Pool) -> Pool:
+    """The pool with the classes that the configuration names.
+
+    Raises:
+        PoolError: neither pool nor configuration has classes.
+        ConfigError: they contradict each other, or name a class twice.
+    """
+    given = config.pool.classes
+    if isinstance(given, str):
+        names = [line.strip() for line in read_text(Path(given), "pool.classes").splitlines()]
+        given = tuple(name for name in names if name)
+    own = pool.classes or ()
+    if given is None and not own:
+        raise PoolError(f"{pool.path}: has no labels, so its classes are not known; name them: pool.classes=[..]")
+    classes = own if given is None else given
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise ConfigError(f"pool.classes: {twice!r} is named twice")
+    if classes[: len(own)] != own:
+        raise ConfigError(
+            f"pool.classes: must begin with those of the pool, in its order: {', '.join(own)}; others may follow"
         )
-    present = [name for name, count in zip(pool.classes, pool.class_counts, strict=True) if count]
-    if len(present) < 2:
-        raise PoolError(f"{pool.path}: one class only ({present[0]}); at least two are needed to classify")
+    return replace(pool, classes=classes, class_counts=(*pool.class_counts, *[0] * (len(classes) - len(own))))
+
+
+def check(config: Config, pool: Pool, test: Pool | None) -> None:
+    """Refuse at once what would fail later; `pool` is as `with_classes` gives it. Raises UserError."""
+    assert pool.classes is not None
+    if config.label.oracle == "pool":
+        _check_labels(pool)
+    elif len(pool.classes) < 2:
+        raise ConfigError(f"pool.classes: one class only ({pool.classes[0]}); at least two are needed to classify")
     dtype_for(len(pool.classes))
     n_usable = pool.n_readable if config.pool.limit is None else min(config.pool.limit, pool.n_readable)
-    if n_usable < config.loop.initial + 1:
+    if isinstance(config.loop.initial, int) and n_usable < config.loop.initial + 1:
         raise UserError(
             f"loop.initial: {config.loop.initial} labelled samples and at least one to select need "
             f"{config.loop.initial + 1} readable images, the pool has {n_usable}; lower it"
@@ -83,6 +107,18 @@ def check(config: Config, pool: Pool, test: Pool | None) -> None:
     if test is not None:
         _check_test(test, pool, pool.classes)
     ModelSpec.of(config.model, pool).check()
+
+
+def _check_labels(pool: Pool) -> None:
+    """Every image needs one when they are what answers."""
+    if pool.n_labeled < pool.n_readable:
+        raise PoolError(
+            f"{pool.path}: {pool.n_readable - pool.n_labeled} of {pool.n_readable} readable images have no label; "
+            "label.oracle: pool needs a label for every image; with label.oracle=files people label"
+        )
+    present = [name for name, count in zip(pool.classes or (), pool.class_counts, strict=True) if count]
+    if len(present) < 2:
+        raise PoolError(f"{pool.path}: one class only ({present[0]}); at least two are needed to classify")
 
 
 def _check_test(test: Pool, pool: Pool, classes: tuple[str, ...]) -> None:
@@ -122,7 +158,7 @@ def fixed(config: Config, pool: Pool, test: Pool | None) -> JsonObject:
 
 def content(pool: Pool) -> JsonObject:
     """What of a pool must stay the same, wherever it lies."""
-    return {"pool content (pool.path)": pool.content_sha256, "pool classes": list(pool.classes or ())}
+    return {"pool content (pool.path)": pool.content_sha256}
 
 
 def eligible_per_block(config: Root, pool: Pool, n_labeled: int = 0) -> int:

@@ -51,6 +51,11 @@ class Ledger:
         return len(self.indices)
 
     @classmethod
+    def empty(cls) -> Self:
+        """Nothing is labelled yet."""
+        return cls(np.empty(0, np.int64), np.empty(0, np.int64))
+
+    @classmethod
     def read(cls, files: Iterable[Path]) -> Self:
         """The union of label files.
 

@@ -30,7 +30,7 @@ def read_ids(path: Path, key: str) -> list[str]:
     if path.suffix.lower() in (".csv", ".parquet"):
         ids = _columns(path, key, "sample_id")["sample_id"].to_pylist()
     else:
-        ids = [line.strip() for line in _text(path, key).splitlines()]
+        ids = [line.strip() for line in read_text(path, key).splitlines()]
     ids = [sample_id for sample_id in ids if sample_id]
     if not ids:
         raise SourceError(f"{key}: {path} names no sample")
@@ -93,7 +93,8 @@ def _columns(path: Path, key: str, *names: str) -> pa.Table:
     return table.set_column(index, "sample_id", table["sample_id"].cast(pa.string())).select(names)
 
 
-def _text(path: Path, key: str) -> str:
+def read_text(path: Path, key: str) -> str:
+    """A text file; `key` is what names it, for errors. Raises SourceError when there is none."""
     try:
         return path.read_text()
     except FileNotFoundError:

@@ -126,6 +126,41 @@ def _detail(state: Progress) -> str:
     return "  ".join(parts)
 
 
+def run_table(result: JsonObject) -> Table | str:
+    """How a run ended: its table, or what people are to label."""
+    return waiting_table(result) if result["state"] == "waiting_for_labels" else summary_table(result)
+
+
+def waiting_table(waiting: JsonObject) -> str:
+    """What people are to label."""
+    conflicts = waiting["conflicts"]
+    disagreed = f"\nannotators disagree on {', '.join(conflicts[:5])}; asked again" if conflicts else ""
+    run = waiting["run"]
+    return (
+        f"{run}: waiting for labels: {waiting['answered']} of {waiting['asked']} answered, {waiting['needed']} needed"
+        f"{disagreed}\nnext: distal labels export {run} --format csv --out batch.csv\n"
+        f"      distal labels import {run} batch.csv, and the same command again"
+    )
+
+
+def export_table(result: JsonObject) -> Table:
+    """What was written for annotators."""
+    return _facts(
+        {name: result[name] for name in ("samples", "format", "images") if result[name]}
+        | {f"file {number}": path for number, path in enumerate(result["files"], start=1)}
+    )
+
+
+def import_table(result: JsonObject) -> str:
+    """What was kept of a file of annotators."""
+    conflicts = result["conflicts"]
+    disagreed = f"; annotators disagree on {', '.join(conflicts[:5])}" if conflicts else ""
+    return (
+        f"{result['answers']} answers, {result['new']} new; {result['answered']} of the batch are settled, "
+        f"{result['needed']} needed{disagreed}"
+    )
+
+
 def summary_table(summary: JsonObject) -> Table:
     """The closing table of a run: a row per cycle."""
     stages = list(dict.fromkeys(stage for cycle in summary["cycles"] for stage in cycle["seconds"]))

@@ -5,6 +5,8 @@
     RUN/
       run.yaml            what the run is: pool, classes, seed, resolved constants; written once
       initial.parquet     the first labelled set
+      initial-selection.parquet  answers/  waiting.json
+                          with label.oracle: files, what people were asked first, what they said, what is waited for
       summary.json        what each finished cycle came to
       events/<attempt>.jsonl   what happened when; for people, no decision reads it
       driver/             who drives the run; see `lease`
@@ -349,6 +351,27 @@ class Run:
     def initial(self) -> Path:
         """The first labelled set."""
         return self.path / "initial.parquet"
+
+    @property
+    def initial_selection(self) -> Path:
+        """The samples to start from, when people label them."""
+        return self.path / "initial-selection.parquet"
+
+    @property
+    def answers(self) -> Path:
+        """What annotators said, as it came."""
+        return self.path / "answers"
+
+    @property
+    def waiting(self) -> Path:
+        """What people have been asked for last."""
+        return self.path / "waiting.json"
+
+    def asked(self) -> set[int]:
+        """Every sample that a batch asked labels for."""
+        files = [self.initial_selection] if self.initial_selection.exists() else []
+        files += [cycle.selection for cycle in self.begun_cycles() if cycle.marker("select")]
+        return {index for file in files for index in Selection.read(file).indices.tolist()}
 
     def cycle(self, index: int) -> Cycle:
         """A cycle, begun or not."""

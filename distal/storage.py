@@ -154,12 +154,17 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file atomically."""
+    write_bytes(path, table_bytes(table))
+
+
+def table_bytes(table: pa.Table) -> memoryview:
+    """A Parquet file, with format version and hash."""
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
     pq.write_table(table.cast(_with_format(table.schema)), buffer, write_page_checksum=True)
     _seal_parquet(buffer)
-    write_bytes(path, buffer.getbuffer())
+    return buffer.getbuffer()
 
 
 def _seal_parquet(file: BinaryIO) -> None:

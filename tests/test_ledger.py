@@ -30,7 +30,7 @@ def test_the_ledger_is_the_union_of_its_files(tmp_path: Path) -> None:
 )
 def test_labelled_samples_of_a_range(tmp_path: Path, start: int, stop: int, expected: list[int]) -> None:
     ledger = Ledger.read([write(tmp_path / "initial.parquet", [9, 2, 5], [0, 0, 0])])
-    assert ledger.labeled(start, stop).tolist() == [bool(flag) for flag in expected]
+    assert ledger.asked(start, stop).tolist() == [bool(flag) for flag in expected]
 
 
 def test_a_sample_is_labelled_once(tmp_path: Path) -> None:

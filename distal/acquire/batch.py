@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from distal.acquire.topk import Candidates, TopK
 from distal.assignments import Assignments
@@ -73,6 +74,21 @@ def select(
             f"({str(expected)[:12]}); nothing was changed; put the run back from a copy"
         )
     return Selection.write(dest, selection.table)
+
+
+def random_batch(pool: Pool, indices: NDArray[np.int64], dest: Path) -> Selection:
+    """Write samples that were drawn, as a selection: the first ones that people label."""
+    samples = pool.take_samples(indices, ["sample_id", "uri"])
+    n = len(indices)
+    columns = {
+        "rank": pa.array(range(n), pa.int64()),
+        "sample_index": pa.array(indices, pa.int64()),
+        "sample_id": samples["sample_id"],
+        "uri": samples["uri"],
+        "measure": pa.array(["random"] * n, pa.string()),
+        "decided_by": pa.array(["score"] * n, pa.string()),
+    }
+    return Selection.write(dest, pa.table(columns))
 
 
 def _gather(scores: Scores, name: str, index: np.ndarray) -> np.ndarray:

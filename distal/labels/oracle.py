@@ -47,6 +47,22 @@ def choose_initial(eligibility: Eligibility, n: int, seed: int) -> NDArray[np.in
     return np.sort(index[order][:n])
 
 
+def choose_at_random(eligibility: Eligibility, n: int, seed: int) -> NDArray[np.int64]:
+    """The samples to start from when nothing is known of them: those with the smallest seeded draws.
+
+    Returns:
+        (n,) int64 sample indices, ascending; fewer when there are not so many.
+    """
+    index, draw = np.empty(0, np.int64), np.empty(0, np.uint64)
+    for start, stop, eligible in eligibility.stripes():
+        (keys,) = eligibility.pool.columns(start, stop, "sample_key")
+        index = np.concatenate([index, start + np.flatnonzero(eligible)])
+        draw = np.concatenate([draw, mix64("initial", seed, keys[eligible])])
+        best = np.lexsort((index, draw))[:n]
+        index, draw = index[best], draw[best]
+    return np.sort(index)
+
+
 def _best_of_each_class(
     eligibility: Eligibility, n: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:

@@ -1,0 +1,288 @@
+"""Labels from people, played by scripts: real runs, real files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distal import driver
+from distal.errors import ConfigError, PoolError, RunConflict, SourceError
+from distal.labelling import export_labels, import_labels
+from distal.labels.answers import Answer, settle
+from distal.ledger import LABELED, SKIPPED
+from distal.pool import Pool
+from distal.pool.build import build
+from distal.runs import Run
+from tests.helpers import CLASSES, small_config, write_source
+
+
+@pytest.fixture(scope="module")
+def unlabelled(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pool, dict[str, int]]:
+    """240 images without labels; what people would say of each."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    source = write_source(folder / "a.parquet", 240, seed=1)
+    table = pq.read_table(source)
+    truth = dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+    pq.write_table(table.drop_columns(["label", "class_name"]), folder / "b.parquet")
+    return build(str(folder / "b.parquet"), folder / "pool"), truth
+
+
+FILES = ("label.oracle=files", f"pool.classes=[{', '.join(CLASSES)}]")
+
+
+def config(run: Path, pool: Pool, *overrides: str):
+    return small_config(run, pool, None, *FILES, *overrides)
+
+
+def play(run: Path, truth: dict[str, int], rng: random.Random, files: int = 1, repeat: bool = False) -> None:
+    """Annotators answer the batch: one in ten is passed over, one in ten gets two opinions, of which three win."""
+    told = export_labels(run, run.parent / "batch.csv")
+    with (run.parent / "batch.csv").open() as lines:
+        rows = sorted(csv.DictReader(lines), key=lambda row: row["sample_id"])
+    assert len(rows) == told["samples"]
+    said: list[tuple[str, str, str]] = []
+    for number, row in enumerate(rows):
+        name = CLASSES[truth[row["sample_id"]]]
+        other = CLASSES[(truth[row["sample_id"]] + 1) % 4]
+        if number % 10 == 3:
+            said.append((row["sample_id"], "", "ann"))
+        elif number % 10 == 6:
+            said.append((row["sample_id"], "cannot tell", "ann"))
+        elif number % 10 == 8:
+            said += [(row["sample_id"], other, "ann"), (row["sample_id"], name, "bob"), (row["sample_id"], name, "cy")]
+        else:
+            said.append((row["sample_id"], name, "ann"))
+    size = -(-len(said) // files)
+    parts = [said[start : start + size] for start in range(0, len(said), size)]
+    for part in parts + (parts[:1] if repeat else []):
+        path = run.parent / "answers.csv"
+        text = "\n".join(",".join(each) for each in [("sample_id", "label", "annotator"), *part])
+        path.write_text(text + "\n")
+        import_labels(run, path)
+
+
+def ledgers(run: Path, cycles: int) -> list[str]:
+    return [Run.open(run).ledger(before=index).sha256 for index in range(cycles)]
+
+
+def test_a_run_that_people_label(unlabelled: tuple[Pool, dict[str, int]], tmp_path: Path) -> None:
+    """From nothing to three cycles; whether the answers come in one file or in many, twice or once."""
+    pool, truth = unlabelled
+    told = {}
+    for name, files, repeat in (("one", 1, False), ("many", 4, True)):
+        run = tmp_path / name / "run"
+        run.parent.mkdir()
+        made = config(run, pool, "loop.cycles=3")
+        for step in range(3):
+            waiting = driver.run(made)
+            assert (waiting["state"], waiting["cycle"]) == ("waiting_for_labels", step - 1)
+            assert waiting["answered"] == 0
+            assert waiting["asked"] == waiting["needed"] == (24 if step == 0 else 16)
+            began = time.monotonic()
+            assert driver.run(made) == waiting
+            assert time.monotonic() - began < 2
+            play(run, truth, random.Random(step), files, repeat)
+        assert driver.run(made)["state"] == "complete"
+        told[name] = ledgers(run, 3)
+        ledger = Run.open(run).ledger(before=2)
+        assert [truth[pool.samples(i, i + 1)["sample_id"][0].as_py()] for i in ledger.indices] == ledger.labels.tolist()
+        assert len(ledger.declined) > 0
+        last = Run.open(run).cycle(2)
+        assert not set(last.chosen().indices.tolist()) & set(ledger.declined.tolist())  # not asked again
+    assert told["one"] == told["many"]
+
+
+def test_enough_is_enough(unlabelled: tuple[Pool, dict[str, int]], tmp_path: Path) -> None:
+    """`label.min_labels`: the run goes on, and late answers count for the next cycle."""
+    pool, truth = unlabelled
+    run = tmp_path / "run"
+    ids = list(truth)
+    (tmp_path / "known.csv").write_text(
+        "sample_id,label\n" + "\n".join(f"{name},{CLASSES[truth[name]]}" for name in ids[:30]) + "\n"
+    )
+    made = config(run, pool, "label.min_labels=5", f"loop.initial={tmp_path / 'known.csv'}", "loop.cycles=3")
+    assert driver.run(made)["needed"] == 5
+    assert len(Run.open(run).ledger(before=0)) == 30
+    batch = Run.open(run).cycle(0).chosen().sample_ids
+
+    def say(names: list[str]) -> dict:
+        lines = "\n".join(f"{name},{CLASSES[truth[name]]}" for name in names)
+        (tmp_path / "a.csv").write_text(f"sample_id,label\n{lines}\n")
+        return import_labels(run, tmp_path / "a.csv")
+
+    assert say(batch[:4])["answered"] == 4
+    assert driver.run(made)["answered"] == 4
+    assert say(batch[4:6])["answered"] == 6
+    assert driver.run(made)["cycle"] == 1
+    assert len(Run.open(run).ledger(before=1)) == 36
+    second = Run.open(run).cycle(1).chosen().sample_ids
+    assert say([name for name in batch[6:8] if name not in second])["new"] > 0
+    say(second[:5])
+    driver.run(made)
+    assert set(find_ids(pool, batch[6:8])) <= set(Run.open(run).ledger(before=2).indices.tolist()) | set(
+        find_ids(pool, second)
+    )
+    assert driver.run(made.with_values({"loop.cycles": 4}))["cycle"] == 2  # the last cycle does not label
+    (tmp_path / "a.csv").write_text(f"sample_id,label\n{batch[0]},{CLASSES[(truth[batch[0]] + 1) % 4]}\n")
+    with pytest.raises(RunConflict, match=rf"sample {batch[0]} is labelled otherwise in a cycle that is trained"):
+        import_labels(run, tmp_path / "a.csv")
+
+
+def find_ids(pool: Pool, names: list[str]) -> list[int]:
+    ids = pool.samples(0, pool.n_samples)["sample_id"].to_pylist()
+    return [ids.index(name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("policy", "said", "expected"),
+    [
+        ("majority", [("a", 1), ("b", 2), ("c", 1)], 1),
+        ("majority", [("a", 1), ("b", 2)], "conflict"),
+        ("majority", [("a", 1), ("a", 2)], 2),  # changed their mind
+        ("first", [("a", 1), ("b", 2), ("c", 2)], 1),
+        ("reask", [("a", 1), ("b", 2), ("c", 1)], "conflict"),
+        ("reask", [("a", 1), ("b", 1)], 1),
+        ("reask", [("a", None), ("b", 1)], 1),
+        ("majority", [("a", None)], None),
+    ],
+)
+def test_conflicts(policy: str, said: list[tuple[str, int | None]], expected: int | str | None) -> None:
+    answers = [Answer(7, "x", label, SKIPPED if label is None else LABELED, who) for who, label in said]
+    settled = settle(answers, policy)  # type: ignore[arg-type]
+    assert settled.conflicts == (["x"] if expected == "conflict" else [])
+    assert [answer.label for answer in settled.answers] == ([] if expected == "conflict" else [expected])
+
+
+@pytest.fixture(scope="module")
+def waiting(unlabelled: tuple[Pool, dict[str, int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that waits for its first labels."""
+    run = tmp_path_factory.mktemp("waiting") / "run"
+    assert driver.run(config(run, unlabelled[0]))["state"] == "waiting_for_labels"
+    return run
+
+
+class TestExport:
+    def test_order_is_shuffled_and_nothing_is_preselected(self, waiting: Path, tmp_path: Path) -> None:
+        export_labels(waiting, tmp_path / "a.parquet", fmt="parquet")
+        table = pq.read_table(tmp_path / "a.parquet")
+        asked = Run.open(waiting).asked()
+        assert len(table) == len(asked) == 24
+        assert table["label"].null_count == 24
+        assert table["sample_id"].to_pylist() != sorted(table["sample_id"].to_pylist())
+        assert "prediction" not in table.column_names
+
+    def test_label_studio(self, waiting: Path, tmp_path: Path) -> None:
+        told = export_labels(
+            waiting, tmp_path / "tasks.json", fmt="label-studio", copy_images=tmp_path / "png",
+            url_map=(str(tmp_path), "http://images"),
+        )  # fmt: skip
+        assert told["files"] == [str(tmp_path / "tasks.json"), str(tmp_path / "tasks.xml")]
+        tasks = json.loads((tmp_path / "tasks.json").read_text())
+        assert len(tasks) == 24
+        assert tasks[0]["data"]["image"].startswith("http://images/png/")
+        assert "predictions" not in tasks[0]
+        assert len(list((tmp_path / "png").glob("*.png"))) == 24
+        assert '<Choice value="circle"/>' in (tmp_path / "tasks.xml").read_text()
+
+    def test_what_label_studio_gives_back(self, waiting: Path, unlabelled, tmp_path: Path) -> None:
+        export_labels(waiting, tmp_path / "tasks.json", fmt="label-studio")
+        ids = [task["data"]["sample_id"] for task in json.loads((tmp_path / "tasks.json").read_text())]
+
+        def annotation(choice: str | None, who: int) -> dict:
+            result = [] if choice is None else [{"type": "choices", "value": {"choices": [choice]}}]
+            return {"result": result, "was_cancelled": choice is None, "completed_by": who}
+
+        full = [
+            {"data": {"sample_id": ids[0]}, "annotations": [annotation("dot", 1), annotation("dot", 2)]},
+            {"data": {"sample_id": ids[1]}, "annotations": [annotation(None, 1)]},
+            {"data": {"sample_id": ids[2]}, "annotations": [annotation("cannot tell", 1)]},
+        ]
+        (tmp_path / "full.json").write_text(json.dumps(full))
+        told = import_labels(waiting, tmp_path / "full.json")
+        assert (told["answers"], told["new"], told["answered"]) == (4, 4, 3)
+        (tmp_path / "min.json").write_text(json.dumps([{"sample_id": ids[3], "choice": "line", "annotator": 1}]))
+        assert import_labels(waiting, tmp_path / "min.json")["answered"] == 4
+        assert import_labels(waiting, tmp_path / "full.json")["new"] == 0
+        assert export_labels(waiting, tmp_path / "rest.csv")["samples"] == 20
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("sample_id,label\nnobody,dot\n", "sample nobody is not in the pool; nothing was imported"),
+            ("sample_id,label\n{0},square\n", "label square is no class; the classes are circle, cross, dot, line"),
+            ("sample_id,label\n{other},dot\n", "is not asked for by any batch; .* --allow-unasked takes them"),
+            ("sample_id,label,choice\n{0},dot,dot\n", "label and choice could each be the label; keep one of them"),
+            ("id,label\n{0},dot\n", "has no columns sample_id and label; it has id, label"),
+            ("", "empty"),
+            ("sample_id,label\n", "says nothing of any sample"),
+            ('sample_id,label\n"{0},do', "half-written, or not what annotators send"),
+        ],
+    )
+    def test_files(self, waiting: Path, unlabelled, tmp_path: Path, text: str, message: str) -> None:
+        pool, _ = unlabelled
+        asked = Run.open(waiting).asked()
+        ids = pool.samples(0, 240)["sample_id"].to_pylist()
+        other = next(name for index, name in enumerate(ids) if index not in asked)
+        (tmp_path / "a.csv").write_text(text.format(ids[min(asked)], other=other))
+        before = sorted(Run.open(waiting).answers.glob("*"))
+        with pytest.raises(SourceError, match=message):
+            import_labels(waiting, tmp_path / "a.csv")
+        assert sorted(Run.open(waiting).answers.glob("*")) == before
+
+    def test_many_are_counted(self, waiting: Path, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text("sample_id,label\n" + "\n".join(f"x{i},dot" for i in range(8)))
+        with pytest.raises(SourceError, match=r"samples x0, x1, x2, x3, x4 and 3 more are not in the pool"):
+            import_labels(waiting, tmp_path / "a.csv")
+
+    def test_classes(self, unlabelled, pool: Pool, tmp_path: Path) -> None:
+        bare, _ = unlabelled
+        for base, overrides, kind, message in (
+            (bare, ["label.oracle=files"], PoolError, "has no labels, so its classes are not known; name them"),
+            (bare, ["pool.classes=[a, b, a]", "label.oracle=files"], ConfigError, "'a' is named twice"),
+            (bare, ["pool.classes=[a]", "label.oracle=files"], ConfigError, "one class only"),
+            (bare, ["pool.classes=[a, b]"], PoolError, "label.oracle: pool needs a label for every image"),
+            (
+                pool,
+                ["pool.classes=[dot, line]"],
+                ConfigError,
+                "must begin with those of the pool, in its order: circle",
+            ),
+        ):
+            with pytest.raises(kind, match=message):
+                driver.run(small_config(tmp_path / "run", base, None, *overrides))
+        assert not (tmp_path / "run").exists()
+
+    def test_a_run_that_waits_for_nothing(self, waiting: Path, tmp_path: Path) -> None:
+        with pytest.raises(RunConflict, match="no run here"):
+            export_labels(tmp_path, tmp_path / "a.csv")
+
+
+def test_a_class_is_appended_and_never_renumbered(unlabelled, tmp_path: Path) -> None:
+    pool, truth = unlabelled
+    names = list(truth)
+    known = "\n".join(f"{name},{truth[name] % 3}" for name in names[:40])
+    (tmp_path / "known.csv").write_text(f"sample_id,label\n{known}\n")
+    three = ("label.oracle=files", f"loop.initial={tmp_path / 'known.csv'}", "loop.cycles=3")
+    first = small_config(tmp_path / "run", pool, None, *three, "pool.classes=[circle, cross, dot]")
+    assert driver.run(first)["cycle"] == 0
+    with pytest.raises(RunConflict, match="cycle 0 was begun with circle, cross, dot; keep them in this order"):
+        driver.run(small_config(tmp_path / "run", pool, None, *three, "pool.classes=[cross, circle, dot, line]"))
+    grown = small_config(tmp_path / "run", pool, None, *three, "pool.classes=[circle, cross, dot, line]")
+    assert driver.run(grown)["cycle"] == 0
+    batch = Run.open(tmp_path / "run").cycle(0).chosen().sample_ids
+    (tmp_path / "a.csv").write_text("sample_id,label\n" + "\n".join(f"{name},line" for name in batch) + "\n")
+    import_labels(tmp_path / "run", tmp_path / "a.csv")
+    assert driver.run(grown)["cycle"] == 1
+    ledger = Run.open(tmp_path / "run").ledger(before=1)
+    assert set(ledger.labels.tolist()) == {0, 1, 2, 3}
+    assert np.array_equal(pa.array(ledger.labels[ledger.labels == 3]).to_numpy(), [3] * 16)
