@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from distal.runs import Run
     from distal.scores import Scores
     from distal.selection import Selection
+    from distal.train.command import publish_checkpoint
 
 # Names are imported when they are first used: `import distal` costs nothing.
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     "Selection": "distal.selection",
     "build": "distal.pool.build",
     "load": "distal.config",
+    "publish_checkpoint": "distal.train.command",
     "run": "distal.driver",
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "Selection",
     "build",
     "load",
+    "publish_checkpoint",
     "run",
 ]
 

@@ -207,6 +207,13 @@ class LoopConfig(Section):
 class TrainConfig(Section):
     """DDP training on the labelled samples."""
 
+    command: str | None = key(
+        None,
+        "Training by a command of yours instead: it reads `{labels}`, a Parquet file, and publishes to `{checkpoints}` "
+        "with distal.publish_checkpoint; `{images}` has the labelled images written to files; `{epochs}`, `{seed}` and "
+        "`{cycle}` are numbers. It publishes as many checkpoints as epochs and checkpoint_every say. Of the keys below "
+        "only these, workers and threads count.",
+    )
     epochs: Integer = key(15, "Passes over the labelled samples.", ge=1)
     checkpoint_every: Integer = key(1, "Epochs between checkpoints; the last epoch always gives one.", ge=1)
     batch_size: Integer = key(64, "Images per optimizer step, over all ranks together.", ge=1)

@@ -17,6 +17,7 @@ from distal.pool import Pool
 from distal.pool.build import build
 from distal.pool.images import MANIFEST
 from distal.records import JsonObject, Progress, auto_block_size
+from distal.train.command import check_command
 
 
 def open_pool(config: Root, connect: Callable[[], None], display: Display) -> Pool:
@@ -97,6 +98,8 @@ def check(config: Config, pool: Pool, test: Pool | None) -> None:
         _check_labels(pool)
     elif len(pool.classes) < 2:
         raise ConfigError(f"pool.classes: one class only ({pool.classes[0]}); at least two are needed to classify")
+    if config.train.command is not None:
+        check_command(config.train.command)
     dtype_for(len(pool.classes))
     n_usable = pool.n_readable if config.pool.limit is None else min(config.pool.limit, pool.n_readable)
     if isinstance(config.loop.initial, int) and n_usable < config.loop.initial + 1:

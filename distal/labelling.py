@@ -6,7 +6,6 @@ it; `import_labels` keeps the answers; the next `distal run` settles them and go
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from distal.assignments import Assignments
 from distal.errors import RunConflict, SourceError
@@ -25,10 +23,11 @@ from distal.labels.formats import Format, read_said, write_batch
 from distal.ledger import LABELED, Ledger, write_labels
 from distal.lists import find
 from distal.pool import Pool
+from distal.pool.images import write_png
 from distal.records import JsonObject
 from distal.runs import Run
 from distal.selection import Selection
-from distal.storage import read_json, write_bytes, write_json
+from distal.storage import read_json, write_json
 
 SHOWN = 5  # of many mistakes
 
@@ -211,7 +210,8 @@ def export_labels(
     indices = np.array([row["sample_index"] for row in rows], np.int64)
     said = _predictions(run, waiting, indices) if predictions else None
     if copy_images is not None:
-        _write_images(pool, indices, copy_images)
+        for index in indices.tolist():
+            write_png(pool, index, copy_images / f"{index}.png")
     entries: list[dict[str, Any]] = []
     for position, row in enumerate(rows):
         image = str((copy_images / f"{row['sample_index']}.png").absolute()) if copy_images else row["uri"]
@@ -277,11 +277,3 @@ def _predictions(run: Run, waiting: Waiting, indices: NDArray[np.int64]) -> list
     last = assignments.n_rows - 1
     found = [int(assignments.read(int(i), int(i) + 1, [last])[0, 0]) for i in indices]
     return [waiting.classes[label] if label < assignments.n_classes else None for label in found]
-
-
-def _write_images(pool: Pool, indices: NDArray[np.int64], folder: Path) -> None:
-    for index in indices.tolist():
-        pixels = pool.take([index])[0].transpose(1, 2, 0)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)).save(buffer, "PNG")
-        write_bytes(folder / f"{index}.png", buffer.getvalue())

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from distal.arrays import Array
 from distal.errors import Damage, PoolError
 from distal.records import Block, JsonObject, auto_block_size, split_blocks
-from distal.storage import names_in, open_parquet, parquet_errors, read_json
+from distal.storage import names_in, open_parquet, parquet_errors, read_json, write_bytes
 
 MANIFEST, SAMPLES, IMAGES = "pool.json", "samples.parquet", "images.zarr"
 BUILDING = "building.json"  # written first and removed last: a folder that has it holds an unfinished build
@@ -229,6 +230,16 @@ class Pool:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without open handles."""
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+
+
+def write_png(pool: Pool, index: int, path: Path) -> None:
+    """Write one image of a pool as a file."""
+    from PIL import Image
+
+    pixels = np.ascontiguousarray(pool.take([index])[0].transpose(1, 2, 0))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
 
 
 def begin_content(n_samples: int, image_shape: tuple[int, int, int], classes: Sequence[str] | None) -> hashlib._Hash:

@@ -1,0 +1,216 @@
+"""Training by a command of the user's own: it gets the labels, and publishes checkpoints that are scored as they come.
+
+The command runs beside the driver, once per cycle. It calls `distal.publish_checkpoint`, which needs no Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from distal import checkpoints
+from distal.errors import ConfigError, ModelError, Superseded, TrainingFailed
+from distal.foreign import check_fits
+from distal.ledger import Ledger
+from distal.models import ModelSpec
+from distal.pool import Pool
+from distal.storage import disk_errors, write_bytes, write_table
+
+if TYPE_CHECKING:
+    from distal.checkpoints import StateDict
+
+PLACEHOLDERS = ("labels", "images", "checkpoints", "epochs", "seed", "cycle")
+OWNER, INPUTS = "DISTAL_OWNER", "DISTAL_INPUTS"
+LAST_LINES = 20
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class CommandJob:
+    """One training run by a command.
+
+    Attributes:
+        command: with `PLACEHOLDERS` in braces.
+        folder: `cycles/<cycle>`.
+        n_checkpoints: how many it has to publish.
+        inputs: hash of everything that decides the result.
+    """
+
+    command: str
+    pool: Pool
+    folder: Path
+    labels: tuple[Path, ...]
+    model: ModelSpec
+    n_checkpoints: int
+    epochs: int
+    seed: int
+    cycle: int
+    inputs: str
+
+    @property
+    def train(self) -> Path:
+        """Where what the command reads and says is."""
+        return self.folder / "train"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where it publishes."""
+        return self.folder / "checkpoints"
+
+
+def check_command(command: str) -> None:
+    """Raise ConfigError when a command cannot be run."""
+    try:
+        words = shlex.split(command)
+        names = [name for word in words for _, name, _, _ in Formatter().parse(word) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f"train.command: {command!r} cannot be split into words ({error})") from None
+    unknown = [name for name in names if name not in PLACEHOLDERS]
+    if unknown:
+        known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+        raise ConfigError(f"train.command: unknown placeholder {{{unknown[0]}}}; known: {known}")
+    if "checkpoints" not in names:
+        raise ConfigError("train.command: does not say {checkpoints}, the folder to publish to")
+
+
+def run_command(job: CommandJob, given_up: threading.Event) -> None:
+    """Run the command of a cycle; returns when it has ended and every checkpoint is published.
+
+    Args:
+        given_up: ends the command when it is set.
+
+    Raises:
+        TrainingFailed: it ended with another code than 0; the message has the end of what it said.
+        ModelError: it published too few checkpoints, or weights that do not fit `model.name`.
+        Superseded: given up.
+    """
+    words = shlex.split(job.command)
+    values = {
+        "labels": str(_write_labels(job)),
+        "images": str(_write_images(job)) if "{images}" in job.command else "",
+        "checkpoints": str(job.checkpoints),
+        "epochs": job.epochs,
+        "seed": job.seed,
+        "cycle": job.cycle,
+    }
+    owner = uuid.uuid4().hex
+    write_bytes(job.train / "owner", owner.encode())
+    job.checkpoints.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, OWNER: owner, INPUTS: job.inputs}
+    with (
+        disk_errors(job.train),
+        (job.train / "stdout.log").open("ab") as out,
+        (job.train / "stderr.log").open("ab") as err,
+    ):
+        try:
+            process = subprocess.Popen(
+                [word.format(**values) for word in words],
+                stdout=out,
+                stderr=err,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ConfigError(f"train.command: {words[0]}: {error.strerror}") from None
+        try:
+            code = _wait(job, process, given_up)
+        finally:
+            _end(process)
+    if code:
+        raise TrainingFailed(
+            f"train.command ended with {code} in cycle {job.cycle}; {job.train / 'stderr.log'} ends with:\n"
+            + "\n".join(_last_lines(job.train / "stderr.log"))
+        )
+    n = len(checkpoints.committed(job.checkpoints))
+    if n < job.n_checkpoints:
+        raise ModelError(
+            f"train.command published {n} checkpoints in cycle {job.cycle}, and train.epochs and checkpoint_every say "
+            f"{job.n_checkpoints}; publish them with distal.publish_checkpoint(folder, state_dict, index)"
+        )
+
+
+def _wait(job: CommandJob, process: subprocess.Popen[bytes], given_up: threading.Event) -> int:
+    checked = False
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(POLL_S)
+        if given_up.is_set():
+            raise Superseded(f"{job.folder}: training was given up")
+        if not checked and (there := checkpoints.committed(job.checkpoints)):
+            ref = checkpoints.read(job.checkpoints, there[0])
+            check_fits(ref.path.name, checkpoints.load(ref), job.model.build(pretrained=False).state_dict())
+            checked = True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Have the command and what it started end."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+
+
+def _write_labels(job: CommandJob) -> Path:
+    """What is labelled, as the command reads it."""
+    ledger = Ledger.read(job.labels)
+    assert job.pool.classes is not None
+    samples = job.pool.take_samples(ledger.indices, ["sample_id", "uri"])
+    names = [job.pool.classes[label] for label in ledger.labels]
+    columns = {"sample_index": ledger.indices, "sample_id": samples["sample_id"], "uri": samples["uri"]}
+    path = job.train / "labels.parquet"
+    write_table(path, pa.table({**columns, "label": ledger.labels, "class_name": names}))
+    return path
+
+
+def _write_images(job: CommandJob) -> Path:
+    """The labelled images as files, for a pool that was packed from something that has none."""
+    from distal.pool.images import write_png
+
+    folder = job.train / "images"
+    for index in Ledger.read(job.labels).indices.tolist():
+        write_png(job.pool, index, folder / f"{index}.png")
+    return folder
+
+
+def _last_lines(path: Path) -> Sequence[str]:
+    with path.open(errors="replace") as lines:
+        return [line.rstrip("\n") for line in deque(lines, LAST_LINES)]
+
+
+def publish_checkpoint(
+    folder: str | Path, state_dict: StateDict, index: int, *, metrics: dict[str, float] | None = None
+) -> None:
+    """Publish weights from a training script that `distal run` started (`train.command`). Needs no Ray.
+
+    The file appears whole or not at all, and the first one of an index stays.
+
+    Args:
+        folder: what `{checkpoints}` came to.
+        state_dict: of the network that `model.name` builds.
+        index: 0 for the first checkpoint, and so on, without a gap.
+        metrics: such as the training loss, for people.
+
+    Raises:
+        Superseded: another attempt has taken over; this script should end.
+    """
+    folder = Path(folder)
+    owner = os.environ.get(OWNER)
+    if owner is not None and (folder.parent / "train" / "owner").read_text() != owner:
+        raise Superseded(f"{folder}: another attempt has taken over training")
+    checkpoints.commit(folder, index, index + 1, state_dict, inputs=os.environ.get(INPUTS, ""), metrics=metrics or {})
