@@ -5,10 +5,12 @@ The command runs beside the driver, once per cycle. It calls `distal.publish_che
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import uuid
 from collections import deque
@@ -34,8 +36,12 @@ if TYPE_CHECKING:
 
 PLACEHOLDERS = ("labels", "images", "checkpoints", "epochs", "seed", "cycle")
 OWNER, INPUTS = "DISTAL_OWNER", "DISTAL_INPUTS"
+OUT, ERR = "stdout.log", "stderr.log"
 LAST_LINES = 20
 POLL_S = 0.2
+
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -110,11 +116,7 @@ def run_command(job: CommandJob, given_up: threading.Event) -> None:
     write_bytes(job.train / "owner", owner.encode())
     job.checkpoints.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, OWNER: owner, INPUTS: job.inputs}
-    with (
-        disk_errors(job.train),
-        (job.train / "stdout.log").open("ab") as out,
-        (job.train / "stderr.log").open("ab") as err,
-    ):
+    with disk_errors(job.train), (job.train / OUT).open("ab") as out, (job.train / ERR).open("ab") as err:
         try:
             process = subprocess.Popen(
                 [word.format(**values) for word in words],
@@ -122,6 +124,7 @@ def run_command(job: CommandJob, given_up: threading.Event) -> None:
                 stderr=err,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         except OSError as error:
             raise ConfigError(f"train.command: {words[0]}: {error.strerror}") from None
@@ -131,8 +134,8 @@ def run_command(job: CommandJob, given_up: threading.Event) -> None:
             _end(process)
     if code:
         raise TrainingFailed(
-            f"train.command ended with {code} in cycle {job.cycle}; {job.train / 'stderr.log'} ends with:\n"
-            + "\n".join(_last_lines(job.train / "stderr.log"))
+            f"train.command ended with {code} in cycle {job.cycle}; {job.train / ERR} ends with:\n"
+            + "\n".join(_last_lines(job.train / ERR))
         )
     n = len(checkpoints.committed(job.checkpoints))
     if n < job.n_checkpoints:
@@ -153,6 +156,12 @@ def _wait(job: CommandJob, process: subprocess.Popen[bytes], given_up: threading
             ref = checkpoints.read(job.checkpoints, there[0])
             check_fits(ref.path.name, checkpoints.load(ref), job.model.build(pretrained=False).state_dict())
             checked = True
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when the driver goes, however it goes; on Linux."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
