@@ -257,6 +257,42 @@ def status(
     _answer(lambda: status_of(run_directory), as_json, status_table)
 
 
+@app.command()
+def explain(
+    run_directory: RunDirectory,
+    sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="The name of a sample.")],
+    pool: PoolPlace = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what every checkpoint said of a sample, and why it was chosen or not."""
+    from distal.monitor import explain_table
+
+    def work() -> dict[str, Any]:
+        from distal.explain import explain as explain_sample
+
+        return explain_sample(run_directory, sample_id, pool=pool)
+
+    _answer(work, as_json, explain_table)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Run directory.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another one.")],
+    cycle: CycleIndex = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what the selections of two runs share, and which decisive keys differ."""
+    from distal.monitor import diff_table
+
+    def work() -> dict[str, Any]:
+        from distal.explain import diff as diff_runs
+
+        return diff_runs(first, second, cycle=cycle)
+
+    _answer(work, as_json, diff_table)
+
+
 RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory, or folder of a pool.")]
 
 

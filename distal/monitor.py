@@ -248,6 +248,32 @@ def forecast_table(plan: JsonObject) -> Table:
     return _facts(facts)
 
 
+def explain_table(told: JsonObject) -> str:
+    """What became of a sample."""
+    lines = [f"{told['sample_id']} (sample {told['sample_index']}, {told['status']}) {told['uri']}"]
+    for cycle in told["cycles"]:
+        timeline = " ".join(label or "-" for label in cycle["labels"])
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in cycle["scores"].items() if value is not None)
+        rank = (
+            f"; rank {cycle['rank']:,} of {cycle['candidates']:,}, {cycle['ties']:,} ties" if cycle.get("rank") else ""
+        )
+        lines += [f"cycle {cycle['cycle']}: {cycle['why']}", f"  {timeline}", f"  {scores}{rank}" if scores else ""]
+    return "\n".join(line for line in lines if line)
+
+
+def diff_table(told: JsonObject) -> str:
+    """What two selections share."""
+    first, second = told["runs"]
+    lines = [
+        f"cycle {told['cycle']}: {told['shared']} of {told['selected'][0]} and {told['selected'][1]} are in both "
+        f"(Jaccard {told['jaccard']:.3f})",
+        f"only in {first}: {', '.join(told['only_in_first'][:5])}{' ...' if len(told['only_in_first']) > 5 else ''}",
+        f"only in {second}: {', '.join(told['only_in_second'][:5])}{' ...' if len(told['only_in_second']) > 5 else ''}",
+    ]
+    lines += [f"{key}: {before} -> {after}" for key, (before, after) in told["configuration"].items()]
+    return "\n".join(lines)
+
+
 def verify_table(result: JsonObject) -> str:
     """What is not what was written."""
     lines = [f"damaged: {line}" for line in result["damage"]]

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "distal"
 # From the top: a module imports what stands on its own rung or below. Stages share a rung and never meet.
 LADDER = [
     ["cli", "__main__"],
-    ["driver", "scoring", "analysis", "forecast", "labelling", "status", "verify", "inputs", "monitor"],
+    ["driver", "scoring", "analysis", "forecast", "explain", "labelling", "status", "verify", "inputs", "monitor"],
     ["score", "reduce", "acquire", "labels", "train"],
     [
         "runs",
