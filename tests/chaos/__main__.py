@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def table(strikes: list[Strike]) -> str:
         "| fault | injected | recovered | blocks in hand, redone | committed blocks rewritten | seconds to the next commit |",
         "|---|---|---|---|---|---|",
     ]
-    for fault in FAULTS:
+    for fault in [*FAULTS, *({strike.fault for strike in strikes} - FAULTS.keys())]:
         mine = [strike for strike in strikes if strike.fault == fault]
         if mine:
             seconds = statistics.median(strike.seconds for strike in mine)
@@ -71,9 +72,14 @@ def main() -> int:
             hand = [waiting.pop() if waiting else rng.choice(list(FAULTS)) for _ in range(PER_RUN)]
             hand = hand[: arguments.faults - len(strikes)]
             eliminate = number % 3 == 2
-            done = disturb(lab, number, hand, eliminate, answers[eliminate][0], arguments.seed)
+            try:
+                done = disturb(lab, number, hand, eliminate, answers[eliminate][0], arguments.seed)
+            except Exception:
+                traceback.print_exc()
+                done = [Strike(number, "; ".join(hand), "?", note="the run did not end")]
+                hand = []
             missed = list(hand)
-            for strike in done:
+            for strike in done if hand else ():
                 missed.remove(strike.fault)
             waiting += missed  # found nothing to strike: they come again
             strikes += done

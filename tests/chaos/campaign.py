@@ -41,6 +41,7 @@ QUICK_DEATHS = {  # so that a lost node is noticed within seconds, not half a mi
     "health_check_timeout_ms": 500,
 }
 DISK = "30m"
+NOTHING = "nothing to strike"
 
 
 @dataclass
@@ -270,7 +271,7 @@ def _strike_process(run: Disturbed, title: str, number: signal.Signals) -> str:
         return bool(found)
 
     if not run.wait_for(there, 60) or run.ended():
-        return "none was there"
+        return NOTHING
     run.rng.choice(found).send_signal(number)
     return ""
 
@@ -306,8 +307,7 @@ def lose_cluster(run: Disturbed) -> str:
         run.driver.wait(timeout=100)
     finally:
         run.lab.start_cluster()
-    assert run.driver.returncode != 0
-    return f"exit {run.driver.returncode}"
+    return NOTHING if run.driver.returncode == 0 else f"exit {run.driver.returncode}"  # 0: it was complete
 
 
 def damage_chunk(run: Disturbed) -> str:
@@ -315,7 +315,7 @@ def damage_chunk(run: Disturbed) -> str:
     kill_driver(run)
     chunks = [path for path in run.chunks() if not (path.parents[4] / "score.json").exists()]
     if not chunks:
-        return "none was there"
+        return NOTHING
     path = run.rng.choice(chunks)
     if run.rng.random() < 0.5:
         path.write_bytes(path.read_bytes()[: run.rng.randrange(20)])
@@ -337,7 +337,7 @@ def damage_finished(run: Disturbed) -> str:
             flip(run.rng.choice(found), run.rng.random())
             break
     else:
-        return "none was there"
+        return NOTHING
     verify = [sys.executable, "-m", "distal", "verify", str(run.path)]
     assert subprocess.run(verify, capture_output=True, check=False).returncode == 4
     repaired = subprocess.run([*verify[:3], "repair", str(run.path)], capture_output=True, text=True, check=False)
@@ -349,7 +349,7 @@ def fill_disk(run: Disturbed) -> str:
     """Not a byte is left until the driver has ended with exit 2."""
     assert run.driver is not None
     if not run.mounted:
-        return "no disk of its own"
+        return NOTHING
     filler = run.path.parent / f"{run.path.name}" / "events" / "filler"
     filler.parent.mkdir(exist_ok=True)
     with filler.open("wb") as file:
@@ -427,7 +427,7 @@ def disturb(
             before, in_hand, n_before = run.chunks(), run.in_hand(), run.n_committed()
             began = time.monotonic()
             note = FAULTS[fault][0](run)
-            if note in ("none was there", "no disk of its own"):
+            if note == NOTHING:
                 continue
             strike = Strike(number, fault, moment, note=note)
             strikes.append(strike)
