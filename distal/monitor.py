@@ -81,7 +81,7 @@ class Terminal:
 
     def say(self, line: str) -> None:
         """Print a line above the bars."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)  # a path may look like markup
 
     def progress(self, state: Progress) -> None:
         """Redraw the bar; without a terminal, print a line when the stage changes and every ten seconds."""

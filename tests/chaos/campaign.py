@@ -28,7 +28,7 @@ from ray.cluster_utils import Cluster
 
 from distal.pool import Pool
 from distal.pool.build import build
-from distal.storage import files_below
+from distal.storage import TEMPORARY, files_below
 from tests.helpers import content, flip, write_source
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
@@ -165,7 +165,8 @@ class Disturbed:
         """Give the command, again if need be."""
         command = [sys.executable, "-m", "distal", "run", CONFIG, *self.lab.overrides(self.path, self.eliminate)]
         with self.log.open("ab") as log:
-            self.driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "10"}  # of 60: see `lose_cluster`
+            self.driver = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     @property
     def log(self) -> Path:
@@ -213,9 +214,7 @@ class Disturbed:
 
     def n_committed(self) -> int:
         """Files that a run commits, of all kinds."""
-        return sum(
-            1 for path in self.path.rglob("*") if path.is_file() and not path.name.endswith((".tmp", ".partial"))
-        )
+        return sum(1 for path in files_below(self.path / "cycles") if not path.name.endswith(TEMPORARY))
 
     def in_hand(self) -> int:
         """Blocks that lost actors had in hand, as the events tell."""
@@ -327,22 +326,26 @@ def damage_chunk(run: Disturbed) -> str:
 def damage_finished(run: Disturbed) -> str:
     """The driver is killed, a bit is flipped in what is finished, and `distal repair` is run."""
     kill_driver(run)
-    patterns = ("cycles/*/assignments.zarr/assignments/c/*/*", "cycles/*/checkpoints/*/weights-*.pt",
-                "cycles/*/scores.zarr/*/c/*", "cycles/*/selection.parquet", "cycles/*/*.json")  # fmt: skip
-    for pattern in run.rng.sample(patterns, len(patterns)):
-        found = [path for path in run.path.glob(pattern) if path.name != "expected.json"]
-        if pattern.startswith("cycles/*/checkpoints"):
-            found = [path for path in found if (path.parents[2] / "train.json").exists()]
-        if found:
-            flip(run.rng.choice(found), run.rng.random())
-            break
-    else:
+    finished = {
+        "assignments.zarr/assignments/c/*/*": "score.json",
+        "checkpoints/*/weights-*.pt": "train.json",
+        "scores.zarr/*/c/*": "reduce.json",
+        "selection.parquet": "select.json",
+        "labels.parquet": "label.json",
+        "*.json": "train.json",
+    }
+    cycles = sorted((run.path / "cycles").glob("*"))
+    able = [(cycle, pattern) for cycle in cycles for pattern, marker in finished.items() if (cycle / marker).exists()]
+    if not able:
         return NOTHING
+    cycle, pattern = run.rng.choice(able)
+    path = run.rng.choice(sorted(path for path in cycle.glob(pattern) if path.name != "expected.json"))
+    flip(path, run.rng.random())
     verify = [sys.executable, "-m", "distal", "verify", str(run.path)]
-    assert subprocess.run(verify, capture_output=True, check=False).returncode == 4
+    assert subprocess.run(verify, capture_output=True, check=False).returncode == 4, path
     repaired = subprocess.run([*verify[:3], "repair", str(run.path)], capture_output=True, text=True, check=False)
     assert repaired.returncode == 0, repaired.stdout + repaired.stderr
-    return ""
+    return str(path.relative_to(run.path))
 
 
 def fill_disk(run: Disturbed) -> str:
@@ -350,15 +353,13 @@ def fill_disk(run: Disturbed) -> str:
     assert run.driver is not None
     if not run.mounted:
         return NOTHING
-    filler = run.path.parent / f"{run.path.name}" / "events" / "filler"
+    filler = run.path / "events" / "filler"
     filler.parent.mkdir(exist_ok=True)
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(2**16))
-                file.flush()
-        except OSError:
-            pass
+    with filler.open("wb", buffering=0) as file:
+        for size in (2**16, 2**8, 1):
+            with suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
     try:
         code = run.driver.wait(timeout=120)
     finally:
