@@ -40,7 +40,7 @@ from distal.reduce.stream import Reduction, reduce
 from distal.runs import Cycle, Run
 from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, score
 from distal.scores import Scores
-from distal.storage import DURABLE, sha256
+from distal.storage import be_durable, sha256
 from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob
 
@@ -67,6 +67,7 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
         DistalError: a stage failed; what was committed stays, and the same call continues.
     """
     config = config.absolute()
+    be_durable(config.durable)
     display = display or Silent()
     directory = Run(Path(config.run))
     if _is_complete(directory, config):
@@ -77,16 +78,15 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
             pool = inputs.open_pool(config, connect, display)
             test = inputs.open_test_pool(config, connect, display)
             inputs.check(config, pool, test)
-            lease = stack.enter_context(begin(config, directory, display))
+            lease = stack.enter_context(begin(directory, display))
             connect()
             directory.sweep()
             _Driver(config, directory, pool, test, display, lease).run()
     return {"state": "complete", "run": str(directory.path), **directory.write_summary()}
 
 
-def begin(config: Root, directory: Run, display: Display) -> Lease:
-    """Whether files are to be durable is known to every process from now on; and the right to drive the run."""
-    os.environ[DURABLE] = "1" if config.durable else "0"
+def begin(directory: Run, display: Display) -> Lease:
+    """The right to drive the run."""
     directory.require_own_folder()
     return Lease(directory.path, directory.attempt, display.say)
 
@@ -218,6 +218,7 @@ class _Driver:
             threads=int(config.train.threads),
             warm_from=warm_from,
             inputs=digest(made_from),
+            attempt=self.directory.attempt,
         )
 
         given_up = threading.Event()
@@ -228,7 +229,7 @@ class _Driver:
                 training.starve()
 
         def work() -> JsonObject:
-            train(job, self.ranks, given_up=given_up, on_event=on_event)
+            train(job, self.ranks, given_up=given_up, still_ours=self.lease.check, on_event=on_event)
             return {
                 "n_labeled": len(ledger),
                 "device": self.slots.device,
@@ -354,7 +355,7 @@ class _Driver:
                 budget=config.loop.budget,
                 seed=config.seed,
                 cycle=cycle.index,
-                expected=cycle.expected("select", made_from()),
+                expected=cycle.expected("select", made_from(), labelled=cycle.labels.exists()),
             )
             return {
                 "n_selected": len(selection),
