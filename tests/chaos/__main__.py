@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 
 from tests.chaos.campaign import FAULTS, Lab, Strike, deck, disturb, undisturbed
@@ -92,7 +91,7 @@ def main() -> int:
                     flush=True,
                 )
             if arguments.out:
-                arguments.out.write_text(json.dumps([asdict(strike) for strike in strikes], indent=1))
+                arguments.out.write_text(json.dumps([strike.record() for strike in strikes], indent=1))
     alone = ", ".join(f"{seconds:.0f} s" for _, seconds in answers.values())
     print(
         f"seed {arguments.seed}, {arguments.samples} images, {number} runs on {platform.processor() or 'this machine'}, "

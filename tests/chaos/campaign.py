@@ -69,6 +69,10 @@ class Strike:
     committed: dict[Path, int] = field(default_factory=dict)
     damaged: Path | None = None
 
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("committed", "damaged")}
+
 
 class Lab:
     """A pool, a cluster, and the answer of an undisturbed run.
