@@ -25,6 +25,7 @@ from distal.reduce.stream import Mapper, Reduction, in_threads, reduce
 from distal.runs import Analysis, Cycle, Run
 from distal.scores import Scores
 from distal.selection import Selection
+from distal.storage import be_durable
 
 WHOLE = Window()
 
@@ -122,6 +123,7 @@ class _Scored:
         self.marker: JsonObject = marker
         self.config: Config | ForeignConfig = self.cycle.config
         self.n_rows: int = marker["n_rows"]
+        be_durable(self.config.durable)
         self._pool_path = pool or Path(self.config.pool.path)
 
     @cached_property

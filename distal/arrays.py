@@ -26,6 +26,8 @@ from distal.errors import Damage, one_line
 from distal.records import JsonObject
 from distal.storage import FORMAT, disk_errors, flush, is_durable, names_in, require_format
 
+METADATA = "zarr.json"
+
 
 def create_array(
     path: Path,
@@ -47,19 +49,22 @@ def create_array(
             dimension_names=dimension_names,
             overwrite=True,
         )
+        flush(path / METADATA, path.parent)
     return Array(path)
 
 
-def create_group(path: Path) -> None:
+def create_group(path: Path, attributes: JsonObject | None = None) -> None:
     """Make an empty group; an older one is replaced."""
     with disk_errors(path):
-        zarr.create_group(path, overwrite=True, attributes={"format": FORMAT})
+        zarr.create_group(path, overwrite=True, attributes={"format": FORMAT, **(attributes or {})})
+        flush(path / METADATA, path.parent)
 
 
 def set_attributes(path: Path, attributes: JsonObject) -> None:
     """Set attributes of a group; the others stay. Only the driver does that: the last writer wins."""
     with disk_errors(path):
         zarr.open_group(path, mode="r+").attrs.update(attributes)
+        flush(path / METADATA, path)
 
 
 def get_attributes(path: Path) -> JsonObject:
@@ -103,9 +108,8 @@ class Array:
         """Write a region made of whole chunks; each appears at once or not at all. Raises DiskFull."""
         with disk_errors(self.path):
             self._array[where] = values
-        if is_durable():
-            for index in self._touched(self._spans(where)):
-                flush(self.chunk_path(*index))
+            for index in self._touched(self._spans(where)) if is_durable() else ():
+                flush(self.chunk_path(*index), self.path)
 
     def read(self, where: tuple[slice, ...], *, complete: bool = True) -> NDArray[Any]:
         """Read a region; trailing axes may be left out.

@@ -6,6 +6,7 @@
       assignments   (T, n_samples) uint8 | uint16 | uint32, chunks (1, block_size)
       eligible      (n_samples,) bool, chunks (block_size,): which samples are scored in this cycle
       margin, ...   (T, n_samples) float16, chunks (1, block_size): recorded beside the assignments
+    assignments.zarr.json   layout, classes, weights of each row, fingerprint; sealed
 
 Row t is the checkpoint with `checkpoint_index` t; column i is the sample with `sample_index` i. The fill value of
 `assignments` is the largest value of its dtype and is no class: UNASSIGNED. A block's recorded chunks are written first
@@ -23,9 +24,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from distal.arrays import Array, create_array, create_group, get_attributes, set_attributes
+from distal.arrays import METADATA, Array, create_array, create_group
 from distal.errors import ConfigError, Damage
 from distal.records import Block, JsonObject, split_blocks
+from distal.storage import read_json, temporary_folder, write_bytes, write_json
 
 ARRAY, ELIGIBLE = "assignments", "eligible"
 
@@ -57,7 +59,7 @@ class Assignments:
         path: the `assignments.zarr` folder.
         n_classes: classes are 0 .. n_classes - 1.
         recorded: names of the float16 arrays.
-        attributes: kept with the group: the fingerprint of the machine that scores it, the weights of each row.
+        attributes: kept beside it: the layout, the fingerprint of the machine that scores it, the weights of each row.
     """
 
     path: Path
@@ -84,23 +86,21 @@ class Assignments:
             n_rows: T, the number of checkpoints that the cycle will have.
             eligible: for each block in order, which of its samples are to be scored: (len(block),) bool.
         """
-        dtype = dtype_for(n_classes)
-        shape, chunks, names = (n_rows, n_samples), (1, block_size), ("checkpoint", "sample")
-        create_group(path)
-        create_array(path / ARRAY, shape, chunks, dtype, unassigned(dtype), names)
-        for name in recorded:
-            create_array(path / name, shape, chunks, "float16", float("nan"), names)
-        flags = create_array(path / ELIGIBLE, (n_samples,), (block_size,), "bool", False, ("sample",))
+        _record(path).unlink(missing_ok=True)
+        arrays = _lay_out(path, n_rows, n_samples, block_size, n_classes, recorded)
+        flags = arrays[ELIGIBLE]
         for block, flag in zip(split_blocks(n_samples, block_size), eligible, strict=True):
             flags.write((slice(block.start, block.stop),), flag)
-        # Written last: a group without them was cut off while it was laid out.
-        set_attributes(path, {"n_classes": n_classes, "recorded": list(recorded), "weights": [None] * n_rows})
+        # Written last: arrays without it were cut off while they were laid out.
+        layout = {"n_rows": n_rows, "n_samples": n_samples, "block_size": block_size}
+        record = {**layout, "n_classes": n_classes, "recorded": list(recorded), "weights": [None] * n_rows}
+        write_json(_record(path), record)
         return cls.open(path)
 
     @classmethod
     def begun(cls, path: Path) -> bool:
         """Whether the arrays are laid out; False also when that was cut off, and nothing can have been scored."""
-        return "recorded" in get_attributes(path)
+        return _record(path).exists()
 
     @classmethod
     def take_up(
@@ -148,25 +148,35 @@ class Assignments:
         Raises:
             Damage: there are no assignments, or their metadata is not valid.
         """
-        attributes = get_attributes(path)
-        if "recorded" not in attributes:
-            raise Damage(f"{path}: no assignments here")
+        try:
+            attributes = read_json(_record(path), required=("n_rows", "n_classes", "recorded", "weights"))
+        except FileNotFoundError:
+            raise Damage(f"{path}: no assignments here") from None
         recorded = tuple(attributes["recorded"])
         arrays = {name: Array(path / name) for name in (ARRAY, ELIGIBLE, *recorded)}
         dtype = dtype_for(attributes["n_classes"])
-        shape, chunks = arrays[ARRAY].shape, arrays[ARRAY].chunks
+        shape, chunks = (attributes["n_rows"], attributes["n_samples"]), (1, attributes["block_size"])
         expected = {
-            ARRAY: (shape, (1, *chunks[1:]), dtype, unassigned(dtype)),
+            ARRAY: (shape, chunks, dtype, unassigned(dtype)),
             ELIGIBLE: (shape[1:], chunks[1:], np.dtype(bool), False),
         }
-        for name, (its_shape, its_chunks, its_dtype, fill_value) in expected.items():
+        for name, values in expected.items():
             array = arrays[name]
-            found = (array.shape, array.chunks, array.dtype, array.fill_value)
-            if len(shape) != 2 or found != (its_shape, its_chunks, its_dtype, fill_value):
+            if (array.shape, array.chunks, array.dtype, array.fill_value) != values:
                 raise Damage(f"{path / name}: its metadata has changed (shape, chunks, dtype or fill value)")
-        if len(attributes["weights"]) != shape[0]:
-            raise Damage(f"{path}: its metadata has changed (it tells the weights of other rows than it has)")
+        for name in recorded:
+            if (arrays[name].shape, arrays[name].chunks, arrays[name].dtype) != (shape, chunks, np.dtype(np.float16)):
+                raise Damage(f"{path / name}: its metadata has changed (shape, chunks or dtype)")
         return cls(path, attributes["n_classes"], recorded, attributes, arrays)
+
+    @classmethod
+    def restore_metadata(cls, path: Path) -> None:
+        """Write the metadata of the arrays again, from the record; no chunk is touched."""
+        record = read_json(_record(path))
+        layout = [record[name] for name in ("n_rows", "n_samples", "block_size", "n_classes", "recorded")]
+        with temporary_folder(path) as beside:
+            for name in ("", *_lay_out(beside, *layout)):
+                write_bytes(path / name / METADATA, (beside / name / METADATA).read_bytes())
 
     @property
     def n_rows(self) -> int:
@@ -319,9 +329,28 @@ class Assignments:
         return self._arrays[name].chunk_path(*(() if row is None else (row,)), block.index)
 
     def _keep(self, name: str, value: object) -> None:
-        set_attributes(self.path, {name: value})
         self.attributes[name] = value
+        write_json(_record(self.path), self.attributes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path; a handle is opened where it is used."""
         return (type(self).open, (self.path,))
+
+
+def _record(path: Path) -> Path:
+    """The sealed record beside the arrays: what Zarr's own metadata, which has no checksum, is held against."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _lay_out(
+    path: Path, n_rows: int, n_samples: int, block_size: int, n_classes: int, recorded: Sequence[str]
+) -> dict[str, Array]:
+    """Empty arrays; older ones are replaced."""
+    dtype = dtype_for(n_classes)
+    shape, chunks, names = (n_rows, n_samples), (1, block_size), ("checkpoint", "sample")
+    create_group(path, {"n_classes": n_classes})
+    arrays = {ARRAY: create_array(path / ARRAY, shape, chunks, dtype, unassigned(dtype), names)}
+    for name in recorded:
+        arrays[name] = create_array(path / name, shape, chunks, "float16", float("nan"), names)
+    arrays[ELIGIBLE] = create_array(path / ELIGIBLE, (n_samples,), (block_size,), "bool", False, ("sample",))
+    return arrays

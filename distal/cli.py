@@ -479,7 +479,7 @@ def _answer(
     else:
         from rich.console import Console
 
-        Console(soft_wrap=True).print(render(result), highlight=False)
+        Console(soft_wrap=True).print(render(result), markup=False, highlight=False)
     if result.get("state") == "damaged":
         raise typer.Exit(Damage.exit_code)
 

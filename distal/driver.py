@@ -43,7 +43,7 @@ from distal.runs import Cycle, Run
 from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, score
 from distal.scores import Scores
 from distal.selection import Selection
-from distal.storage import DURABLE, sha256
+from distal.storage import be_durable, sha256
 from distal.train.command import CommandJob, run_command
 from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob
@@ -72,6 +72,7 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
         DistalError: a stage failed; what was committed stays, and the same call continues.
     """
     config = config.absolute()
+    be_durable(config.durable)
     display = display or Silent()
     directory = Run(Path(config.run))
     waiting: JsonObject | None = None
@@ -86,7 +87,7 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
             waiting = _still_waiting(directory, config, pool)
             if waiting is not None:
                 return waiting
-            lease = stack.enter_context(begin(config, directory, display))
+            lease = stack.enter_context(begin(directory, display))
             connect()
             directory.sweep()
             waiting = _Driver(config, directory, pool, test, display, lease).run()
@@ -96,9 +97,8 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
     return {"state": "complete", "run": str(directory.path), **directory.write_summary()}
 
 
-def begin(config: Root, directory: Run, display: Display) -> Lease:
-    """Whether files are to be durable is known to every process from now on; and the right to drive the run."""
-    os.environ[DURABLE] = "1" if config.durable else "0"
+def begin(directory: Run, display: Display) -> Lease:
+    """The right to drive the run."""
     directory.require_own_folder()
     return Lease(directory.path, directory.attempt, display.say)
 
@@ -311,6 +311,7 @@ class _Driver:
             threads=int(config.train.threads),
             warm_from=warm_from,
             inputs=digest(made_from),
+            attempt=self.directory.attempt,
         )
 
         given_up = threading.Event()
@@ -322,7 +323,7 @@ class _Driver:
 
         def work() -> JsonObject:
             if config.train.command is None:
-                train(job, self.ranks, given_up=given_up, on_event=on_event)
+                train(job, self.ranks, given_up=given_up, still_ours=self.lease.check, on_event=on_event)
             else:
                 run_command(self._command(cycle, config.train.command, job), given_up)
             return {
@@ -355,6 +356,7 @@ class _Driver:
             seed=job.seed,
             cycle=cycle.index,
             inputs=job.inputs,
+            attempt=job.attempt,
         )
 
     def _score(self, cycle: Cycle, training: _Training) -> None:
@@ -465,7 +467,7 @@ class _Driver:
                 budget=config.loop.budget,
                 seed=config.seed,
                 cycle=cycle.index,
-                expected=cycle.expected("select", made_from()),
+                expected=cycle.expected("select", made_from(), labelled=cycle.labels.exists()),
             )
             return {
                 "n_selected": len(selection),

@@ -24,7 +24,7 @@ from typing import Self
 
 import psutil
 
-from distal.errors import DiskFull, RunConflict, Superseded
+from distal.errors import DiskFull, DistalError, RunConflict, Superseded
 from distal.storage import create_json, names_in, read_json, write_json
 
 FOLDER = "driver"
@@ -61,12 +61,12 @@ class Holder:
         return f"attempt {self.attempt} (process {self.pid} on {self.host})"
 
     def lives(self) -> bool | None:
-        """Whether its process is there; None when that cannot be told from here."""
-        if self.host != platform.node():
+        """Whether its process is there; None when that cannot be told from here.
+
+        A name is not enough: other machines and containers may have the same one, and their processes cannot be seen.
+        """
+        if (self.host, self.machine) != (platform.node(), _machine()):
             return None
-        if self.machine != _machine():
-            # The same host after a reboot; or another container of it, whose processes cannot be seen.
-            return None if self.machine.partition(" ")[0] == _machine().partition(" ")[0] else False
         try:
             process = psutil.Process(self.pid)
             return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -151,14 +151,18 @@ class Lease:
                     return
                 self._me = replace(self._me, beat=self._me.beat + 1)
                 write_json(self._path(self._number), asdict(self._me))
-            except (OSError, DiskFull):
+            except (OSError, DistalError):
                 continue  # a file system that is away for a moment; what it is needed for says so when it stays away
 
     def _latest(self) -> tuple[int, Holder | None]:
         """The highest number, and who has it; (0, None) when nobody ever drove."""
         for number in reversed(self._numbers()):
-            with suppress(FileNotFoundError):  # removed by who took over just now
+            try:
                 return number, Holder(**read_json(self._path(number), required=("host", "pid", "attempt")))
+            except FileNotFoundError:
+                continue  # removed by who took over just now
+            except (DistalError, TypeError):  # such as a file that a power loss left empty
+                return number, Holder("an unknown host", "", 0, 0.0, "unknown")
         return 0, None
 
     def _numbers(self) -> list[int]:

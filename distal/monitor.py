@@ -81,7 +81,7 @@ class Terminal:
 
     def say(self, line: str) -> None:
         """Print a line above the bars."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)  # a path may look like markup
 
     def progress(self, state: Progress) -> None:
         """Redraw the bar; without a terminal, print a line when the stage changes and every ten seconds."""
@@ -285,6 +285,7 @@ def verify_table(result: JsonObject) -> str:
 def repair_table(result: JsonObject) -> str:
     """What was done about it."""
     lines = [f"deleted: {path}" for path in result.get("deleted", ())]
+    lines += [f"mended: {what}" for what in result.get("mended", ())]
     lines += [f"packed again: {what}" for what in result.get("packed_again", ())]
     lines += [f"cannot be made again: {line}" for line in result["left"]]
     lines.append(f"{result['path']}: {result['state']}{'; next: ' if result['next'] else ''}{result['next']}")

@@ -66,20 +66,26 @@ class Staged:
         """Remove the completion marker of a stage, before what it speaks of is replaced."""
         (self.folder / f"{stage}.json").unlink(missing_ok=True)
 
-    def expect_again(self, stage: str) -> None:
+    def expect_again(self, stage: str, sha256: str | None) -> None:
         """Keep which selection a stage made, before its marker goes: made again, it must be the same."""
-        try:
-            marker = self.marker(stage)
-        except Damage:
-            marker = None
-        if marker is not None:
-            kept = {"inputs": marker["inputs"], "selection_sha256": marker["selection_sha256"]}
+        if sha256 is not None:
+            try:
+                inputs = (self.marker(stage) or {}).get("inputs")
+            except Damage:
+                inputs = None
+            kept = {"inputs": inputs, "selection_sha256": sha256}
             storage.write_json(self.folder / EXPECTED, {**self._expectations(), stage: kept})
 
-    def expected(self, stage: str, inputs: dict[str, str]) -> str | None:
-        """The sha256 that a selection made again from these inputs must have; None when it may be any."""
+    def expected(self, stage: str, inputs: dict[str, str], *, labelled: bool = False) -> str | None:
+        """The sha256 that a selection made again must have; None when it may be any.
+
+        Args:
+            inputs: what it is made from. From other inputs another selection may come, unless
+            labelled: people have labelled what was selected.
+        """
         kept = self._expectations().get(stage)
-        return kept["selection_sha256"] if kept and kept["inputs"] == inputs else None
+        bound = kept and (labelled or kept["inputs"] in (None, inputs))
+        return kept["selection_sha256"] if kept and bound else None
 
     def _expectations(self) -> JsonObject:
         try:

@@ -37,6 +37,7 @@ from distal.records import Block, CheckpointRef, JsonObject, Progress
 from distal.reduce.measures import FROM_VOTES, Votes, dispersion
 from distal.runs import Cycle, Run
 from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, peak_rss_bytes, score
+from distal.storage import be_durable
 
 SPARE_ROWS = 1000  # for checkpoints that are not there yet; a row that never comes costs nothing
 FEW_CHECKPOINTS = 5
@@ -71,6 +72,7 @@ def score_directory(
         DistalError: a stage failed; what was committed stays, and the same call continues.
     """
     config = config.absolute()
+    be_durable(config.durable)
     display = display or Silent()
     if config.score.eliminate == "exact" and watch and config.checkpoints.expect is None:
         raise ConfigError("score.eliminate: exact needs to know how many checkpoints will come; set checkpoints.expect")
@@ -78,7 +80,7 @@ def score_directory(
         connect = cache(partial(stack.enter_context, cluster.connect(config.ray.address)))
         pool = inputs.open_pool(config, connect, display)
         directory = Run(Path(config.run))
-        lease = stack.enter_context(begin(config, directory, display))
+        lease = stack.enter_context(begin(directory, display))
         scoring = _Scoring(config, directory, pool, display, watch, lease)
         known: JsonObject = {}
         if check is not None or check_precision is not None or not scoring.is_complete():

@@ -7,6 +7,7 @@ from pathlib import Path
 from distal import checkpoints, foreign
 from distal.assignments import Assignments
 from distal.config import Config, ForeignConfig
+from distal.labelling import Waiting
 from distal.records import JsonObject
 from distal.runs import STAGES, Cycle, Run
 
@@ -19,9 +20,11 @@ def status(path: Path) -> JsonObject:
     run = Run.open(path)
     begun = run.begun_cycles()
     n_cycles = _n_cycles(begun[-1]) if begun else 0
+    waiting = Waiting.read(run)
     return {
         "run": str(run.path),
-        "state": "complete" if run.is_complete(n_cycles) else "unfinished",
+        "state": "complete" if run.is_complete(n_cycles) else "waiting_for_labels" if waiting else "unfinished",
+        "waiting": waiting.report(run) if waiting else None,
         "cycles": [_cycle(cycle, last=cycle.index + 1 >= n_cycles) for cycle in begun],
     }
 

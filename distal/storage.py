@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -108,15 +109,36 @@ def _replace(temporary: Path, path: Path) -> None:
         _flush(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it."""
+    if not is_durable():
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _flush(folder.parent)
+
+
+def be_durable(durable: bool) -> None:
+    """Have this process, and those that Ray starts for it from now on, flush every file before it counts, or not."""
+    os.environ[DURABLE] = "1" if durable else "0"
+
+
 def is_durable() -> bool:
     """Whether files are on the disk before they count; see `durable` in the configuration."""
     return os.environ.get(DURABLE) == "1"
 
 
-def flush(path: Path) -> None:
-    """Have a file that was just written, and its name, on the disk; for files that something else writes."""
+def flush(path: Path, root: Path) -> None:
+    """Have a file that something else wrote, its name and those of the folders up to `root` on the disk, if durable."""
+    if not is_durable():
+        return
     _flush(path)
-    _flush(path.parent)
+    for folder in path.parents:
+        _flush(folder)
+        if folder == root:
+            break
 
 
 def _flush(path: Path) -> None:
@@ -131,7 +153,7 @@ def _flush(path: Path) -> None:
 def _temporary(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             yield temporary
         finally:
@@ -366,15 +388,20 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
-def sweep(folder: Path) -> int:
+def sweep(folder: Path, older_than: float = 600.0) -> int:
     """Remove temporary files that killed processes left anywhere below a folder; returns how many.
 
-    Only for who alone may write there. A superseded process that still writes one finds it gone, and fails.
+    Args:
+        older_than: seconds; a younger one may be being written.
     """
     found = [path for path in files_below(folder) if path.name.endswith(TEMPORARY)]
+    n = 0
     for path in found:
-        path.unlink(missing_ok=True)
-    return len(found)
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
+                n += 1
+    return n
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -382,6 +409,16 @@ def files_below(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder):
         for name in names:
             yield Path(parent, name)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that is removed in the end."""
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield folder
+    finally:
+        remove_tree(folder)
 
 
 def remove_tree(folder: Path) -> None:

@@ -7,6 +7,7 @@ that was made before must come out again, or it stops. What cannot be made again
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,19 +16,32 @@ from typing import TypeVar
 from distal import checkpoints, foreign
 from distal.assignments import ELIGIBLE, Assignments
 from distal.config import Config, ForeignConfig
-from distal.errors import Damage, UnknownFormat
+from distal.errors import Damage, UnknownFormat, one_line
 from distal.lease import Lease
 from distal.ledger import Ledger
 from distal.monitor import Display, Silent
 from distal.pool import Pool
 from distal.pool.images import IMAGES, MANIFEST, SAMPLES, begin_content, parts
 from distal.records import JsonObject, Progress
-from distal.runs import STAGES, Analysis, Cycle, Run, Staged
+from distal.runs import EXPECTED, STAGES, Analysis, Cycle, Run, Staged
 from distal.scores import Scores
 from distal.selection import Selection
-from distal.storage import check_parquet, files_below, names_in, read_json, read_sealed, remove_tree, sha256, sweep
+from distal.storage import (
+    check_parquet,
+    files_below,
+    names_in,
+    read_json,
+    read_sealed,
+    read_table,
+    remove_tree,
+    sha256,
+    sweep,
+)
 
 T = TypeVar("T")
+
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, IndexError)
+"""What else reading something damaged raises: a disk that fails, a record of another shape."""
 
 REDO = {
     "train": ("train",),
@@ -46,14 +60,16 @@ class Damaged:
 
     Attributes:
         what: one line that names file, array, row or block.
-        delete: files or folders to remove, so that they are made again.
+        delete: files or folders to remove, in this order, so that they are made again.
         redo: the stage that makes them, where its marker is; None when no marker depends on them.
+        mend: makes it good on the spot, when that can be done.
         advice: what to do when nothing can make it again; empty when something can.
     """
 
     what: str
     delete: tuple[Path, ...] = ()
     redo: tuple[Staged, str] | None = None
+    mend: Callable[[], None] | None = None
     advice: str = ""
 
 
@@ -91,6 +107,7 @@ def repair(path: Path, display: Display | None = None) -> JsonObject:
         return _repair_pool(path, display)
     run = _run(path)
     deleted: list[str] = []
+    mended: list[str] = []
     with Lease(run.path, run.attempt, display.say):
         n_swept = sweep(run.path)
         found = _inspect(path, display).found
@@ -99,6 +116,9 @@ def repair(path: Path, display: Display | None = None) -> JsonObject:
                 continue
             if damaged.redo is not None:
                 _invalidate(*damaged.redo)
+            if damaged.mend is not None:
+                damaged.mend()
+                mended.append(damaged.what)
             for each in damaged.delete:
                 remove_tree(each) if each.is_dir() else each.unlink(missing_ok=True)
                 deleted.append(str(each))
@@ -106,9 +126,10 @@ def repair(path: Path, display: Display | None = None) -> JsonObject:
             run.event("repaired", deleted=deleted)
     left = [f"{damaged.what}; {damaged.advice}" for damaged in found if damaged.advice]
     return {
-        "state": "damaged" if left else "repaired" if deleted else "sound",
+        "state": "damaged" if left else "repaired" if deleted or mended else "sound",
         "path": str(path),
         "deleted": deleted,
+        "mended": mended,
         "swept": n_swept,
         "left": left,
         "next": "run the command that made it again" if deleted else "",
@@ -139,10 +160,30 @@ def _invalidate(staged: Staged, stage: str) -> None:
         stages, analyses = list(REDO[stage]), staged.analyses() if stage == "score" else []
     for each in stages:
         if each.startswith("select"):
-            staged.expect_again(each)
+            staged.expect_again(each, _made_before(staged, each))
         staged.invalidate(each)
     for analysis in analyses:
         _invalidate(analysis, "reduce")
+
+
+def _made_before(staged: Staged, stage: str) -> str | None:
+    """Which selection a stage made, told by its marker, by that of the labels, or by the file itself."""
+    if isinstance(staged, Analysis):
+        dest = staged.selection(int(stage.removeprefix("select-")))
+    else:
+        assert isinstance(staged, Cycle)
+        dest = staged.selection
+    ways: list[Callable[[], str | None]] = [
+        lambda: (staged.marker(stage) or {}).get("selection_sha256"),
+        lambda: (staged.marker("label") or {}).get("inputs", {}).get("selection"),
+        lambda: Selection.read(dest).sha256,
+    ]
+    for way in ways:
+        with suppress(Damage, UnknownFormat):
+            found = way()
+            if found is not None:
+                return found
+    return None
 
 
 class _Inspection:
@@ -159,12 +200,21 @@ class _Inspection:
         backup = "put it back from a copy"
         self._look(partial(getattr, run, "identity"), advice=backup)
         self._look_at_file(read_json, run.path / "summary.json")
+        for name in names_in(run.answers):
+            self._look(partial(read_table, run.answers / name), advice="import the answers again from a copy")
+        for path in (run.waiting, run.initial_selection):
+            if path.exists():
+                self._look(partial(read_json if path.suffix == ".json" else read_table, path), advice=backup)
         cycles = [run.cycle(int(name)) for name in names_in(run.path / "cycles") if name.isdigit()]
         for cycle in cycles:
+            if not (cycle.folder / "cycle.yaml").exists() and any(cycle.folder.glob("*.json")):
+                self.found.append(Damaged(f"{cycle.folder / 'cycle.yaml'}: missing", advice=backup))
             config = self._look(partial(getattr, cycle, "config"), advice=backup)
             if isinstance(config, Config):
                 if cycle.index == 0 and (run.initial.exists() or (cycle.folder / "train.json").exists()):
-                    self._look(partial(Ledger.read, [run.initial]), delete=(run.initial,))
+                    from_pool = config.label.oracle == "pool" and isinstance(config.loop.initial, int)
+                    read = partial(Ledger.read, [run.initial])
+                    self._look(read, delete=(run.initial,), advice="" if from_pool else backup)
                 self._own(run, cycle, config)
             elif isinstance(config, ForeignConfig):
                 self._foreign(cycle, config)
@@ -178,13 +228,16 @@ class _Inspection:
         complete = range(n_rows) if "score" in markers else range(0)
         self._assignments(cycle, "score", cycle.assignments, complete, recorded_from, refs)
         self._assignments(cycle, "test", cycle.test_assignments, range(1 if "test" in markers else 0), 1, {})
-        self._look_at_file(read_json, cycle.elimination, redo=(cycle, "score"))
+        self._elimination(cycle, config, complete="score" in markers)
         if "reduce" in markers:
             self._scores(cycle.scores, (cycle, "reduce"))
         if "select" in markers:
             self._look(cycle.chosen, delete=(cycle.selection,), redo=(cycle, "select"))
         if "label" in markers:
-            self._look(partial(_labels, cycle, markers["label"]), delete=(cycle.labels,), redo=(cycle, "label"))
+            # What people said may have grown since, so what it came to then is not made again.
+            advice = "" if config.label.oracle == "pool" else "put it back from a copy"
+            check = partial(_labels, cycle, markers["label"])
+            self._look(check, delete=(cycle.labels,), redo=(cycle, "label"), advice=advice)
         if "train" in markers:
             self._look(partial(_ledger, run, cycle, markers["train"]), advice="put the label files back from a copy")
         self._analyses(cycle)
@@ -201,12 +254,19 @@ class _Inspection:
         recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
         refs = {entry.index: entry.sha256 for entry in entries}
         self._assignments(cycle, "score", cycle.assignments, range(n_rows), recorded_from, refs)
-        self._look_at_file(read_json, cycle.elimination, redo=(cycle, "score"))
+        self._elimination(cycle, config, complete="score" in markers)
         self._analyses(cycle)
+
+    def _elimination(self, cycle: Cycle, config: Config | ForeignConfig, *, complete: bool) -> None:
+        """What was decided at each barrier; it is decided the same again from the assignments."""
+        if complete and config.score.eliminate == "exact" and not cycle.elimination.exists():
+            self.found.append(Damaged(f"{cycle.elimination}: missing", redo=(cycle, "score")))
+        self._look_at_file(read_json, cycle.elimination, redo=(cycle, "score"))
 
     def _markers(self, cycle: Cycle, stages: tuple[str, ...]) -> dict[str, JsonObject]:
         """The completion markers that can be read."""
         found = {}
+        self._look_at_file(read_json, cycle.folder / EXPECTED, advice="put it back from a copy")
         for stage in stages:
             path = cycle.folder / f"{stage}.json"
             marker = self._look(partial(cycle.marker, stage), delete=(path,), redo=(cycle, stage))
@@ -216,22 +276,25 @@ class _Inspection:
 
     def _checkpoints(self, cycle: Cycle, config: Config, *, complete: bool) -> dict[int, str]:
         """Weights, manifests and the state of training. To make one checkpoint again, all epochs are trained again."""
-        state = cycle.folder / "train" / "state.pt"
-        again = (state, cycle.folder / "train.json")
+        state, marker = cycle.folder / "train" / "state.pt", cycle.folder / "train.json"
         self._look_at_file(read_sealed, state)
+        # Only where training gives the same bits again, which is so on processors and not on every GPU.
+        advice = "" if config.device == "cpu" else "put it back from a copy"
         refs: dict[int, str] = {}
         for index in range(len(config.train.checkpoint_epochs)):
             place = cycle.checkpoints / f"{index:04d}"
+            delete = (marker, state, place)  # in this order: a state without its checkpoints could not be continued
             if not (place / checkpoints.MANIFEST).exists():
                 if complete:
                     what = f"{place / checkpoints.MANIFEST}: missing"
-                    self.found.append(Damaged(what, (place, *again), (cycle, "train")))
+                    self.found.append(Damaged(what, delete, (cycle, "train"), advice=advice))
                 continue
-            delete = (place, *again)
-            ref = self._look(partial(checkpoints.read, cycle.checkpoints, index), delete=delete, redo=(cycle, "train"))
+            redo = (cycle, "train")
+            read = partial(checkpoints.read, cycle.checkpoints, index)
+            ref = self._look(read, delete=delete, redo=redo, advice=advice)
             if ref is not None:
                 refs[index] = ref.sha256
-                self._look(partial(_unchanged, ref.path, ref.sha256), delete=delete, redo=(cycle, "train"))
+                self._look(partial(_unchanged, ref.path, ref.sha256), delete=delete, redo=redo, advice=advice)
         return refs
 
     def _assignments(
@@ -243,18 +306,24 @@ class _Inspection:
             if len(complete):
                 self.found.append(Damaged(f"{path}: missing", (), redo))
             return
-        if not len(complete) and not self._look(partial(Assignments.begun, path), delete=(path,), redo=redo):
+        if not Assignments.begun(path):
+            if len(complete):
+                record = path.with_name(f"{path.name}.json")
+                self.found.append(Damaged(f"{record}: missing", advice="put it back from a copy"))
+            return  # cut off while it was laid out
+        try:
+            assignments = Assignments.open(path)
+        except (Damage, UnknownFormat, *UNREADABLE) as error:
+            self._metadata(path, error)
             return
-        assignments = self._look(partial(Assignments.open, path), delete=(path,), redo=redo)
-        if assignments is None:
-            return
+        self._read(1)
         for block, damage in assignments.damaged_eligible():
             self.found.append(Damaged(str(damage), (assignments.chunk(ELIGIBLE, None, block),), redo))
         kept = assignments.attributes["weights"]
         for row, checksum in weights.items():
             if row < len(kept) and kept[row] not in (None, checksum):
                 what = f"{path}: row {row} was scored with other weights than checkpoint {row} has now"
-                self.found.append(Damaged(what, (path,), redo))
+                self.found.append(Damaged(what, advice="put the old checkpoint back from a copy"))
         for row in range(assignments.n_rows):
             for name, block, damage in assignments.damaged(row):
                 # With its recorded values missing a block is scored again; its labels must come out the same.
@@ -268,6 +337,16 @@ class _Inspection:
                     elif block.index not in there:
                         what = f"{path}: row {row}, block {block.index} has no recorded values"
                         self.found.append(Damaged(what, (), redo))
+
+    def _metadata(self, path: Path, error: Exception) -> None:
+        """Zarr's own metadata is made again from the record beside the arrays; the record cannot be."""
+        record = path.with_name(f"{path.name}.json")
+        try:
+            read_json(record)
+        except (Damage, UnknownFormat) as damage:
+            self.found.append(Damaged(str(damage), advice="put it back from a copy"))
+        else:
+            self.found.append(Damaged(_line(path, error), mend=partial(Assignments.restore_metadata, path)))
 
     def _scores(self, path: Path, redo: tuple[Staged, str]) -> None:
         scores = self._look(partial(Scores.open, path), delete=(path,), redo=redo)
@@ -301,9 +380,11 @@ class _Inspection:
             what = f"{path}: {IMAGES} and {SAMPLES} are not what {MANIFEST} says (another content hash)"
             self.found.append(Damaged(what, advice=anew))
 
-    def _look_at_file(self, read: Callable[[Path], object], path: Path, redo: tuple[Staged, str] | None = None) -> None:
+    def _look_at_file(
+        self, read: Callable[[Path], object], path: Path, redo: tuple[Staged, str] | None = None, advice: str = ""
+    ) -> None:
         if path.exists():
-            self._look(partial(read, path), delete=(path,), redo=redo)
+            self._look(partial(read, path), delete=() if advice else (path,), redo=redo, advice=advice)
 
     def _look(
         self,
@@ -316,8 +397,9 @@ class _Inspection:
         """Do a check; when it fails, keep what is wrong and what makes it good."""
         try:
             return work()
-        except (Damage, UnknownFormat) as error:
-            self.found.append(Damaged(str(error), delete, redo, advice))
+        except (Damage, UnknownFormat, *UNREADABLE) as error:
+            where = next(iter(delete), Path())
+            self.found.append(Damaged(_line(where, error), delete, redo, advice=advice))
             return None
         finally:
             self._read(1)
@@ -326,6 +408,13 @@ class _Inspection:
         self.n_files += n_files
         done = min(self.n_files, self._n_expected)
         self._display.progress(Progress(-1, "verifying", images_scored=done, images=self._n_expected))
+
+
+def _line(path: Path, error: Exception) -> str:
+    """What is wrong, naming the file also when the error does not."""
+    if isinstance(error, Damage | UnknownFormat):
+        return str(error)
+    return f"{getattr(error, 'filename', None) or path}: cannot be read ({type(error).__name__}: {one_line(error)})"
 
 
 def _sound(path: Path) -> bool:
@@ -363,10 +452,10 @@ def _selection(analysis: Analysis, stage: str, dest: Path) -> None:
 
 
 def _repair_pool(path: Path, display: Display) -> JsonObject:
-    """Pack the damaged parts of a pool again."""
+    """Pack the damaged images of a pool again."""
     damaged = _inspect(path, display).found
     packed: list[str] = []
-    if damaged:
+    if damaged and all("distal repair" in each.advice for each in damaged):
         from distal.pool.build import pack_again
 
         packed = pack_again(path)

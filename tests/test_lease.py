@@ -136,13 +136,25 @@ class TestFromAnotherMachine:
         with Lease(run, "mine"):
             assert time.monotonic() - began < 0.9
 
-    def test_a_container_of_the_same_host_is_another_machine(self, run: Path) -> None:
-        """Its process ids mean nothing here."""
+    @pytest.mark.parametrize("machine", ["another boot", "{}0"])
+    def test_the_same_host_name_is_not_the_same_machine(self, run: Path, machine: str) -> None:
+        """A container, a cloned machine: process ids of theirs mean nothing here."""
         me = Holder.this_process("far")
-        write_json(run / "driver/000001.json", asdict(replace(me, machine=me.machine + "0", pid=2**22 - 1)))
+        other = replace(me, machine=machine.format(me.machine), pid=2**22 - 1)
+        write_json(run / "driver/000001.json", asdict(other))
         began = time.monotonic()
         with Lease(run, "mine"):
             assert time.monotonic() - began >= 1
+
+
+def test_a_lease_that_cannot_be_read_is_waited_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power loss may leave it empty."""
+    monkeypatch.setattr(lease, "EXPIRY_S", 1.0)
+    (run / "driver").mkdir()
+    (run / "driver/000001.json").touch()
+    began = time.monotonic()
+    with Lease(run, "mine"):
+        assert time.monotonic() - began >= 1
 
 
 def test_a_driver_that_was_superseded_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

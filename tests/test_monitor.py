@@ -58,3 +58,11 @@ def test_a_pool_in_words() -> None:
     assert out.getvalue().split()[:4] == ["classes", "cat", "(1,200)", "mean"]
     assert "0.2869" in out.getvalue()
     assert out.getvalue().count("7") == 64
+
+
+def test_what_is_said_is_text_and_not_markup() -> None:
+    """An error from C++ may end with the path of a source file in brackets."""
+    out = io.StringIO()
+    with Terminal(Console(file=out, width=80)) as display:
+        display.say("connection reset [/src/pair.cc:545] [bold]")
+    assert out.getvalue() == "connection reset [/src/pair.cc:545] [bold]\n"

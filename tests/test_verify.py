@@ -16,7 +16,7 @@ from distal.pool import Pool
 from distal.pool.build import build
 from distal.runs import Run
 from distal.scoring import score_directory
-from distal.storage import write_json
+from distal.storage import read_json, write_json
 from distal.verify import repair, verify
 from tests.helpers import content, flip, foreign_config, small_config, write_checkpoints, write_source
 
@@ -51,6 +51,7 @@ MENDED = [
     ("cycles/000/test.zarr/assignments/c/0/0", "test.zarr/assignments: row 0, block 0 does not decode"),
     ("cycles/000/scores.zarr/dispersion/c/3", "dispersion: block 3 does not decode"),
     ("cycles/001/scores.zarr/margin/zarr.json", "margin"),
+    ("cycles/001/assignments.zarr/assignments/zarr.json", "assignments"),
     ("cycles/000/checkpoints/0001/weights-*.pt", "weights-.*: its bytes have changed"),
     ("cycles/001/checkpoints/0000/manifest.json", "0000/manifest.json: "),
     ("cycles/000/train/state.pt", "state.pt: its bytes have changed"),
@@ -114,7 +115,7 @@ def test_reduce_refuses_what_is_damaged(finished: Path, tmp_path: Path) -> None:
         reduce_run(run, cycle=0, measures=("flips",))
 
 
-@pytest.mark.parametrize("pattern", ["run.yaml", "cycles/001/cycle.yaml"])
+@pytest.mark.parametrize("pattern", ["run.yaml", "cycles/001/cycle.yaml", "cycles/000/assignments.zarr.json"])
 def test_what_cannot_be_made_again_is_named_and_left_alone(finished: Path, tmp_path: Path, pattern: str) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -128,17 +129,19 @@ def test_what_cannot_be_made_again_is_named_and_left_alone(finished: Path, tmp_p
     assert (run / pattern).read_bytes() == before
 
 
-def test_another_selection_than_before_is_refused(finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
+def test_a_selection_that_has_labels_is_never_replaced(
+    finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path
+) -> None:
     """As if a chunk came out differently, on another kind of machine: labels were asked for the first selection."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     flip(run / "cycles/000/scores.zarr/dispersion/c/0")
     repair(run)
     cycle = Run.open(run).cycle(0)
-    kept = cycle.expected("select", {"x": "y"})
-    assert kept is None  # made from other inputs: nothing is expected of it
-    record = {"inputs": finished_inputs(finished), "selection_sha256": "0" * 64}
-    write_json(cycle.folder / "expected.json", {"select": record})
+    kept = Run.open(finished).cycle(0).chosen().sha256
+    assert cycle.expected("select", {"other": "inputs"}) is None
+    assert cycle.expected("select", {"other": "inputs"}, labelled=True) == kept
+    write_json(cycle.folder / "expected.json", {"select": {"inputs": None, "selection_sha256": "0" * 64}})
     before = cycle.selection.read_bytes()
     with pytest.raises(Damage, match=r"the selection that comes out now \(\w{12}\) is not the one that was made"):
         again(run, pool, test_pool)
@@ -146,11 +149,35 @@ def test_another_selection_than_before_is_refused(finished: Path, pool: Pool, te
     assert cycle.marker("select") is None
 
 
-def finished_inputs(finished: Path) -> dict[str, str]:
-    marker = Run.open(finished).cycle(0).marker("select")
-    assert marker is not None
-    inputs: dict[str, str] = marker["inputs"]
-    return inputs
+def test_what_was_selected_is_known_without_its_marker(finished: Path, tmp_path: Path) -> None:
+    for damage in ("select.json", "select.json and label.json"):
+        run = tmp_path / damage
+        shutil.copytree(finished, run)
+        for name in damage.split(" and "):
+            (run / "cycles/000" / name).write_bytes(b"")
+        repair(run)
+        cycle = Run.open(run).cycle(0)
+        assert cycle.expected("select", {}, labelled=True) == Run.open(finished).cycle(0).chosen().sha256
+
+
+def test_other_weights_than_were_scored_are_named_and_nothing_is_deleted(finished: Path, tmp_path: Path) -> None:
+    """Training on a GPU may not give the same bits again."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    first, second = (run / f"cycles/000/checkpoints/000{i}" for i in (0, 1))
+    record = read_json(second / "manifest.json")
+    write_json(first / "manifest.json", {**record, "index": 0})
+    shutil.copy(second / record["file"], first)
+    told = repair(run)
+    assert told["deleted"] == []
+    assert "row 0 was scored with other weights than checkpoint 0 has now; put the old checkpoint" in told["left"][0]
+
+
+def test_a_cycle_without_its_configuration_is_missed(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "cycles/000/cycle.yaml").unlink()
+    assert "cycles/000/cycle.yaml: missing" in verify(run)["damage"][0]
 
 
 def test_repair_waits_for_no_driver(finished: Path, tmp_path: Path) -> None:
@@ -161,9 +188,10 @@ def test_repair_waits_for_no_driver(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) -> None:
-    write_checkpoints(tmp_path / "ck", pool, range(5))
+    write_checkpoints(tmp_path / "ck", pool, range(8))
     config = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "score.eliminate=exact", "score.budget=4")
     first = score_directory(config)
+    assert first["images_left_out"] > 0
     assert verify(tmp_path / "run")["state"] == "sound"
     whole = content(tmp_path / "run")
     damages: list[Callable[[], object]] = [
@@ -177,6 +205,7 @@ def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) 
         assert repair(tmp_path / "run")["state"] == "repaired"
         assert score_directory(config)["selection_sha256"] == first["selection_sha256"]
         assert content(tmp_path / "run") == whole
+        assert verify(tmp_path / "run")["state"] == "sound"
     flip(tmp_path / "ck/epoch2.pt")
     told = repair(tmp_path / "run")
     assert told["left"] == [f"{tmp_path}/ck/epoch2.pt: its bytes have changed; put the old file back"]
@@ -201,12 +230,15 @@ class TestPools:
         assert verify(pool)["state"] == "sound"
 
     def test_from_a_source_that_has_changed_nothing_is_repaired(self, packed: tuple[Path, Path]) -> None:
+        """Valid chunks of other images would be worse than a damaged one."""
         source, pool = packed
         flip(pool / "images.zarr/c/1/0/0/0")
+        before = {path: path.read_bytes() for path in pool.rglob("*") if path.is_file()}
         write_source(source, 300, seed=4)
         told = repair(pool)
         assert told["state"] == "damaged"
-        assert "another content hash" in told["left"][0]
+        assert "block 1 does not decode" in told["left"][0]
+        assert {path: path.read_bytes() for path in pool.rglob("*") if path.is_file()} == before
 
     def test_valid_chunks_of_other_images(self, packed: tuple[Path, Path]) -> None:
         """Every checksum is right, and it is another pool."""

@@ -40,7 +40,15 @@ from distal.pool.images import (
 )
 from distal.pool.sources import Columns, Row, Source, open_source
 from distal.records import Block, auto_block_size
-from distal.storage import create_json, parquet_writer, read_json, remove_tree, write_json
+from distal.storage import (
+    create_json,
+    parquet_writer,
+    read_json,
+    remove_tree,
+    temporary_folder,
+    write_bytes,
+    write_json,
+)
 
 MAX_CHUNK_BYTES = 16 * 2**20
 STALE_S = 300  # seconds without a new chunk after which a build on another host counts as interrupted
@@ -191,10 +199,13 @@ def learn_layout(
 
 
 def pack_again(path: Path) -> list[str]:
-    """Pack the parts of a pool whose images do not decode again, from the source that it was built from.
+    """Pack the images of a pool that do not decode again, from the source that it was built from.
+
+    They are packed beside the pool first. Only when everything that is sound comes out the same, and the whole has the
+    content hash of the pool, the damaged chunks are replaced.
 
     Returns:
-        What was wrong with each.
+        What was wrong with each part; empty when the source is not what it was, and nothing was changed.
 
     Raises:
         SourceError: the source is not there.
@@ -202,26 +213,39 @@ def pack_again(path: Path) -> list[str]:
     pool = Pool.open(path)
     record = read_json(path / MANIFEST, required=("columns", "layout"))
     layout = Layout(**{**record["layout"], "size": tuple(record["layout"]["size"])})
-    source: Source | None = None
-    damaged = []
-    for part in parts(pool.n_samples):
+    content = begin_content(pool.n_samples, pool.image_shape, pool.classes)
+    damaged: list[tuple[Block, str]] = []
+    with temporary_folder(path / IMAGES) as beside:
+        for part in parts(pool.n_samples):
+            try:
+                content.update(pool.part_sha256(part))
+            except Damage as damage:
+                if not damaged:
+                    source = open_source(pool.source, Columns(**record["columns"]))
+                    _create_images(beside / IMAGES, pool.n_samples, layout)
+                damaged.append((part, str(damage)))
+                content.update(_pack_block(source, part, beside, layout).sha256)
+        if content.hexdigest() != pool.content_sha256:
+            return []
+        for part, _ in damaged:
+            _replace_damaged(Array(path / IMAGES), Array(beside / IMAGES), part)
+    return [what for _, what in damaged]
+
+
+def _replace_damaged(images: Array, again: Array, part: Block) -> None:
+    for start in range(part.start, part.stop, images.chunks[0]):
         try:
-            pool.part_sha256(part)
-        except Damage as damage:
-            damaged.append(str(damage))
-            source = source or open_source(pool.source, Columns(**record["columns"]))
-            _pack_block(source, part, path, layout)
-    return damaged
+            images.read((slice(start, min(start + images.chunks[0], part.stop)),))
+        except Damage:
+            chunk = (start // images.chunks[0], 0, 0, 0)
+            write_bytes(images.chunk_path(*chunk), again.chunk_path(*chunk).read_bytes())
 
 
 def _build(
     source: Source, name: str, columns: Columns, dest: Path, layout: Layout, on_progress: Callable[[int, int], None]
 ) -> Pool:
     n_samples = len(source)
-    chunk = _chunk_size(n_samples, layout)
-    dimensions = ("sample", "height", "width", "channel")
-    create_array(dest / IMAGES, (n_samples, *layout.shape), (chunk, *layout.shape), "uint8", 0, dimensions)
-
+    _create_images(dest / IMAGES, n_samples, layout)
     histogram = np.zeros((layout.shape[2], 256), dtype=np.int64)
     class_counts = np.zeros(len(source.classes or ()), dtype=np.int64)
     n_unreadable = 0
@@ -260,6 +284,12 @@ def _build(
     )
     (dest / BUILDING).unlink()
     return Pool.open(dest)
+
+
+def _create_images(path: Path, n_samples: int, layout: Layout) -> None:
+    chunk = _chunk_size(n_samples, layout)
+    dimensions = ("sample", "height", "width", "channel")
+    create_array(path, (n_samples, *layout.shape), (chunk, *layout.shape), "uint8", 0, dimensions)
 
 
 def _chunk_size(n_samples: int, layout: Layout) -> int:

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ RATE_WINDOW_S = 5.0
 WATCH_S = 5.0
 STUCK_S = 600.0
 WAITS_S = 60.0
+HAND_OUT_S = 120.0
 MAX_FAILED_STARTS = 3
 
 WATCH = "watch"  # a thread of an actor beside the one that scores
@@ -243,9 +245,14 @@ class Scorer:
     def __repr__(self) -> str:
         return f"Scorer({self._name})"
 
-    def fingerprint(self, job: Job) -> tuple[dict[str, str], cluster.Process]:
-        """What this actor's predictions depend on besides weights and images; and which process it is."""
-        return fingerprint(torch.device(job.device), job.precision, job.batch_size), cluster.this_process()
+    def fingerprint(self, job: Job) -> dict[str, str]:
+        """What this actor's predictions depend on besides weights and images."""
+        return fingerprint(torch.device(job.device), job.precision, job.batch_size)
+
+    @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
+    def process(self) -> cluster.Process:
+        """Which process this is; answered as soon as the actor has found room."""
+        return cluster.this_process()
 
     def choose(self, job: Job, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
         """What `auto` comes to on this actor: the precision, and the batch size for blocks of `n_images`."""
@@ -476,14 +483,27 @@ class Scorers:
         self.slots = slots()
         self.actors: dict[int, Any] = {}
         self.processes: dict[int, cluster.Process] = {}
+        self._placing: dict[Any, int] = {}
+
+    @property
+    def n_started(self) -> int:
+        """Actors started so far."""
+        return self._next
 
     def __str__(self) -> str:
         needs = {name: value for name, value in self._options.items() if name.startswith(("num_", "label")) and value}
         return f"a scoring actor, which needs {needs}"
 
-    def look_for_nodes(self) -> None:
-        """Count the slots again."""
+    def look_around(self) -> None:
+        """Count the slots again, and learn which actors have found room."""
         self.slots = max(self.slots, self._find_slots())
+        ready, _ = (
+            ray.wait(list(self._placing), num_returns=len(self._placing), timeout=0) if self._placing else ([], [])
+        )
+        for ref in ready:
+            actor = self._placing.pop(ref)
+            with suppress(RayError):  # it died: what else it was asked says so
+                self.processes[actor] = ray.get(ref)
 
     def shrink(self, n: int) -> None:
         """Stop actors until there are at most `n`."""
@@ -529,14 +549,15 @@ class Scorers:
         raise AssertionError
 
     def drop(self, actor: int) -> None:
-        """Stop one actor, and free its slot."""
+        """Stop one actor, and free its slot, also when it does not listen to Ray any more."""
         ray.kill(self.actors.pop(actor))
-        self.processes.pop(actor, None)
-
-    def destroy(self, actor: int) -> None:
-        """Stop one actor that does not listen to Ray any more."""
         if actor in self.processes:
-            cluster.kill(self.processes[actor])
+            cluster.kill(self.processes.pop(actor))
+
+
+def _ready(refs: dict[Any, int]) -> list[Any]:
+    """Those of some object references whose values are there."""
+    return ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []
 
 
 def score(
@@ -637,9 +658,10 @@ class _Pass:
         self.joining: dict[Any, int] = {}
         self.working: dict[Any, Work] = {}
         self.asked: dict[Any, int] = {}  # signs of life asked for
-        self.heard: dict[int, tuple[int, float]] = {}  # the last new one of each actor that has work, and when
+        self.heard: dict[int, tuple[int, float]] = {}  # the last new one of each actor that is busy, and when
         self.without_actors_since: float | None = None
         self.failed_starts = 0
+        self.started_before_failure = 0
         self.refused = 0
         self.all_published = False
         self.recent: deque[tuple[float, int]] = deque()
@@ -664,7 +686,7 @@ class _Pass:
                 self._look_for_checkpoints()
                 if polled - watched >= min(WATCH_S, self.stuck_after / 4):
                     watched = polled
-                    self.scorers.look_for_nodes()
+                    self.scorers.look_around()
                     self._watch()
                 self._shrink()
                 for actor in self.scorers.grow(min(self._allowed(), self.plan.n_unfinished_blocks)):
@@ -716,10 +738,11 @@ class _Pass:
     def _scored(self) -> Scored:
         n_rows = len(self.refs)
         seconds = self.last_commit - self.first_hand_out if self.first_hand_out else 0.0
+        images = sum(self._n_scored(row) for row in range(n_rows))
         return Scored(
-            images=self.images,
+            images=images,
             n_rows=n_rows,
-            left_out=self.totals[0] * n_rows - self.images,
+            left_out=self.totals[0] * n_rows - images,
             images_predicted=self.images_predicted,
             startup_s=(self.first_hand_out or time.monotonic()) - self.began,
             seconds=seconds,
@@ -772,9 +795,8 @@ class _Pass:
             else:
                 self._join(ref, result) if ref in self.joining else self._commit(ref, result)
 
-    def _join(self, ref: Any, greeting: tuple[dict[str, str], cluster.Process]) -> None:
+    def _join(self, ref: Any, found: dict[str, str]) -> None:
         actor = self.joining.pop(ref)
-        found, self.scorers.processes[actor] = greeting
         begun = self.assignments.adopt_fingerprint(found)
         if found != begun and not self.mixed_hardware:
             self._refuse(actor, begun, found)
@@ -804,14 +826,24 @@ class _Pass:
         self.last_commit = time.monotonic()
         self.images += sum(self._n_scored(row, work.block) for row in work.rows)
         self.images_predicted += done.n_predicted
+        self._limit_hand_outs()
         self.actor_rss_bytes = max(self.actor_rss_bytes, done.peak_rss_bytes)
         self.recent.append((self.last_commit, done.n_predicted))
 
+    def _limit_hand_outs(self) -> None:
+        """What an actor has in hand is lost with it: no more than about `HAND_OUT_S` seconds of work."""
+        assert self.first_hand_out is not None
+        busy_s = max(time.monotonic() - self.first_hand_out, POLL_S) * max(
+            1, len(self.scorers.actors) - len(self.joining)
+        )
+        per_block = self.totals[-1] / len(self.blocks)
+        if self.images_predicted and per_block:
+            self.plan.max_rows = max(1, int(HAND_OUT_S * self.images_predicted / busy_s / per_block))
+
     def _watch(self) -> None:
-        """Replace actors that have work and give no sign of life; say when none finds room."""
+        """Replace actors that have something to do and give no sign of life; say when none finds room."""
         now = time.monotonic()
-        ready, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0) if self.asked else ([], [])
-        for ref in ready:
+        for ref in _ready(self.asked):
             actor = self.asked.pop(ref)
             try:
                 sign = ray.get(ref)
@@ -819,7 +851,7 @@ class _Pass:
                 continue  # it died: so did what it had in hand, and that says so
             if actor in self.heard and sign != self.heard[actor][0]:
                 self.heard[actor] = sign, now
-        if self.scorers.actors and len(self.joining) == len(self.scorers.actors):
+        if self.scorers.actors and not self.scorers.processes:
             self.without_actors_since = self.without_actors_since or now
             if now - self.without_actors_since > WAITS_S:
                 self.without_actors_since = now
@@ -827,10 +859,10 @@ class _Pass:
         else:
             self.without_actors_since = None
         busy = {work.actor for work in self.working.values()}
+        busy |= {actor for actor in self.joining.values() if actor in self.scorers.processes}  # others wait for room
         self.heard = {actor: self.heard.get(actor, (-1, now)) for actor in busy}
         for actor, (_, since) in list(self.heard.items()):
             if now - since > self.stuck_after:
-                self.scorers.destroy(actor)
                 self._lost(actor, f"no sign of life for {now - since:.0f} s; it is replaced")
             elif actor not in self.asked.values():
                 self.asked[self.scorers.actors[actor].sign_of_life.remote()] = actor
@@ -857,6 +889,9 @@ class _Pass:
         if self._forget(actor):
             self.plan.actor_lost(actor)
             return
+        if actor < self.started_before_failure:
+            return  # it went with others, such as those of its node
+        self.started_before_failure = self.scorers.n_started
         self.failed_starts += 1
         if self.failed_starts == MAX_FAILED_STARTS:
             raise DistalError(f"{MAX_FAILED_STARTS} scoring actors in a row died while starting: {reason}")

@@ -58,6 +58,7 @@ class Plan:
         barriers: Sequence[int] = (),
         passed: int = 0,
     ) -> None:
+        self.max_rows = MAX_ROWS  # of a hand-out; less where a row takes long
         self._n_rows = n_rows
         self._barriers = list(barriers)
         self._passed = passed
@@ -79,8 +80,9 @@ class Plan:
 
     @property
     def finished(self) -> bool:
-        """Whether every block is committed at every row."""
-        return not any(self._left)
+        """Whether every block is committed at every row, and every barrier before them is decided."""
+        barrier = self.next_barrier
+        return not any(self._left) and (barrier is None or barrier >= self._n_rows)
 
     @property
     def n_rows_done(self) -> int:
@@ -89,8 +91,8 @@ class Plan:
 
     @property
     def n_unfinished_blocks(self) -> int:
-        """Blocks that lack a row, published or not: more actors than that are of no use."""
-        return sum(left > 0 for left in self._left)
+        """Blocks that lack a row, published or not, or that only have to count votes: more actors are of no use."""
+        return sum(left > 0 for left in self._left) or (0 if self.finished else len(self._left) - len(self._counted))
 
     @property
     def next_barrier(self) -> int | None:
@@ -201,9 +203,9 @@ class Plan:
     def _rows_at_once(self) -> int:
         """At most `MAX_ROWS`, and with several actors less than a fair share of what waits."""
         if len(self._work) == 1:
-            return MAX_ROWS
+            return min(MAX_ROWS, self.max_rows)
         waiting = sum(self._n_waiting[: self._limit])
-        return max(1, min(MAX_ROWS, waiting // (2 * IN_FLIGHT * len(self._work))))
+        return max(1, min(MAX_ROWS, self.max_rows, waiting // (2 * IN_FLIGHT * len(self._work))))
 
     @property
     def _limit(self) -> int:

@@ -65,6 +65,7 @@ class CommandJob:
     seed: int
     cycle: int
     inputs: str
+    attempt: str
 
     @property
     def train(self) -> Path:
@@ -112,7 +113,7 @@ def run_command(job: CommandJob, given_up: threading.Event) -> None:
         "seed": job.seed,
         "cycle": job.cycle,
     }
-    owner = uuid.uuid4().hex
+    owner = f"cycle-{job.cycle:03d}-{job.attempt}-{uuid.uuid4().hex[:8]}"  # as `launch.abandon` knows it
     write_bytes(job.train / "owner", owner.encode())
     job.checkpoints.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, OWNER: owner, INPUTS: job.inputs}

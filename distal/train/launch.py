@@ -53,6 +53,7 @@ def train(
     ranks: Ranks,
     *,
     given_up: threading.Event | None = None,
+    still_ours: Callable[[], None] = lambda: None,
     on_event: Callable[..., None] = lambda name, **values: None,
 ) -> None:
     """Train all epochs of a cycle; returns when the last checkpoint is committed.
@@ -62,6 +63,7 @@ def train(
 
     Args:
         given_up: no attempt is begun once it is set; see `abandon`.
+        still_ours: called before each attempt; raises when another driver has the run.
         on_event: called with the name and the values of what happened.
 
     Raises:
@@ -76,6 +78,7 @@ def train(
     failures = 0
     while True:
         before = _state_version(job)
+        still_ours()
         try:
             _fit(job, ranks, given_up or threading.Event())
             break
@@ -103,7 +106,14 @@ def train(
 def abandon(job: TrainJob, given_up: threading.Event) -> None:
     """Begin no more attempts, and have ranks that are still at work stop at the end of their epoch, without writing."""
     given_up.set()  # before the owner: `_fit` looks at it after it has written its own name
-    write_bytes(job.owner_path, b"")
+    with suppress(FileNotFoundError):
+        if job.owner_path.read_text().startswith(_prefix(job)):  # not that of a driver that has taken over
+            write_bytes(job.owner_path, b"")
+
+
+def _prefix(job: TrainJob) -> str:
+    """How the names of the attempts of this driver begin."""
+    return f"cycle-{job.cycle:03d}-{job.attempt}-"
 
 
 def _storage(job: TrainJob) -> Path:
@@ -121,7 +131,7 @@ def _fit(job: TrainJob, ranks: Ranks, given_up: threading.Event) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    name = f"cycle-{job.cycle:03d}-{uuid.uuid4().hex[:8]}"
+    name = f"{_prefix(job)}{uuid.uuid4().hex[:8]}"
     if not given_up.is_set():
         write_bytes(job.owner_path, name.encode())
     if given_up.is_set():

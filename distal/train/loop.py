@@ -44,6 +44,7 @@ class TrainJob:
         threads: torch threads of a rank.
         warm_from: the checkpoint to start from, None for scratch.
         inputs: hash of everything that decides the result; a state or a checkpoint with another is not resumed.
+        attempt: names the driver.
         owner: names the attempt; only the one that `owner_path` names may write.
     """
 
@@ -58,6 +59,7 @@ class TrainJob:
     threads: int
     warm_from: CheckpointRef | None
     inputs: str
+    attempt: str = ""
     owner: str = ""
 
     @property

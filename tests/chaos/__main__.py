@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+import traceback
 from pathlib import Path
 
 from tests.chaos.campaign import FAULTS, Lab, Strike, deck, disturb, undisturbed
@@ -36,7 +36,7 @@ def table(strikes: list[Strike]) -> str:
         "| fault | injected | recovered | blocks in hand, redone | committed blocks rewritten | seconds to the next commit |",
         "|---|---|---|---|---|---|",
     ]
-    for fault in FAULTS:
+    for fault in [*FAULTS, *({strike.fault for strike in strikes} - FAULTS.keys())]:
         mine = [strike for strike in strikes if strike.fault == fault]
         if mine:
             seconds = statistics.median(strike.seconds for strike in mine)
@@ -71,9 +71,14 @@ def main() -> int:
             hand = [waiting.pop() if waiting else rng.choice(list(FAULTS)) for _ in range(PER_RUN)]
             hand = hand[: arguments.faults - len(strikes)]
             eliminate = number % 3 == 2
-            done = disturb(lab, number, hand, eliminate, answers[eliminate][0], arguments.seed)
+            try:
+                done = disturb(lab, number, hand, eliminate, answers[eliminate][0], arguments.seed)
+            except Exception:
+                traceback.print_exc()
+                done = [Strike(number, "; ".join(hand), "?", note="the run did not end")]
+                hand = []
             missed = list(hand)
-            for strike in done:
+            for strike in done if hand else ():
                 missed.remove(strike.fault)
             waiting += missed  # found nothing to strike: they come again
             strikes += done
@@ -86,7 +91,7 @@ def main() -> int:
                     flush=True,
                 )
             if arguments.out:
-                arguments.out.write_text(json.dumps([asdict(strike) for strike in strikes], indent=1))
+                arguments.out.write_text(json.dumps([strike.record() for strike in strikes], indent=1))
     alone = ", ".join(f"{seconds:.0f} s" for _, seconds in answers.values())
     print(
         f"seed {arguments.seed}, {arguments.samples} images, {number} runs on {platform.processor() or 'this machine'}, "

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from ray.cluster_utils import Cluster
 
 from distal.pool import Pool
 from distal.pool.build import build
+from distal.runs import Run
 from distal.storage import files_below
 from tests.helpers import content, flip, write_source
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
-ROWS, CYCLES, BLOCK = 6, 2, 128
+ROWS, CYCLES, BLOCK, BUDGET = 8, 2, 128, 20
 STUCK_S = 4
 QUICK_DEATHS = {  # so that a lost node is noticed within seconds, not half a minute
     "health_check_initial_delay_ms": 500,
@@ -41,6 +43,7 @@ QUICK_DEATHS = {  # so that a lost node is noticed within seconds, not half a mi
     "health_check_timeout_ms": 500,
 }
 DISK = "30m"
+NOTHING = "nothing to strike"
 
 
 @dataclass
@@ -49,9 +52,9 @@ class Strike:
 
     Attributes:
         at: what had appeared when it struck.
-        in_hand: blocks x checkpoints that were being scored by the processes it took, as far as the driver told.
-        rewritten: committed blocks that were written again, without having been damaged: none should be.
-        seconds: from the strike to the next thing that was committed.
+        in_hand: blocks x checkpoints that lost actors had in hand, as the driver told; they are scored again.
+        rewritten: blocks that were committed before and written again by the end of the run; none should be.
+        seconds: from the strike to the next block, checkpoint, or stage that was committed.
     """
 
     run: int
@@ -62,6 +65,13 @@ class Strike:
     seconds: float = 0.0
     recovered: bool = False
     note: str = ""
+    began: float = 0.0
+    committed: dict[Path, int] = field(default_factory=dict)
+    damaged: Path | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("committed", "damaged")}
 
 
 class Lab:
@@ -124,7 +134,7 @@ class Lab:
         return [
             f"run={run}", "device=cpu", f"ray.address={self.cluster.address}", "seed=0",
             f"pool.path={self.pool.path}", "pool.source=null", f"pool.test={self.test.path}", f"pool.block_size={BLOCK}",
-            f"loop.cycles={CYCLES}", "loop.initial=40", "loop.budget=40",
+            f"loop.cycles={CYCLES}", "loop.initial=40", f"loop.budget={BUDGET}",
             f"train.epochs={ROWS}", "train.batch_size=20", "train.threads=1", "train.workers=2", "train.max_failures=10",
             "score.batch_size=32", "score.precision=fp32", "score.cache_gb=0.01", f"score.stuck_after={STUCK_S}",
             f"score.eliminate={'exact' if eliminate else 'none'}",
@@ -164,7 +174,8 @@ class Disturbed:
         """Give the command, again if need be."""
         command = [sys.executable, "-m", "distal", "run", CONFIG, *self.lab.overrides(self.path, self.eliminate)]
         with self.log.open("ab") as log:
-            self.driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "10"}  # of 60: see `lose_cluster`
+            self.driver = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     @property
     def log(self) -> Path:
@@ -211,22 +222,26 @@ class Disturbed:
         return found
 
     def n_committed(self) -> int:
-        """Files that a run commits, of all kinds."""
-        return sum(
-            1 for path in self.path.rglob("*") if path.is_file() and not path.name.endswith((".tmp", ".partial"))
-        )
+        """Blocks, checkpoints and stages."""
+        kinds = (".json", ".parquet")
+        found = (path for path in files_below(self.path / "cycles") if "ray" not in path.parts)
+        return len(self.chunks()) + sum(path.suffix in kinds and not path.name.startswith(".") for path in found)
 
-    def in_hand(self) -> int:
-        """Blocks that lost actors had in hand, as the events tell."""
-        total = 0
+    def events(self, since: float = 0.0) -> list[dict[str, Any]]:
+        """What the drivers told, from a moment on."""
+        found = []
         for log in self.path.glob("events/*.jsonl"):
             for line in log.read_text().splitlines():
-                try:
+                with suppress(ValueError):  # the last line of a driver that was killed
                     event = json.loads(line)
-                except ValueError:
-                    continue  # the last line of a driver that was killed
-                total += event.get("blocks_in_hand", 0) if event["event"] == "actor_lost" else 0
-        return total
+                    if datetime.fromisoformat(event["time"]).timestamp() >= since - 0.01:
+                        found.append(event)
+        return found
+
+    def in_hand(self, strike: Strike, until: float) -> int:
+        """Blocks that lost actors had in hand between a strike and the next one."""
+        lost = [e for e in self.events(strike.began) if e["event"] == "actor_lost"]
+        return sum(e["blocks_in_hand"] for e in lost if datetime.fromisoformat(e["time"]).timestamp() < until)
 
 
 def triggers(rng: random.Random) -> list[str]:
@@ -270,7 +285,7 @@ def _strike_process(run: Disturbed, title: str, number: signal.Signals) -> str:
         return bool(found)
 
     if not run.wait_for(there, 60) or run.ended():
-        return "none was there"
+        return NOTHING
     run.rng.choice(found).send_signal(number)
     return ""
 
@@ -306,8 +321,7 @@ def lose_cluster(run: Disturbed) -> str:
         run.driver.wait(timeout=100)
     finally:
         run.lab.start_cluster()
-    assert run.driver.returncode != 0
-    return f"exit {run.driver.returncode}"
+    return NOTHING if run.driver.returncode == 0 else f"exit {run.driver.returncode}"  # 0: it was complete
 
 
 def damage_chunk(run: Disturbed) -> str:
@@ -315,56 +329,61 @@ def damage_chunk(run: Disturbed) -> str:
     kill_driver(run)
     chunks = [path for path in run.chunks() if not (path.parents[4] / "score.json").exists()]
     if not chunks:
-        return "none was there"
+        return NOTHING
     path = run.rng.choice(chunks)
     if run.rng.random() < 0.5:
         path.write_bytes(path.read_bytes()[: run.rng.randrange(20)])
     else:
         flip(path, run.rng.random())
-    return ""
+    return str(path.relative_to(run.path))
 
 
 def damage_finished(run: Disturbed) -> str:
     """The driver is killed, a bit is flipped in what is finished, and `distal repair` is run."""
     kill_driver(run)
-    patterns = ("cycles/*/assignments.zarr/assignments/c/*/*", "cycles/*/checkpoints/*/weights-*.pt",
-                "cycles/*/scores.zarr/*/c/*", "cycles/*/selection.parquet", "cycles/*/*.json")  # fmt: skip
-    for pattern in run.rng.sample(patterns, len(patterns)):
-        found = [path for path in run.path.glob(pattern) if path.name != "expected.json"]
-        if pattern.startswith("cycles/*/checkpoints"):
-            found = [path for path in found if (path.parents[2] / "train.json").exists()]
-        if found:
-            flip(run.rng.choice(found), run.rng.random())
-            break
-    else:
-        return "none was there"
+    finished = {
+        "assignments.zarr/assignments/c/*/*": "score.json",
+        "checkpoints/*/weights-*.pt": "train.json",
+        "assignments.zarr/eligible/c/*": "score.json",
+        "assignments.zarr/margin/c/*/*": "score.json",
+        "train/state.pt": "train.json",
+        "scores.zarr/*/c/*": "reduce.json",
+        "selection.parquet": "select.json",
+        "labels.parquet": "label.json",
+        "*.json": "train.json",
+    }
+    cycles = sorted((run.path / "cycles").glob("*"))
+    able = [(cycle, pattern) for cycle in cycles for pattern, marker in finished.items() if (cycle / marker).exists()]
+    if not able:
+        return NOTHING
+    cycle, pattern = run.rng.choice(able)
+    path = run.rng.choice(sorted(path for path in cycle.glob(pattern) if path.name != "expected.json"))
+    flip(path, run.rng.random())
     verify = [sys.executable, "-m", "distal", "verify", str(run.path)]
-    assert subprocess.run(verify, capture_output=True, check=False).returncode == 4
+    assert subprocess.run(verify, capture_output=True, check=False).returncode == 4, path
     repaired = subprocess.run([*verify[:3], "repair", str(run.path)], capture_output=True, text=True, check=False)
     assert repaired.returncode == 0, repaired.stdout + repaired.stderr
-    return ""
+    return str(path.relative_to(run.path))
 
 
 def fill_disk(run: Disturbed) -> str:
     """Not a byte is left until the driver has ended with exit 2."""
     assert run.driver is not None
     if not run.mounted:
-        return "no disk of its own"
-    filler = run.path.parent / f"{run.path.name}" / "events" / "filler"
+        return NOTHING
+    filler = run.path / "events" / "filler"
     filler.parent.mkdir(exist_ok=True)
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(2**16))
-                file.flush()
-        except OSError:
-            pass
+    with filler.open("wb", buffering=0) as file:
+        for size in (2**16, 2**8, 1):
+            with suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
     try:
         code = run.driver.wait(timeout=120)
     finally:
         filler.unlink()
     assert code in (0, 2), f"exit {code}\n{run.tail()}"
-    return f"exit {code}"
+    return NOTHING if code == 0 else f"exit {code}"  # 0: it had nothing left to write
 
 
 FAULTS: dict[str, tuple[Callable[[Disturbed], str], int]] = {
@@ -381,13 +400,15 @@ FAULTS: dict[str, tuple[Callable[[Disturbed], str], int]] = {
 }
 """What can strike, and how often of a hundred."""
 
-UNTOUCHED = {"unfinished block damaged", "finished file damaged"}
+SURVIVED = {"actor killed", "actor stuck", "rank killed", "node lost"}
+"""What a driver goes on after by itself."""
 
 
 def deck(rng: random.Random, n: int) -> list[str]:
     """`n` faults in the shares of `FAULTS`, shuffled."""
-    total = sum(share for _, share in FAULTS.values())
-    wanted = [name for name, (_, share) in FAULTS.items() for _ in range(-(-share * n // total))]
+    shares = {name: share for name, (_, share) in FAULTS.items() if name != "disk full" or os.getuid() == 0}
+    total = sum(shares.values())
+    wanted = [name for name, share in shares.items() for _ in range(-(-share * n // total))]
     rng.shuffle(wanted)
     return wanted[:n]
 
@@ -401,8 +422,30 @@ def undisturbed(lab: Lab, eliminate: bool) -> tuple[dict[str, object], float]:
     run.finish()
     seconds = time.monotonic() - began
     told = content(path)
+    left_out = [cycle["left_out"] for cycle in Run.open(path).summary()["cycles"]]
+    assert all(n > 0 for n in left_out) == eliminate, left_out
     shutil.rmtree(path)
     return told, seconds
+
+
+def judge(run: Disturbed, strikes: list[Strike], expected: dict[str, object]) -> None:
+    """Compare with the undisturbed run, and see what was done twice."""
+    assert len(expected) > 20
+    found, now = content(run.path), run.chunks()
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    # With its margins a block's labels are written again, too.
+    mended = {Path(str(strike.damaged).replace("/margin/c/", "/assignments/c/")) for strike in strikes}
+    for strike, after in zip(strikes, [*strikes[1:], None], strict=True):
+        strike.in_hand = run.in_hand(strike, after.began if after else float("inf"))
+        same = {path for path, written in strike.committed.items() if now.get(path) == written}
+        strike.rewritten = len(strike.committed.keys() - same - mended)
+        strike.recovered = not different and "the driver ended" not in strike.note
+        if strike.fault == "unfinished block damaged" and not any(
+            event["event"] == "damaged_block" for event in run.events(strike.began)
+        ):
+            strike.recovered, strike.note = False, f"{strike.note}: not noticed"
+        if different:
+            strike.note = f"{strike.note} differs: {different[:3]}"
 
 
 def disturb(
@@ -424,25 +467,20 @@ def disturb(
                 assert run.driver.returncode == 0, run.tail()
                 break  # it was complete before
             time.sleep(rng.choice([0, 0, 0.05, 0.5]))
-            before, in_hand, n_before = run.chunks(), run.in_hand(), run.n_committed()
-            began = time.monotonic()
+            before, n_before, began = run.chunks(), run.n_committed(), time.time()
             note = FAULTS[fault][0](run)
-            if note in ("none was there", "no disk of its own"):
+            if note == NOTHING:
                 continue
-            strike = Strike(number, fault, moment, note=note)
+            strike = Strike(number, fault, moment, note=note, began=began, committed=before)
             strikes.append(strike)
+            if fault.endswith("damaged"):
+                strike.damaged = path / note
             if run.ended():
                 run.start()
-            run.wait_for(lambda n_before=n_before: run.n_committed() > n_before, 200)  # type: ignore[misc]
-            strike.seconds = time.monotonic() - began
-            strike.in_hand = run.in_hand() - in_hand
-            if fault not in UNTOUCHED:
-                now = run.chunks()
-                strike.rewritten = sum(now.get(path, written) != written for path, written in before.items())
+            survived = run.wait_for(lambda n_before=n_before: run.n_committed() > n_before, 200)  # type: ignore[misc]
+            strike.seconds = time.time() - began
+            if fault in SURVIVED and not survived and run.driver is not None and run.driver.returncode != 0:
+                strike.note = f"{note} the driver ended with {run.driver.returncode}"
         run.finish()
-        found = content(path)
-        different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        for strike in strikes:
-            strike.recovered = not different
-            strike.note = f"{strike.note} {different[:3]}" if different else strike.note
+        judge(run, strikes, expected)
     return strikes
