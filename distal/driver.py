@@ -134,6 +134,8 @@ def _is_complete(directory: Run, config: Config) -> bool:
     directory.check(fixed)
     directory.check_answers()
     last = directory.begun_cycles()[: config.loop.cycles][-1]
+    classes = inputs.named_classes(config) or _begun(last).pool.classes
+    config = config.with_values({"pool.classes": classes})
     check_unchanged(_begun(last), config, last.index)  # what would never be used is no answer to what was asked
     return True
 

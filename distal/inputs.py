@@ -66,6 +66,15 @@ def _open(
     return pool
 
 
+def named_classes(config: Config) -> tuple[str, ...] | None:
+    """The classes that the configuration names, itself or in a file; None when it leaves them to the pool."""
+    given = config.pool.classes
+    if isinstance(given, str):
+        names = [line.strip() for line in read_text(Path(given), "pool.classes").splitlines()]
+        return tuple(name for name in names if name)
+    return given
+
+
 def with_classes(config: Config, pool: Pool) -> Pool:
     """The pool with the classes that the configuration names.
 
@@ -73,10 +82,7 @@ def with_classes(config: Config, pool: Pool) -> Pool:
         PoolError: neither pool nor configuration has classes.
         ConfigError: they contradict each other, or name a class twice.
     """
-    given = config.pool.classes
-    if isinstance(given, str):
-        names = [line.strip() for line in read_text(Path(given), "pool.classes").splitlines()]
-        given = tuple(name for name in names if name)
+    given = named_classes(config)
     own = pool.classes or ()
     if given is None and not own:
         raise PoolError(f"{pool.path}: has no labels, so its classes are not known; name them: pool.classes=[..]")
