@@ -60,7 +60,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["pool.pth=x"], "unknown key pool.pth; known keys: pool.block_size, pool.limit, pool.path"),
+        (["pool.pth=x"], "unknown key pool.pth; known keys: pool.block_size, pool.classes, pool.limit"),
         (["trian.lr=1"], "unknown key trian; known keys: device, durable, label, loop"),
         (["loop.budget=true"], "loop.budget must be a valid integer, got True"),
         (["pool.limit=10.0"], "pool.limit must be .*, got 10.0"),

@@ -73,6 +73,7 @@ def ledgers(run: Path, cycles: int) -> list[str]:
     return [Run.open(run).ledger(before=index).sha256 for index in range(cycles)]
 
 
+@pytest.mark.slow
 def test_a_run_that_people_label(unlabelled: tuple[Pool, dict[str, int]], tmp_path: Path) -> None:
     """From nothing to three cycles; whether the answers come in one file or in many, twice or once."""
     pool, truth = unlabelled
@@ -267,6 +268,7 @@ class TestMistakes:
             export_labels(tmp_path, tmp_path / "a.csv")
 
 
+@pytest.mark.slow
 def test_a_class_is_appended_and_never_renumbered(unlabelled, tmp_path: Path) -> None:
     pool, truth = unlabelled
     names = list(truth)

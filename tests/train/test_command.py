@@ -78,6 +78,7 @@ def test_a_script_trains_and_its_checkpoints_are_scored(pool: Pool, tmp_path: Pa
     assert driver.run(made)["state"] == "complete"
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_is_quoted_and_run_again(pool: Pool, tmp_path: Path) -> None:
     broken = SCRIPT + "\nprint('first line', file=sys.stderr)\nsys.exit('no more money')\n"
     with pytest.raises(TrainingFailed, match=r"ended with 1 in cycle 0; .*stderr.log ends with:(.|\n)*no more money"):
@@ -90,6 +91,7 @@ def test_a_script_that_publishes_too_little(pool: Pool, tmp_path: Path) -> None:
         driver.run(config(tmp_path / "run", pool, tmp_path, "pass"))
 
 
+@pytest.mark.slow
 def test_weights_of_another_network(pool: Pool, tmp_path: Path) -> None:
     other = SCRIPT.replace("torch.nn.Linear(images[0].numel(), 4)", "torch.nn.Linear(images[0].numel(), 5)")
     other += "\nimport time; time.sleep(60)\n"
