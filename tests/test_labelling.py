@@ -101,6 +101,7 @@ def test_a_run_that_people_label(unlabelled: tuple[Pool, dict[str, int]], tmp_pa
     assert told["one"] == told["many"]
 
 
+@pytest.mark.slow
 def test_enough_is_enough(unlabelled: tuple[Pool, dict[str, int]], tmp_path: Path) -> None:
     """`label.min_labels`: the run goes on, and late answers count for the next cycle."""
     pool, truth = unlabelled

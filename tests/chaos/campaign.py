@@ -440,12 +440,18 @@ def judge(run: Disturbed, strikes: list[Strike], expected: dict[str, object]) ->
         same = {path for path, written in strike.committed.items() if now.get(path) == written}
         strike.rewritten = len(strike.committed.keys() - same - mended)
         strike.recovered = not different and "the driver ended" not in strike.note
-        if strike.fault == "unfinished block damaged" and not any(
-            event["event"] == "damaged_block" for event in run.events(strike.began)
-        ):
+        if strike.fault == "unfinished block damaged" and not _noticed(run, strike):
             strike.recovered, strike.note = False, f"{strike.note}: not noticed"
         if different:
             strike.note = f"{strike.note} differs: {different[:3]}"
+
+
+def _noticed(run: Disturbed, strike: Strike) -> bool:
+    """By the next driver; or by `distal repair`, when that was given before a driver had looked."""
+    return any(
+        event["event"] == "damaged_block" or str(strike.damaged) in event.get("deleted", ())
+        for event in run.events(strike.began)
+    )
 
 
 def disturb(
