@@ -23,7 +23,7 @@ from distal.records import Progress
 from distal.runs import Run
 from distal.score.predict import Predictor
 from distal.status import status
-from tests.helpers import CLASSES, small_config, write_source
+from tests.helpers import small_config, write_source
 
 N_READABLE, INITIAL, BUDGET, ROWS = 238, 24, 16, 3
 
@@ -41,7 +41,8 @@ def test_layout_on_disk(finished: Path) -> None:
         "run.yaml", "initial.parquet", "summary.json", "events", "driver", "cycles",
     }  # fmt: skip
     expected = {
-        "cycle.yaml", "train", "checkpoints", "assignments.zarr", "test.zarr", "scores.zarr", "selection.parquet",
+        "cycle.yaml", "train", "checkpoints", "assignments.zarr", "assignments.zarr.json", "test.zarr", "test.zarr.json",
+        "scores.zarr", "selection.parquet",
         "train.json", "score.json", "test.json", "reduce.json", "select.json",
     }  # fmt: skip
     found = [{path.name for path in (finished / "cycles" / name).iterdir()} for name in ("000", "001")]
@@ -115,7 +116,7 @@ def test_what_a_run_is_and_what_its_autos_came_to(finished: Path, pool: Pool, te
         "device": "cpu", "pool.block_size": 64, "train.threads": 1, "score.precision": "fp32", "score.batch_size": 32,
     }  # fmt: skip
     assert run.identity["fixed"] == {
-        "seed": 0, "pool.limit": None, "pool.block_size": 64, "loop.initial": INITIAL, "pool classes": list(CLASSES),
+        "seed": 0, "pool.limit": None, "pool.block_size": 64, "loop.initial": INITIAL,
         "pool content (pool.path)": pool.content_sha256, "test content (pool.test)": test_pool.content_sha256,
     }  # fmt: skip
     assert run.cycle(0).config.autos() == []
@@ -184,7 +185,7 @@ def test_a_changed_input_of_a_complete_stage_is_noticed(
     table = pq.read_table(labels)
     turned = pa.array([(label + 1) % 4 for label in table["label"].to_pylist()], pa.int32())
     pq.write_table(table.set_column(2, table.schema.field(2), turned), labels)
-    with pytest.raises(Damage, match=r"cycles/000/label.json: labels changed after this stage was completed"):
+    with pytest.raises(Damage, match=r"cycles/000/labels.parquet: damaged"):
         driver.run(small_config(copy, pool, test_pool, "loop.cycles=3"))
     labels.unlink()
     with pytest.raises(Damage, match=r"cycles/000/labels.parquet: missing"):
@@ -198,7 +199,7 @@ def test_a_finished_run_whose_answers_were_altered_is_not_complete(
     initial = copy / "initial.parquet"
     kept = initial.read_bytes()
     pq.write_table(pq.read_table(initial).slice(1), initial)
-    with pytest.raises(Damage, match="a label file is not the one that cycle 0 was trained with"):
+    with pytest.raises(Damage, match="initial.parquet: damaged"):
         driver.run(small_config(copy, pool, test_pool))
     initial.write_bytes(kept)
     (copy / "cycles/001/selection.parquet").unlink()
@@ -212,7 +213,7 @@ def test_a_selection_that_was_altered_is_not_labelled(
     copy = copy_run(finished, tmp_path / "run")
     selection = copy / "cycles/001/selection.parquet"
     pq.write_table(pq.read_table(selection).slice(1), selection)
-    with pytest.raises(Damage, match=r"cycles/001/selection.parquet: not the selection that was made"):
+    with pytest.raises(Damage, match=r"cycles/001/selection.parquet: damaged"):
         driver.run(small_config(copy, pool, test_pool, "loop.cycles=3"))
 
 
@@ -375,7 +376,9 @@ class TestMistakes:
         path = write_source(tmp_path / "a.parquet", 40, seed=4)
         pq.write_table(pq.read_table(path).drop_columns(["label", "class_name"]), path)
         unlabelled = build(str(path), tmp_path / "pool")
-        self.refuse(PoolError, "40 of 40 readable images have no label", tmp_path / "run", unlabelled, None)
+        self.refuse(
+            PoolError, "has no labels, so its classes are not known; name them", tmp_path / "run", unlabelled, None
+        )
 
     def test_a_test_pool_of_another_shape_or_with_other_classes(self, pool: Pool, tmp_path: Path) -> None:
         path = write_source(tmp_path / "a.parquet", 40, seed=4)
