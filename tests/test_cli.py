@@ -144,8 +144,8 @@ def test_init_writes_a_configuration_that_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "missing.yaml"], "missing.yaml: no such file; `distal init missing.yaml` writes a commented one"),
-        (["run", CONFIG, "trian.lr=1"], "unknown key trian; known keys: device, label, loop"),
+        (["run", "missing.yaml"], "missing.yaml: no such file; `distal init missing.yaml` writes one for `distal run`"),
+        (["run", CONFIG, "trian.lr=1"], "unknown key trian; known keys: device, durable, label, loop"),
         (["run", CONFIG, "loop.budget=0"], "loop.budget must be greater than or equal to 1, got 0"),
         (["run", CONFIG, "pool.source=null", "pool.path=/no/pool"], "/no/pool: no such pool; make it with"),
         (["run", CONFIG, "pool.path=s3://bucket/pool"], "only local and shared file systems"),
