@@ -44,7 +44,7 @@ from distal.score.actors import Elimination, Job, Producer, Published, Scored, S
 from distal.scores import Scores
 from distal.selection import Selection
 from distal.storage import be_durable, sha256
-from distal.train.command import CommandJob, run_command
+from distal.train.command import run_command
 from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob
 
@@ -327,7 +327,7 @@ class _Driver:
             if config.train.command is None:
                 train(job, self.ranks, given_up=given_up, still_ours=self.lease.check, on_event=on_event)
             else:
-                run_command(self._command(cycle, config.train.command, job), given_up)
+                run_command(config.train.command, job, self.pool, given_up)
             return {
                 "n_labeled": len(ledger),
                 "device": self.slots.device,
@@ -344,22 +344,6 @@ class _Driver:
         )
         training.start(at_once=cycle.marker("train") is not None)
         return training
-
-    def _command(self, cycle: Cycle, command: str, job: TrainJob) -> CommandJob:
-        """The same training, by a command."""
-        return CommandJob(
-            command=command,
-            pool=self.pool,
-            folder=cycle.folder,
-            labels=job.labels,
-            model=job.model,
-            n_checkpoints=len(job.config.checkpoint_epochs),
-            epochs=job.config.epochs,
-            seed=job.seed,
-            cycle=cycle.index,
-            inputs=job.inputs,
-            attempt=job.attempt,
-        )
 
     def _score(self, cycle: Cycle, training: _Training) -> None:
         """Score the eligible samples of the pool at every checkpoint, those still to come included."""

@@ -16,7 +16,6 @@ import uuid
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
@@ -27,9 +26,10 @@ from distal import checkpoints
 from distal.errors import ConfigError, ModelError, Superseded, TrainingFailed
 from distal.foreign import check_fits
 from distal.ledger import Ledger
-from distal.models import ModelSpec
 from distal.pool import Pool
+from distal.pool.images import write_png
 from distal.storage import disk_errors, write_bytes, write_table
+from distal.train.loop import TrainJob, check_owner
 
 if TYPE_CHECKING:
     from distal.checkpoints import StateDict
@@ -42,40 +42,6 @@ POLL_S = 0.2
 
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-@dataclass(frozen=True)
-class CommandJob:
-    """One training run by a command.
-
-    Attributes:
-        command: with `PLACEHOLDERS` in braces.
-        folder: `cycles/<cycle>`.
-        n_checkpoints: how many it has to publish.
-        inputs: hash of everything that decides the result.
-    """
-
-    command: str
-    pool: Pool
-    folder: Path
-    labels: tuple[Path, ...]
-    model: ModelSpec
-    n_checkpoints: int
-    epochs: int
-    seed: int
-    cycle: int
-    inputs: str
-    attempt: str
-
-    @property
-    def train(self) -> Path:
-        """Where what the command reads and says is."""
-        return self.folder / "train"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where it publishes."""
-        return self.folder / "checkpoints"
 
 
 def check_command(command: str) -> None:
@@ -93,10 +59,12 @@ def check_command(command: str) -> None:
         raise ConfigError("train.command: does not say {checkpoints}, the folder to publish to")
 
 
-def run_command(job: CommandJob, given_up: threading.Event) -> None:
+def run_command(command: str, job: TrainJob, pool: Pool, given_up: threading.Event) -> None:
     """Run the command of a cycle; returns when it has ended and every checkpoint is published.
 
     Args:
+        command: with `PLACEHOLDERS` in braces.
+        pool: that of the job, with the classes of the run.
         given_up: ends the command when it is set.
 
     Raises:
@@ -104,20 +72,22 @@ def run_command(job: CommandJob, given_up: threading.Event) -> None:
         ModelError: it published too few checkpoints, or weights that do not fit `model.name`.
         Superseded: given up.
     """
-    words = shlex.split(job.command)
+    train = job.folder / "train"
+    words = shlex.split(command)
+    ledger = Ledger.read(job.labels)
     values = {
-        "labels": str(_write_labels(job)),
-        "images": str(_write_images(job)) if "{images}" in job.command else "",
+        "labels": str(_write_labels(pool, ledger, train / "labels.parquet")),
+        "images": str(_write_images(pool, ledger, train / "images")) if "{images}" in command else "",
         "checkpoints": str(job.checkpoints),
-        "epochs": job.epochs,
+        "epochs": job.config.epochs,
         "seed": job.seed,
         "cycle": job.cycle,
     }
-    owner = f"cycle-{job.cycle:03d}-{job.attempt}-{uuid.uuid4().hex[:8]}"  # as `launch.abandon` knows it
-    write_bytes(job.train / "owner", owner.encode())
+    owner = f"{job.owner_prefix}{uuid.uuid4().hex[:8]}"
+    write_bytes(job.owner_path, owner.encode())
     job.checkpoints.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, OWNER: owner, INPUTS: job.inputs}
-    with disk_errors(job.train), (job.train / OUT).open("ab") as out, (job.train / ERR).open("ab") as err:
+    with disk_errors(train), (train / OUT).open("ab") as out, (train / ERR).open("ab") as err:
         try:
             process = subprocess.Popen(
                 [word.format(**values) for word in words],
@@ -135,18 +105,18 @@ def run_command(job: CommandJob, given_up: threading.Event) -> None:
             _end(process)
     if code:
         raise TrainingFailed(
-            f"train.command ended with {code} in cycle {job.cycle}; {job.train / ERR} ends with:\n"
-            + "\n".join(_last_lines(job.train / ERR))
+            f"train.command ended with {code} in cycle {job.cycle}; {train / ERR} ends with:\n"
+            + "\n".join(_last_lines(train / ERR))
         )
-    n = len(checkpoints.committed(job.checkpoints))
-    if n < job.n_checkpoints:
+    n, n_wanted = len(checkpoints.committed(job.checkpoints)), len(job.config.checkpoint_epochs)
+    if n < n_wanted:
         raise ModelError(
             f"train.command published {n} checkpoints in cycle {job.cycle}, and train.epochs and checkpoint_every say "
-            f"{job.n_checkpoints}; publish them with distal.publish_checkpoint(folder, state_dict, index)"
+            f"{n_wanted}; publish them with distal.publish_checkpoint(folder, state_dict, index)"
         )
 
 
-def _wait(job: CommandJob, process: subprocess.Popen[bytes], given_up: threading.Event) -> int:
+def _wait(job: TrainJob, process: subprocess.Popen[bytes], given_up: threading.Event) -> int:
     checked = False
     while True:
         with suppress(subprocess.TimeoutExpired):
@@ -176,25 +146,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(5)
 
 
-def _write_labels(job: CommandJob) -> Path:
+def _write_labels(pool: Pool, ledger: Ledger, path: Path) -> Path:
     """What is labelled, as the command reads it."""
-    ledger = Ledger.read(job.labels)
-    assert job.pool.classes is not None
-    samples = job.pool.take_samples(ledger.indices, ["sample_id", "uri"])
-    names = [job.pool.classes[label] for label in ledger.labels]
+    assert pool.classes is not None
+    samples = pool.take_samples(ledger.indices, ["sample_id", "uri"])
+    names = [pool.classes[label] for label in ledger.labels]
     columns = {"sample_index": ledger.indices, "sample_id": samples["sample_id"], "uri": samples["uri"]}
-    path = job.train / "labels.parquet"
     write_table(path, pa.table({**columns, "label": ledger.labels, "class_name": names}))
     return path
 
 
-def _write_images(job: CommandJob) -> Path:
+def _write_images(pool: Pool, ledger: Ledger, folder: Path) -> Path:
     """The labelled images as files, for a pool that was packed from something that has none."""
-    from distal.pool.images import write_png
-
-    folder = job.train / "images"
-    for index in Ledger.read(job.labels).indices.tolist():
-        write_png(job.pool, index, folder / f"{index}.png")
+    for index in ledger.indices.tolist():
+        write_png(pool, index, folder / f"{index}.png")
     return folder
 
 
@@ -221,6 +186,6 @@ def publish_checkpoint(
     """
     folder = Path(folder)
     owner = os.environ.get(OWNER)
-    if owner is not None and (folder.parent / "train" / "owner").read_text() != owner:
-        raise Superseded(f"{folder}: another attempt has taken over training")
+    if owner is not None:
+        check_owner(folder.parent, owner)
     checkpoints.commit(folder, index, index + 1, state_dict, inputs=os.environ.get(INPUTS, ""), metrics=metrics or {})

@@ -107,13 +107,8 @@ def abandon(job: TrainJob, given_up: threading.Event) -> None:
     """Begin no more attempts, and have ranks that are still at work stop at the end of their epoch, without writing."""
     given_up.set()  # before the owner: `_fit` looks at it after it has written its own name
     with suppress(FileNotFoundError):
-        if job.owner_path.read_text().startswith(_prefix(job)):  # not that of a driver that has taken over
+        if job.owner_path.read_text().startswith(job.owner_prefix):  # not that of a driver that has taken over
             write_bytes(job.owner_path, b"")
-
-
-def _prefix(job: TrainJob) -> str:
-    """How the names of the attempts of this driver begin."""
-    return f"cycle-{job.cycle:03d}-{job.attempt}-"
 
 
 def _storage(job: TrainJob) -> Path:
@@ -131,7 +126,7 @@ def _fit(job: TrainJob, ranks: Ranks, given_up: threading.Event) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    name = f"{_prefix(job)}{uuid.uuid4().hex[:8]}"
+    name = f"{job.owner_prefix}{uuid.uuid4().hex[:8]}"
     if not given_up.is_set():
         write_bytes(job.owner_path, name.encode())
     if given_up.is_set():

@@ -64,8 +64,13 @@ class TrainJob:
 
     @property
     def owner_path(self) -> Path:
-        """Who may write: the latest attempt."""
-        return self.folder / "train" / "owner"
+        """Who may write."""
+        return owner_path(self.folder)
+
+    @property
+    def owner_prefix(self) -> str:
+        """How the owners of this driver's attempts begin."""
+        return f"cycle-{self.cycle:03d}-{self.attempt}-"
 
     @property
     def state_path(self) -> Path:
@@ -212,7 +217,7 @@ class _Rank:
     def save(self, epoch: int, loss: float) -> None:
         """Replace the state, then commit the checkpoint. Rank 0 only."""
         if self.rank == 0:
-            _check_owner(self.job)
+            check_owner(self.job.folder, self.job.owner)
             state = {
                 "inputs": self.job.inputs,
                 "epoch": epoch,
@@ -323,7 +328,12 @@ def _again(job: TrainJob) -> str:
     return f"put back what was there, or remove {job.folder} to do the cycle again"
 
 
-def _check_owner(job: TrainJob) -> None:
-    """Stop when a later attempt has taken over: ranks of a driver that was killed live on for some seconds."""
-    if job.owner_path.read_text() != job.owner:
-        raise Superseded(f"{job.folder}: another attempt has taken over training")
+def check_owner(folder: Path, owner: str) -> None:
+    """Stop when a later attempt has taken over: what a killed driver started lives on for some seconds."""
+    if owner_path(folder).read_text() != owner:
+        raise Superseded(f"{folder}: another attempt has taken over training")
+
+
+def owner_path(folder: Path) -> Path:
+    """The file in the folder of a cycle that says who may write: the latest attempt."""
+    return folder / "train" / "owner"
