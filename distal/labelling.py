@@ -21,7 +21,7 @@ from distal.labels import answers as kept
 from distal.labels.answers import Answer, Policy, Settled, settle
 from distal.labels.formats import Format, read_said, write_batch
 from distal.ledger import LABELED, Ledger, write_labels
-from distal.lists import find
+from distal.lists import class_index, find
 from distal.pool import Pool
 from distal.pool.images import write_png
 from distal.records import JsonObject
@@ -134,13 +134,13 @@ def import_labels(path: Path, file: Path, *, allow_unasked: bool = False) -> Jso
     waiting = _require_waiting(run)
     said = read_said(file)
     pool = Pool.open(waiting.pool).require(waiting.pool_sha256)
-    indices = find(pool, list(dict.fromkeys(each.sample_id for each in said)))
-    place = dict(zip(dict.fromkeys(each.sample_id for each in said), indices.tolist(), strict=True))
+    names = list(dict.fromkeys(each.sample_id for each in said))
+    place = dict(zip(names, find(pool, names).tolist(), strict=True))
     unknown = [name for name, index in place.items() if index < 0]
     if unknown:
         raise SourceError(f"{file}: {_some(unknown, 'sample')} not in the pool; nothing was imported")
     by_name = {name: index for index, name in enumerate(waiting.classes)}
-    labels = {each.label: _label(each.label, by_name) for each in said if each.label is not None}
+    labels = {each.label: class_index(each.label, by_name, len(by_name)) for each in said if each.label is not None}
     strange = [name for name, label in labels.items() if label is None]
     if strange:
         raise SourceError(
@@ -165,14 +165,13 @@ def import_labels(path: Path, file: Path, *, allow_unasked: bool = False) -> Jso
         for each in said
     ]
     _refuse_changes(run, waiting, found, file)
-    before = set(kept.read(run.answers))
-    written = kept.add(run.answers, found)
+    written, n_new = kept.add(run.answers, found)
     settled = waiting.settled(run)
     return {
         "state": "complete",
         "run": str(run.path),
         "answers": len(found),
-        "new": len(set(found) - before),
+        "new": n_new,
         "file": str(written) if written else None,
         "answered": waiting.n_answered(settled),
         "needed": waiting.needed,
@@ -254,12 +253,6 @@ def _refuse_changes(run: Run, waiting: Waiting, found: Sequence[Answer], file: P
             f"{file}: {_some(changed, 'sample')} labelled otherwise in a cycle that is trained; nothing was imported; "
             "leave these lines out"
         )
-
-
-def _label(name: str | None, by_name: dict[str, int]) -> int | None:
-    if name in by_name:
-        return by_name[name]
-    return int(name) if name and name.isdecimal() and int(name) < len(by_name) else None
 
 
 def _some(names: Sequence[str], what: str) -> str:

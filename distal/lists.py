@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,11 +56,17 @@ def read_labels(path: Path, key: str, classes: Sequence[str] | None, n_classes: 
     named = {name: index for index, name in enumerate(classes or ())}
     labels = []
     for sample_id, given in zip(ids, table["label"].to_pylist(), strict=True):
-        label = named.get(given, int(given) if str(given).isdecimal() else -1)
-        if not 0 <= label < n_classes:
+        label = class_index(given, named, n_classes)
+        if label is None:
             raise SourceError(f"{key}: {path}: label {given!r} of {sample_id} is none of the {n_classes} classes")
         labels.append(label)
     return ids, labels
+
+
+def class_index(given: Any, named: Mapping[Any, int], n_classes: int) -> int | None:
+    """The class that a label says: by its name, or else as an index; None when it is no class."""
+    label = named.get(given, int(given) if str(given).isdecimal() else -1)
+    return label if 0 <= label < n_classes else None
 
 
 def find(pool: Pool, ids: Sequence[str]) -> NDArray[np.int64]:
@@ -79,11 +86,7 @@ def _columns(path: Path, key: str, *names: str) -> pa.Table:
     if not path.is_file():
         raise SourceError(f"{key}: {path}: no such file")
     try:
-        if path.suffix.lower() == ".parquet":
-            table = pq.read_table(path, partitioning=None)
-        else:  # as text: 007 is a name, not a number
-            as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-            table = pyarrow.csv.read_csv(path, convert_options=as_text)
+        table = read_any_table(path, names)
     except Exception as error:
         raise SourceError(f"{key}: {path} cannot be read ({one_line(error)})") from error
     for name in names:
@@ -91,6 +94,14 @@ def _columns(path: Path, key: str, *names: str) -> pa.Table:
             raise SourceError(f"{key}: {path} has no column {name!r}; it has {', '.join(table.column_names)}")
     index = table.column_names.index("sample_id")
     return table.set_column(index, "sample_id", table["sample_id"].cast(pa.string())).select(names)
+
+
+def read_any_table(path: Path, names: Sequence[str]) -> pa.Table:
+    """A CSV or Parquet file of somebody else. In CSV the columns `names` are text: 007 is a name, not a number."""
+    if path.suffix.lower() == ".parquet":
+        return pq.read_table(path, partitioning=None)
+    as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    return pyarrow.csv.read_csv(path, convert_options=as_text)
 
 
 def read_text(path: Path, key: str) -> str:

@@ -2,7 +2,7 @@
 
 ::
 
-    RUN/answers/<sha12>.parquet    one immutable file per import: sample, label, status, annotator
+    RUN/answers/<number>-<sha12>.parquet    one immutable file per import: sample, label, status, annotator
 
 An answer that is there already is not kept again, so importing a file twice, or in parts, changes nothing. `settle` is
 the one place that turns answers into labels.
@@ -20,20 +20,10 @@ from typing import Literal
 
 import pyarrow as pa
 
-from distal.ledger import LABELED, UNSURE
+from distal.ledger import LABELED, SCHEMA, UNSURE
 from distal.storage import create_bytes, names_in, read_table, table_bytes
 
 Policy = Literal["majority", "first", "reask"]
-
-SCHEMA = pa.schema(
-    [
-        pa.field("sample_index", pa.int64(), nullable=False),
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("label", pa.int32()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("annotator", pa.string(), nullable=False),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +87,15 @@ def _winner(said: Sequence[Answer], policy: Policy) -> Answer | None:
     return None
 
 
-def add(folder: Path, answers: Sequence[Answer]) -> Path | None:
-    """Keep the answers of one import; None when they are there already, or there are none."""
-    if not answers:
-        return None
+def add(folder: Path, answers: Sequence[Answer]) -> tuple[Path | None, int]:
+    """Keep the answers of one import; returns their file, None when nothing is new, and how many are."""
     known = set(read(folder))
     rows = [asdict(answer) for answer in dict.fromkeys(answers) if answer not in known]
     if not rows:
-        return None
+        return None, 0
     name = f"{len(names_in(folder)):06d}-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]}.parquet"
     create_bytes(folder / name, bytes(table_bytes(pa.Table.from_pylist(rows, schema=SCHEMA))))
-    return folder / name
+    return folder / name, len(rows)
 
 
 def read(folder: Path) -> list[Answer]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from distal.errors import SourceError, one_line
 from distal.ledger import LABELED, SKIPPED, UNSURE
+from distal.lists import read_any_table
 from distal.storage import write_bytes
 
 Format = Literal["csv", "parquet", "label-studio"]
@@ -46,12 +47,11 @@ def read_said(path: Path) -> list[Said]:
         raise SourceError(f"{path}: no such file")
     if not path.stat().st_size:
         raise SourceError(f"{path}: empty")
-    suffix = path.suffix.lower()
     try:
-        if suffix == ".json":
+        if path.suffix.lower() == ".json":
             said = list(_of_label_studio(json.loads(path.read_text())))
         else:
-            said = list(_of_table(path, suffix))
+            said = list(_of_table(path))
     except SourceError:
         raise
     except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
@@ -61,13 +61,8 @@ def read_said(path: Path) -> list[Said]:
     return said
 
 
-def _of_table(path: Path, suffix: str) -> Iterable[Said]:
-    if suffix == ".parquet":
-        table = pq.read_table(path, partitioning=None)
-    else:
-        known = ("sample_id", *LABEL_COLUMNS, "annotator", "status")
-        as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(known, pa.string()))
-        table = pyarrow.csv.read_csv(path, convert_options=as_text)
+def _of_table(path: Path) -> Iterable[Said]:
+    table = read_any_table(path, ("sample_id", *LABEL_COLUMNS, "annotator", "status"))
     there = [name for name in LABEL_COLUMNS if name in table.column_names]
     if "sample_id" not in table.column_names or not there:
         raise SourceError(f"{path}: has no columns sample_id and label; it has {', '.join(table.column_names)}")
