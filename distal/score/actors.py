@@ -358,7 +358,7 @@ class Scorer:
         self._job = job
 
     def _pieces_of(self, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_Piece]:
-        """The eligible images of a block, in index order, in pieces of whole batches (but for the last).
+        """The eligible images of a block, in index order, in pieces of a chunk.
 
         They are kept decoded while the budget lasts. When it is spent nothing is thrown out: blocks come round in
         turns, so the one used longest ago is the one needed next. Then a piece at a time is in memory.
@@ -371,9 +371,8 @@ class Scorer:
         n_bytes = int(eligible.sum()) * self._pool.image_shape[0] * height * width
         keep = n_bytes <= self._room
         kept = []
-        for piece in _pieces(self._pool, block, eligible, self._job.batch_size):
+        for piece in _pieces(self._pool, block, eligible):
             if keep:
-                piece = replace(piece, images=piece.images.copy(order="K"))  # a slice would keep all it was cut from
                 kept.append(piece)
             yield piece
         if keep:
@@ -433,23 +432,14 @@ def peak_rss_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _pieces(pool: Pool, block: Block, eligible: NDArray[np.bool_], batch_size: int) -> Iterator[_Piece]:
-    """Read a block chunk by chunk, and cut its eligible images into pieces of whole batches, but for the last."""
-    positions: NDArray[np.int64] = np.empty(0, np.int64)
-    images: NDArray[np.uint8] = np.empty((0, *pool.image_shape[1:], pool.image_shape[0]), np.uint8)
+def _pieces(pool: Pool, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_Piece]:
+    """The eligible images of a block, chunk by chunk."""
     for start in range(block.start, block.stop, pool.chunk_size):
         stop = min(start + pool.chunk_size, block.stop)
         flags = eligible[start - block.start : stop - block.start]
-        if not flags.any():
-            continue
-        positions = np.concatenate([positions, start - block.start + np.flatnonzero(flags)])
-        images = np.concatenate([images, pool.read(start, stop).transpose(0, 2, 3, 1)[flags]])
-        whole = len(images) // batch_size * batch_size
-        if whole:
-            yield _Piece(positions[:whole], images[:whole].transpose(0, 3, 1, 2))
-            positions, images = positions[whole:], images[whole:]
-    if len(images):
-        yield _Piece(positions, images.transpose(0, 3, 1, 2))
+        if flags.any():
+            images = pool.read(start, stop).transpose(0, 2, 3, 1)[flags]  # a copy: the others are let go
+            yield _Piece(start - block.start + np.flatnonzero(flags), images.transpose(0, 3, 1, 2))
 
 
 class Scorers:
