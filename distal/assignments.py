@@ -86,7 +86,7 @@ class Assignments:
             n_rows: T, the number of checkpoints that the cycle will have.
             eligible: for each block in order, which of its samples are to be scored: (len(block),) bool.
         """
-        _record(path).unlink(missing_ok=True)
+        record_path(path).unlink(missing_ok=True)
         arrays = _lay_out(path, n_rows, n_samples, block_size, n_classes, recorded)
         flags = arrays[ELIGIBLE]
         for block, flag in zip(split_blocks(n_samples, block_size), eligible, strict=True):
@@ -94,13 +94,13 @@ class Assignments:
         # Written last: arrays without it were cut off while they were laid out.
         layout = {"n_rows": n_rows, "n_samples": n_samples, "block_size": block_size}
         record = {**layout, "n_classes": n_classes, "recorded": list(recorded), "weights": [None] * n_rows}
-        write_json(_record(path), record)
+        write_json(record_path(path), record)
         return cls.open(path)
 
     @classmethod
     def begun(cls, path: Path) -> bool:
         """Whether the arrays are laid out; False also when that was cut off, and nothing can have been scored."""
-        return _record(path).exists()
+        return record_path(path).exists()
 
     @classmethod
     def take_up(
@@ -149,7 +149,7 @@ class Assignments:
             Damage: there are no assignments, or their metadata is not valid.
         """
         try:
-            attributes = read_json(_record(path), required=("n_rows", "n_classes", "recorded", "weights"))
+            attributes = read_json(record_path(path), required=("n_rows", "n_classes", "recorded", "weights"))
         except FileNotFoundError:
             raise Damage(f"{path}: no assignments here") from None
         recorded = tuple(attributes["recorded"])
@@ -172,7 +172,7 @@ class Assignments:
     @classmethod
     def restore_metadata(cls, path: Path) -> None:
         """Write the metadata of the arrays again, from the record; no chunk is touched."""
-        record = read_json(_record(path))
+        record = read_json(record_path(path))
         layout = [record[name] for name in ("n_rows", "n_samples", "block_size", "n_classes", "recorded")]
         with temporary_folder(path) as beside:
             for name in ("", *_lay_out(beside, *layout)):
@@ -330,14 +330,14 @@ class Assignments:
 
     def _keep(self, name: str, value: object) -> None:
         self.attributes[name] = value
-        write_json(_record(self.path), self.attributes)
+        write_json(record_path(self.path), self.attributes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path; a handle is opened where it is used."""
         return (type(self).open, (self.path,))
 
 
-def _record(path: Path) -> Path:
+def record_path(path: Path) -> Path:
     """The sealed record beside the arrays: what Zarr's own metadata, which has no checksum, is held against."""
     return path.with_name(f"{path.name}.json")
 

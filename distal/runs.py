@@ -143,6 +143,10 @@ class Analysis(Staged):
         """The samples chosen with a budget."""
         return self.folder / f"selection-{budget}.parquet"
 
+    def selection_of(self, stage: str) -> Path:
+        """What the stage `select-<budget>` chose."""
+        return self.selection(int(stage.removeprefix("select-")))
+
     def selections(self) -> list[str]:
         """The stages that selected: `select-<budget>`."""
         names = storage.names_in(self.folder)

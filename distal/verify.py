@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distal import checkpoints, foreign
-from distal.assignments import ELIGIBLE, Assignments
+from distal.assignments import ELIGIBLE, Assignments, record_path
 from distal.config import Config, ForeignConfig
 from distal.errors import Damage, UnknownFormat, one_line
 from distal.lease import Lease
@@ -100,7 +100,6 @@ def repair(path: Path, display: Display | None = None) -> JsonObject:
 
     Raises:
         RunConflict: there is neither a run nor a pool, or a driver is at work.
-        Damage: the source of the pool is not what it was.
     """
     display = display or Silent()
     if (path / MANIFEST).exists():
@@ -168,11 +167,8 @@ def _invalidate(staged: Staged, stage: str) -> None:
 
 def _made_before(staged: Staged, stage: str) -> str | None:
     """Which selection a stage made, told by its marker, by that of the labels, or by the file itself."""
-    if isinstance(staged, Analysis):
-        dest = staged.selection(int(stage.removeprefix("select-")))
-    else:
-        assert isinstance(staged, Cycle)
-        dest = staged.selection
+    assert isinstance(staged, Cycle | Analysis)
+    dest = staged.selection if isinstance(staged, Cycle) else staged.selection_of(stage)
     ways: list[Callable[[], str | None]] = [
         lambda: (staged.marker(stage) or {}).get("selection_sha256"),
         lambda: (staged.marker("label") or {}).get("inputs", {}).get("selection"),
@@ -308,8 +304,7 @@ class _Inspection:
             return
         if not Assignments.begun(path):
             if len(complete):
-                record = path.with_name(f"{path.name}.json")
-                self.found.append(Damaged(f"{record}: missing", advice="put it back from a copy"))
+                self.found.append(Damaged(f"{record_path(path)}: missing", advice="put it back from a copy"))
             return  # cut off while it was laid out
         try:
             assignments = Assignments.open(path)
@@ -328,21 +323,19 @@ class _Inspection:
             for name, block, damage in assignments.damaged(row):
                 # With its recorded values missing a block is scored again; its labels must come out the same.
                 self.found.append(Damaged(str(damage), (assignments.chunk(name, row, block),), redo))
-            self._read(len(assignments.committed(row)))
+            committed = assignments.committed(row)
+            self._read(len(committed))
             if row in complete:
-                there = assignments.committed(row, recorded=row >= recorded_from)
+                whole = assignments.committed(row, recorded=row >= recorded_from)
                 for block in assignments.blocks:
-                    if block.index not in there and block.index not in assignments.committed(row):
-                        self.found.append(Damaged(f"{path}: row {row}, block {block.index} is missing", (), redo))
-                    elif block.index not in there:
-                        what = f"{path}: row {row}, block {block.index} has no recorded values"
-                        self.found.append(Damaged(what, (), redo))
+                    if block.index not in whole:
+                        what = "has no recorded values" if block.index in committed else "is missing"
+                        self.found.append(Damaged(f"{path}: row {row}, block {block.index} {what}", (), redo))
 
     def _metadata(self, path: Path, error: Exception) -> None:
         """Zarr's own metadata is made again from the record beside the arrays; the record cannot be."""
-        record = path.with_name(f"{path.name}.json")
         try:
-            read_json(record)
+            read_json(record_path(path))
         except (Damage, UnknownFormat) as damage:
             self.found.append(Damaged(str(damage), advice="put it back from a copy"))
         else:
@@ -361,7 +354,7 @@ class _Inspection:
             if reduced is not None:
                 self._scores(analysis.scores, (analysis, "reduce"))
             for stage in analysis.selections():
-                dest = analysis.selection(int(stage.removeprefix("select-")))
+                dest = analysis.selection_of(stage)
                 again = (analysis.folder / f"{stage}.json", dest)
                 self._look(partial(_selection, analysis, stage, dest), delete=again, redo=(analysis, stage))
 
