@@ -493,7 +493,9 @@ class Scorers:
         for ref in ready:
             actor = self._placing.pop(ref)
             with suppress(RayError):  # it died: what else it was asked says so
-                self.processes[actor] = ray.get(ref)
+                process = ray.get(ref)
+                if actor in self.actors:
+                    self.processes[actor] = process
 
     def shrink(self, n: int) -> None:
         """Stop actors until there are at most `n`."""
@@ -509,6 +511,7 @@ class Scorers:
                 name=name, namespace="distal", **self._options
             )
             self.actors[self._next] = actor.remote(name, *self._arguments)
+            self._placing[self.actors[self._next].process.remote()] = self._next
             started.append(self._next)
             self._next += 1
         return started
@@ -650,6 +653,7 @@ class _Pass:
         self.asked: dict[Any, int] = {}  # signs of life asked for
         self.heard: dict[int, tuple[int, float]] = {}  # the last new one of each actor that is busy, and when
         self.without_actors_since: float | None = None
+        self.starting_since: dict[int, float] = {}
         self.failed_starts = 0
         self.started_before_failure = 0
         self.refused = 0
@@ -848,8 +852,15 @@ class _Pass:
                 self.on_event("scoring_waits", reason=f"no room on the cluster for {self.scorers}")
         else:
             self.without_actors_since = None
-        busy = {work.actor for work in self.working.values()}
-        busy |= {actor for actor in self.joining.values() if actor in self.scorers.processes}  # others wait for room
+        joining = set(self.joining.values())
+        self.starting_since = {
+            actor: self.starting_since.get(actor, now) for actor in joining - self.scorers.processes.keys()
+        }
+        for actor, since in self.starting_since.items():
+            if now - since > max(self.stuck_after, WAITS_S):  # it waits for room, or hangs before it could say a word
+                self.on_event("actor_asked_for_again", actor=actor, seconds=round(now - since))
+                self._forget(actor)
+        busy = {work.actor for work in self.working.values()} | (joining & self.scorers.processes.keys())
         self.heard = {actor: self.heard.get(actor, (-1, now)) for actor in busy}
         for actor, (_, since) in list(self.heard.items()):
             if now - since > self.stuck_after:

@@ -27,6 +27,7 @@ from distal.errors import Damage, Diverged, PoolError, RunConflict
 from distal.models import ModelSpec, seeded_build
 from distal.pool import Pool
 from distal.records import CheckpointRef, Progress, split_blocks
+from distal.score import actors
 from distal.score.actors import Job, Order, Scored, Scorer, Scorers, score
 from distal.score.predict import Prediction, Predictor
 
@@ -225,6 +226,37 @@ def test_a_stuck_actor_is_replaced(pool: Pool, tmp_path: Path, reference: dict[s
     assert len(reasons) == 1
     assert re.match("no sign of life for [23] s; it is replaced", reasons[0])
     assert gone(stopped[0]), "it would keep its slot"
+
+
+class HangsAtFirst(Scorer):
+    """The first one never gets as far as to tell its process; or tells it, and never gets to work."""
+
+    def __init__(self, name: str, *arguments: int) -> None:
+        super().__init__(name, *arguments)
+        self.first = name.endswith("-0")
+        if self.first and name.startswith("mute"):
+            time.sleep(600)
+
+    def fingerprint(self, job: Job) -> dict[str, str]:
+        if self.first:
+            time.sleep(600)
+        return super().fingerprint(job)
+
+
+@pytest.mark.parametrize(("prefix", "told"), [("mute", "actor_asked_for_again"), ("idle", "actor_lost")])
+def test_an_actor_that_hangs_before_it_has_work_is_replaced(
+    pool: Pool, tmp_path: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch, prefix: str, told: str
+) -> None:
+    monkeypatch.setattr(actors, "Scorer", HangsAtFirst)
+    monkeypatch.setattr(actors, "WAITS_S", 8.0)
+    job, assignments = prepare(tmp_path, pool)
+    scorers = new_scorers(prefix)
+    events: list[str] = []
+    run(job, assignments, scorers, 1, on_event=lambda name, **_: events.append(name), stuck_after=2.0)
+    scorers.shrink(0)
+    assert digest(assignments.path) == reference
+    assert events.count(told) >= 1
+    assert events[-1] == "actor_joined"
 
 
 def test_only_what_is_missing_is_scored(
