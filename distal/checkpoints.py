@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distal.errors import Damage
+from distal.errors import Damage, ModelError
 from distal.records import CheckpointRef
 from distal.storage import create_json, names_in, read_json, sha256, write_bytes
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and looking at a queue does 
     StateDict = dict[str, torch.Tensor]
 
 MANIFEST = "manifest.json"
-SAFETENSORS = ".safetensors"
+SAFETENSORS, LIGHTNING = ".safetensors", ".ckpt"
+KEEP_ALL = "ModelCheckpoint(save_top_k=-1) in Lightning"
 VISIBLE_S = 60.0
 
 
@@ -122,18 +124,43 @@ def load(checkpoint: CheckpointRef) -> StateDict:
     """The weights of a checkpoint, on the CPU.
 
     Raises:
+        ModelError: whoever else writes these files has removed it.
         Damage: the file is missing, or its bytes are not those that were committed.
     """
     try:
         data = checkpoint.path.read_bytes()
     except FileNotFoundError:
+        if checkpoint.path.suffix == LIGHTNING:
+            raise ModelError(
+                f"{checkpoint.path}: removed before it was scored; put it back, and have every checkpoint kept: "
+                f"{KEEP_ALL}"
+            ) from None
         raise Damage(
             f"{checkpoint.path}: the weights of checkpoint {checkpoint.index} are missing; put the file back"
         ) from None
     if sha256(data) != checkpoint.sha256:
         raise Damage(f"{checkpoint.path}: the bytes of checkpoint {checkpoint.index} have changed")
-    state: StateDict = deserialize(data, checkpoint.path.suffix)
+    state: StateDict = within(deserialize(data, checkpoint.path.suffix), checkpoint.key, checkpoint.prefix)
     return state
+
+
+def within(value: Any, key: str | None, prefix: str) -> Any:
+    """The state_dict that is somewhere in what a file holds; see `CheckpointRef`.
+
+    Raises:
+        KeyError: there is nothing under that key.
+    """
+    while key is not None:
+        if not isinstance(value, Mapping):
+            raise KeyError(key)
+        if key in value:  # also one that has dots in it
+            value, key = value[key], None
+        else:
+            first, _, key = key.partition(".")
+            value = value[first]
+    if prefix and isinstance(value, Mapping):
+        value = {name.removeprefix(prefix): tensor for name, tensor in value.items() if name.startswith(prefix)}
+    return value
 
 
 def serialize(value: Any) -> bytes:

@@ -154,10 +154,16 @@ class Architecture(Section):
         "`small_cnn` (about 0.1 M parameters), a torchvision classifier such as `resnet18`, or a function of "
         "yours as `package.module:function`, called with num_classes and image_shape=(C, H, W).",
     )
+    args: dict[str, Any] = key({}, "Further arguments to build it with, such as `{dropout: 0.2}`.")
     stem: Literal["auto", "small", "standard"] = key(
         "auto",
         "First layers of a torchvision ResNet. small: 3x3 stride 1 and no max-pool. auto: small for images "
         "under 64 pixels.",
+    )
+    output: Function | None = key(
+        None,
+        "A function of yours, `package.module:function`, from what the network returns to logits (B, classes). null: a "
+        "tensor is taken as it is, of a tuple the first, of a mapping `logits`.",
     )
 
 
@@ -181,13 +187,25 @@ class ForeignModel(Architecture):
 
 
 class CheckpointsConfig(Section):
-    """A directory of checkpoints that something else writes: state_dicts as .pt, .pth or .safetensors."""
+    """Checkpoints that something else writes: state_dicts as .pt, .pth or .safetensors, or Lightning's .ckpt."""
 
     path: str = key(..., "The directory.", PLACE)
     pattern: str = key("*.pt", "Which of its files are checkpoints, as in a shell.", NEVER)
+    strip_prefix: str | None = key(
+        None,
+        "What the keys of the state_dict have before those of the network, such as `model.`; keys without it are left "
+        "out. null: found, where there is one choice.",
+        NEVER,
+    )
     expect: Count | None = key(None, "How many there will be. null: unknown.", ANY_TIME)
     idle: float = key(
         600.0, "With --watch: seconds without a new checkpoint after which none will come.", ANY_TIME, gt=0
+    )
+    key: str | None = key(  # last: here the name means the function above
+        None,
+        "Where in a file the state_dict is, with dots between nested keys: of averaged weights, say. null: the file is "
+        "one, or has one as `state_dict`.",
+        NEVER,
     )
 
 
@@ -693,6 +711,8 @@ def _kinds(kind: Any) -> list[str]:
     if get_origin(kind) is Annotated:
         bounds = [bound for part in kind.__metadata__ for bound in getattr(part, "metadata", ())]
         return [", ".join(_kinds(members[0])) + _bounds(bounds)]
+    if get_origin(kind) is dict:
+        return ["mapping"]
     if get_origin(kind) is tuple:
         return [f"list of {' or '.join(_kinds(members[0]))}"]
     if get_origin(kind) is Literal:

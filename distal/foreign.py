@@ -3,17 +3,21 @@
 An index is given once, in `checkpoints.json` of the cycle: in natural order (`epoch2` before `epoch10`) to the files
 that are there when it is first looked at, then in the order of appearance. A file counts once its size and time have
 stood still and it loads; one that changes afterwards is refused.
+
+Weights count once. What is written over and over (`last.ckpt`, `best.pt`: names without a number, beside others that
+have one) comes last, when no more will come, and then mostly has the weights of another file.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import io
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distal import checkpoints
 from distal.errors import ModelError, RunConflict, one_line
@@ -25,18 +29,40 @@ if TYPE_CHECKING:
 
 SETTLED_S = 2.0  # seconds that a file must have stood still
 BROKEN_S = 60.0  # seconds after which a file that stands still and does not load is not being written any more
-SUFFIXES = (".pt", ".pth", checkpoints.SAFETENSORS)
+SUFFIXES = (".pt", ".pth", checkpoints.LIGHTNING, checkpoints.SAFETENSORS)
+VERSION = re.compile(r"-v\d+$")
+STATE_DICT = "state_dict"  # where Lightning has it, and many a script
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file with an index; `mtime_ns` saves hashing it again."""
+    """A file that was taken up.
 
-    index: int
+    Attributes:
+        index: None when an earlier file has the same weights.
+        path: below the directory.
+        size, mtime_ns: as long as they stay, it need not be hashed again.
+        sha256: of the file.
+        weights_sha256: of the weights in it.
+        key, prefix: where they are; see `CheckpointRef`.
+    """
+
+    index: int | None
     path: str
     size: int
     mtime_ns: int
     sha256: str
+    weights_sha256: str
+    key: str | None = None
+    prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the weights are in each file: `checkpoints.key` and `strip_prefix`; None: to be found."""
+
+    key: str | None = None
+    prefix: str | None = None
 
 
 class ForeignCheckpoints:
@@ -45,7 +71,8 @@ class ForeignCheckpoints:
     Args:
         record: `checkpoints.json`.
         folder, pattern: where they are, and which files are checkpoints.
-        check: raises ModelError when weights do not fit the network; called with the file's name and the state_dict.
+        template: weights of the network that theirs must fit.
+        layout: where in a file they are.
 
     Raises:
         ModelError: no such directory.
@@ -57,11 +84,13 @@ class ForeignCheckpoints:
         record: Path,
         folder: Path,
         pattern: str,
-        check: Callable[[str, StateDict], None] = lambda name, state: None,
+        template: StateDict,
+        layout: Layout = Layout(),
     ) -> None:
         if not folder.is_dir():
             raise ModelError(f"checkpoints.path: {folder}: no such directory")
-        self._record, self._folder, self._pattern, self._check = record, folder, pattern, check
+        self._record, self._folder, self._pattern = record, folder, pattern
+        self._template, self._layout = template, layout
         self._entries = known(record)
         self._kept = False
         self._seen: dict[str, tuple[tuple[int, int], float]] = {}  # size and time of a new file, and since when
@@ -70,16 +99,27 @@ class ForeignCheckpoints:
     @property
     def refs(self) -> list[CheckpointRef]:
         """Those that have an index, in order."""
-        return [CheckpointRef(e.index, e.index + 1, self._folder / e.path, e.sha256) for e in self._entries]
+        return [
+            CheckpointRef(e.index, e.index + 1, self._folder / e.path, e.sha256, key=e.key, prefix=e.prefix)
+            for e in self._entries
+            if e.index is not None
+        ]
 
-    def look(self, *, patient: bool) -> bool:
-        """Give an index to new files that are complete.
+    @property
+    def repeated(self) -> list[tuple[str, str]]:
+        """Files that were left out, each with the earlier one that has the same weights."""
+        first = {e.weights_sha256: e.path for e in reversed(self._entries)}
+        return [(e.path, first[e.weights_sha256]) for e in self._entries if e.index is None]
+
+    def look(self, *, patient: bool, closing: bool = False) -> bool:
+        """Take up new files that are complete.
 
         Args:
             patient: whether a file that does not load may still be on its way for `BROKEN_S` seconds.
+            closing: whether to take up those as well that are written over as long as more come.
 
         Returns:
-            Whether every file that is there has an index.
+            Whether every file that is there has been taken up.
 
         Raises:
             ModelError: a file does not load, or is no state_dict of plain tensors, or does not fit the network.
@@ -88,7 +128,8 @@ class ForeignCheckpoints:
         self._refuse_changed()
         taken = {entry.path for entry in self._entries}
         waiting = False
-        for name in matching(self._folder, self._pattern):
+        names = matching(self._folder, self._pattern)
+        for name in names if closing else _lasting(names):
             if name in taken:
                 continue
             still_s = self._still_s(name)
@@ -106,11 +147,11 @@ class ForeignCheckpoints:
     def keep(self) -> None:
         """Write the indices down, those given so far and those to come. Until then nothing is written."""
         self._kept = True
-        write_json(self._record, {"checkpoints": [_as_record(entry) for entry in self._entries]})
+        write_json(self._record, {"checkpoints": [asdict(entry) for entry in self._entries]})
 
     def settle(self) -> None:
-        """Look until every file that is there has an index."""
-        while not self.look(patient=False):
+        """Look until every file that is there has been taken up."""
+        while not self.look(patient=False, closing=True):
             time.sleep(0.1)
 
     def _still_s(self, name: str) -> float:
@@ -137,19 +178,26 @@ class ForeignCheckpoints:
         if (stat.st_size, stat.st_mtime_ns) != self._seen[name][0] or len(data) != stat.st_size:
             return None
         try:
-            state = checkpoints.deserialize(data, path.suffix)
+            value = checkpoints.deserialize(data, path.suffix)
         except Exception as error:
+            if objects := _objects(data, path.suffix):
+                raise ModelError(_cannot_read(path, self._pattern, objects)) from error
             if patient:
                 return None
             raise ModelError(
                 f"{path}: truncated, or not a state_dict of plain tensors ({one_line(error)[:200]}); save "
                 "model.state_dict() alone, or remove the file"
             ) from error
-        self._check(name, state)
-        return Entry(len(self._entries), name, stat.st_size, stat.st_mtime_ns, sha256(data))
+        key, prefix = find_weights(name, value, self._template, self._layout)
+        state = checkpoints.within(value, key, prefix)
+        check_fits(name, state, self._template)
+        weights = sha256(checkpoints.serialize({key: state[key] for key in sorted(state)}))
+        known = any(entry.weights_sha256 == weights for entry in self._entries)
+        index = None if known else sum(entry.index is not None for entry in self._entries)
+        return Entry(index, name, stat.st_size, stat.st_mtime_ns, sha256(data), weights, key, prefix)
 
     def _refuse_changed(self) -> None:
-        for position, entry in enumerate(self._entries):
+        for position, entry in reversed(list(enumerate(self._entries))):
             path = self._folder / entry.path
             try:
                 stat = path.stat()
@@ -158,6 +206,9 @@ class ForeignCheckpoints:
             if (stat.st_size, stat.st_mtime_ns) == (entry.size, entry.mtime_ns):
                 continue
             if stat.st_size != entry.size or sha256(path.read_bytes()) != entry.sha256:
+                if entry.index is None:  # last.ckpt, written again
+                    del self._entries[position]
+                    continue
                 raise RunConflict(
                     f"{path}: changed after it became checkpoint {entry.index}; write every checkpoint to a file of "
                     "its own, and put the old one back or give another run directory (run=...)"
@@ -166,8 +217,114 @@ class ForeignCheckpoints:
 
 
 def matching(folder: Path, pattern: str) -> list[str]:
-    """Names of the checkpoints of a directory, in natural order; empty when there is no such directory."""
-    return sorted((name for name in names_in(folder) if fnmatch.fnmatchcase(name, pattern)), key=_natural)
+    """Names of the checkpoints of a directory, in order; empty when there is no such directory.
+
+    In natural order, and those without a number last. A version that Lightning appends (`-v1`) is none.
+    """
+    names = [name for name in names_in(folder) if fnmatch.fnmatchcase(name, pattern)]
+    for index in checkpoints.committed(folder):
+        path = checkpoints.read(folder, index).path
+        if fnmatch.fnmatchcase(path.name, pattern):
+            names.append(str(path.relative_to(folder)))
+    return sorted(names, key=lambda name: (not _is_numbered(name), _natural(name)))
+
+
+def _lasting(names: list[str]) -> list[str]:
+    """Without those that are written over as long as training goes on."""
+    return [name for name in names if _is_numbered(name)] or names
+
+
+def versions(names: list[str]) -> list[str]:
+    """Those that Lightning gave a version (`-v1`), because there was a file of that name."""
+    return [name for name in names if VERSION.search(Path(name).stem)]
+
+
+def find_weights(name: str, value: object, template: StateDict, layout: Layout) -> tuple[str | None, str]:
+    """Where in a file the weights are: key and prefix, as `CheckpointRef` has them.
+
+    Args:
+        value: what the file holds.
+        template: weights of the network that they are for.
+
+    Raises:
+        ModelError: there is nothing under `layout.key`, or no key begins with `layout.prefix`, or several could be
+            meant.
+    """
+    key, places = layout.key, dict(_state_dicts(value))
+    if key is None and isinstance(value, Mapping) and None not in places:
+        if STATE_DICT not in value:
+            known = f"; set checkpoints.key to {' or '.join(str(place) for place in places)}" if places else ""
+            raise ModelError(f"{name}: not a state_dict of plain tensors (it has {_first(value)}){known}")
+        key = STATE_DICT
+    try:
+        state = checkpoints.within(value, key, "")
+    except KeyError:
+        known = " or ".join(str(place) for place in places) or "none"
+        raise ModelError(f"checkpoints.key: {name} has no {key!r}; those that hold tensors: {known}") from None
+    if not isinstance(state, Mapping):
+        return key, layout.prefix or ""
+    if layout.prefix is not None:
+        if not any(str(each).startswith(layout.prefix) for each in state):
+            raise ModelError(
+                f"checkpoints.strip_prefix: no key of {name} begins with {layout.prefix!r}: {_first(state)}"
+            )
+        return key, layout.prefix
+    prefixes = _prefixes(state, template)
+    if len(prefixes) > 1:
+        raise ModelError(
+            f"{name}: has weights for this network more than once, under {' and '.join(prefixes)}; set "
+            "checkpoints.strip_prefix to one of them"
+        )
+    return key, prefixes[0] if prefixes else ""
+
+
+def _state_dicts(value: object, place: str | None = None) -> Iterator[tuple[str | None, object]]:
+    """Where in nested mappings tensors are; None is the top."""
+    import torch
+
+    if isinstance(value, Mapping) and value:
+        if all(isinstance(each, torch.Tensor) for each in value.values()):
+            yield place, value
+            return
+        for name, each in value.items():
+            yield from _state_dicts(each, f"{place}.{name}" if place else str(name))
+
+
+def _prefixes(state: Mapping[Any, object], template: StateDict) -> list[str]:
+    """The prefixes under which there is everything that the network has; the empty one wins."""
+    if all(key in state for key in template):
+        return [""]
+    first = next(iter(template))
+    candidates = [str(key).removesuffix(first) for key in state if str(key).endswith(first)]
+    return [prefix for prefix in candidates if all(prefix + key in state for key in template)]
+
+
+def _first(keys: Mapping[Any, object]) -> str:
+    shown = [str(key) for key in keys]
+    return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
+
+
+def _objects(data: bytes, suffix: str) -> list[str]:
+    """Classes of a pickle that are not plain values and that only trust in its writer would run."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    if suffix == checkpoints.SAFETENSORS:
+        return []
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
+    except Exception:  # not even a pickle: the caller tells what is wrong with it
+        return []
+
+
+def _cannot_read(path: Path, pattern: str, objects: list[str]) -> str:
+    convert = (
+        "import pathlib, torch; [torch.save(torch.load(p, map_location='cpu', weights_only=False)"
+        f"['{STATE_DICT}'], p.with_suffix('.pt')) for p in pathlib.Path('{path.parent}').glob('{pattern}')]"
+    )
+    return (
+        f"{path}: holds an object of {objects[0]} beside the weights, and loading that runs code of its writer, which "
+        f'distal never does; if you trust it, convert with: python -c "{convert}" and set checkpoints.pattern=*.pt'
+    )
 
 
 def check_fits(name: str, state: object, template: StateDict) -> None:
@@ -209,9 +366,16 @@ def _hint(missing: list[str], unexpected: list[str]) -> str:
     return ""
 
 
+def _is_numbered(name: str) -> bool:
+    path = Path(name)
+    return path.parent != Path() or any(part.isdigit() for part in VERSION.sub("", path.stem))
+
+
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts numbers by value: epoch2 before epoch10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    """Sorts numbers by value, and what is longer after what it begins with: epoch2, epoch2-v1, epoch10."""
+    path = Path(name)
+    parts = re.split(r"(\d+)", str(path.with_suffix("")))
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part] + [(-1, 0, path.suffix)]
 
 
 def known(record: Path) -> list[Entry]:
@@ -220,7 +384,3 @@ def known(record: Path) -> list[Entry]:
         return [Entry(**entry) for entry in read_json(record, required=("checkpoints",))["checkpoints"]]
     except FileNotFoundError:
         return []
-
-
-def _as_record(entry: Entry) -> dict[str, object]:
-    return {name: getattr(entry, name) for name in Entry.__slots__}

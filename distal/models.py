@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,6 +67,7 @@ class ModelSpec:
             ModelError: unknown name, or weights that do not fit.
         """
         net = _build(self.config, self.n_classes, self.image_shape)
+        net.register_forward_hook(_Logits(self.config.output))
         if pretrained and self.config.weights is not None:
             load_pretrained(net, _weights(self.config), self.config.weights)
         return net.to(memory_format=torch.channels_last)
@@ -118,7 +120,7 @@ class ModelSpec:
                 got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ModelError(
                     f"model.name: {self.config.name} returned {got} for 2 images; "
-                    f"a tensor (2, {self.n_classes}) of logits is needed"
+                    f"a tensor (2, {self.n_classes}) of logits is needed; model.output names a function for it"
                 )
 
 
@@ -158,6 +160,22 @@ class _Function(nn.Module):
         return inputs
 
 
+class _Logits:
+    """What a network returns to logits: a hook, so that the network keeps its keys."""
+
+    def __init__(self, function: str | None) -> None:
+        self.function = function
+
+    def __call__(self, _net: nn.Module, _inputs: object, output: object) -> object:
+        if self.function is not None:
+            return _import(self.function, "model.output")(output)
+        if isinstance(output, Mapping) and "logits" in output:
+            return output["logits"]
+        if isinstance(output, tuple) and output:
+            return output[0]
+        return output
+
+
 class SmallCNN(nn.Sequential):
     """Three convolutions with batch norm and global average pooling: 0.1 M parameters.
 
@@ -184,21 +202,35 @@ def _is_torchvision(name: str) -> bool:
 
 def _build(config: Architecture, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     if config.name == SMALL_CNN:
+        if config.args:
+            raise ModelError(f"model.args: {SMALL_CNN} takes none, got {config.args}")
         return SmallCNN(n_classes, image_shape[0])
     if ":" in config.name:
-        net = _import(config.name, "model.name")(num_classes=n_classes, image_shape=image_shape)
+        build = partial(_import(config.name, "model.name"), num_classes=n_classes, image_shape=image_shape)
+        net = _called(build, config)
         if not isinstance(net, nn.Module):
             raise ModelError(f"model.name: {config.name} returned {type(net).__name__}; a torch.nn.Module is needed")
         return net
-    net = _torchvision(config.name, n_classes)
+    net = _torchvision(config, n_classes)
     small = min(image_shape[1:]) < SMALL_SIDE
     if config.stem == "small" or (config.stem == "auto" and small and _has_resnet_stem(net)):
         _shrink_stem(net, config.name)
     return net
 
 
-def _torchvision(name: str, n_classes: int) -> nn.Module:
+def _called(build: Callable[..., nn.Module], config: Architecture) -> nn.Module:
+    try:
+        return build(**config.args)
+    except (TypeError, ValueError) as error:
+        if not config.args:
+            raise
+        raise ModelError(f"model.args: {config.name} does not take {config.args} ({one_line(error)})") from error
+
+
+def _torchvision(config: Architecture, n_classes: int) -> nn.Module:
     import torchvision
+
+    name = config.name
 
     classifiers = torchvision.models.list_models(module=torchvision.models)
     if name not in classifiers:
@@ -207,7 +239,7 @@ def _torchvision(name: str, n_classes: int) -> nn.Module:
             f"model.name: {name!r} is unknown; give {SMALL_CNN}, package.module:function, or a torchvision "
             f"classifier such as {', '.join(near[:8])}"
         )
-    return torchvision.models.get_model(name, weights=None, num_classes=n_classes)
+    return _called(partial(torchvision.models.get_model, name, weights=None, num_classes=n_classes), config)
 
 
 def _has_resnet_stem(net: nn.Module) -> bool:

@@ -85,6 +85,8 @@ class CheckpointRef:
         path: the weights file.
         sha256: of the file's bytes (hex).
         metrics: what the trainer measured, such as the mean training loss.
+        key: where in the file the state_dict is, with dots between nested keys; None: the file is one.
+        prefix: what its keys have before those of the network; others are left out.
     """
 
     index: int
@@ -92,6 +94,8 @@ class CheckpointRef:
     path: Path
     sha256: str
     metrics: dict[str, float] = field(default_factory=dict)
+    key: str | None = None
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)

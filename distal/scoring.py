@@ -20,11 +20,12 @@ from scipy.stats import spearmanr
 from distal import analysis, cluster, inputs
 from distal.acquire.topk import Candidates, TopK
 from distal.assignments import Assignments, dtype_for
+from distal.checkpoints import KEEP_ALL, LIGHTNING
 from distal.config import ForeignConfig
 from distal.driver import SPOKEN, begin, choose, new_job, new_scorers
 from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError, UserError
-from distal.foreign import ForeignCheckpoints, check_fits
+from distal.foreign import ForeignCheckpoints, Layout, matching, versions
 from distal.hashing import digest
 from distal.lease import Lease
 from distal.ledger import Ledger
@@ -128,12 +129,12 @@ class _Scoring:
             raise UserError(f"score.budget: {config.score.budget} is more than the {n_candidates} candidates; lower it")
 
         self.cycle: Cycle = directory.cycle(0)
-        template = spec.build(pretrained=False).state_dict()
         self.checkpoints = ForeignCheckpoints(
             self.cycle.foreign,
             Path(config.checkpoints.path),
             config.checkpoints.pattern,
-            lambda name, state: check_fits(name, state, template),
+            spec.build(pretrained=False).state_dict(),
+            Layout(config.checkpoints.key, config.checkpoints.strip_prefix),
         )
         if watch:
             self.checkpoints.look(patient=True)
@@ -291,15 +292,18 @@ class _Scoring:
         refs, wanted = self.checkpoints.refs, self.config.checkpoints
         if not refs:
             todo = "none came" if self.watch else "wait for them with --watch"
+            if others := matching(Path(wanted.path), f"*{LIGHTNING}"):
+                todo = f"it has {len(others)} of Lightning's: set checkpoints.pattern=*{LIGHTNING}"
             raise ModelError(f"checkpoints.path: {wanted.path} has no file {wanted.pattern}; {todo}")
         if not self.watch and wanted.expect is not None and len(refs) < wanted.expect:
             raise ModelError(
                 f"checkpoints.expect: {wanted.expect}, and {len(refs)} are there; wait for the others with --watch"
             )
         if len(refs) == 1 and self.config.select.measure in FROM_VOTES:
+            keep = f"set {KEEP_ALL}" if refs[0].path.suffix == LIGHTNING else "keep more of them"
             raise ModelError(
-                f"{wanted.path}: one checkpoint only; {self.config.select.measure} of one checkpoint is always 0; keep "
-                "more of them, or set select.measure=margin"
+                f"{wanted.path}: one checkpoint only; {self.config.select.measure} of one checkpoint is always 0; "
+                f"{keep}, or select.measure=margin"
             )
 
     def _tell_order(self) -> None:
@@ -310,14 +314,13 @@ class _Scoring:
         names = [ref.path.name for ref in refs]
         shown = names if len(names) <= 4 else [*names[:2], "...", *names[-2:]]
         self.display.say(f"{len(names)} checkpoints, in this order: {', '.join(shown)}")
-        first: dict[str, str] = {}
-        for ref in refs:
-            earlier = first.setdefault(ref.sha256, ref.path.name)
-            if earlier != ref.path.name:
-                self.display.say(
-                    f"warning: {ref.path.name} has the weights of {earlier}, and both are counted; leave one out with "
-                    "checkpoints.pattern"
-                )
+        for name, earlier in self.checkpoints.repeated:
+            self.display.say(f"{name} is left out: it has the weights of {earlier}")
+        if doubtful := versions(names):
+            self.display.say(
+                f"warning: {doubtful[0]} was written when there was a file of that name; if two trainings wrote to "
+                "this directory, leave one out with checkpoints.pattern"
+            )
 
     def _made_from(self) -> dict[str, str]:
         return {
@@ -439,8 +442,9 @@ class _Watched:
         n = len(self._checkpoints.refs)
         if self._config.expect is not None and n >= self._config.expect:
             return True
-        if now - self._grew < self._config.idle:
+        if now - self._grew < self._config.idle or not self._checkpoints.look(patient=True, closing=True):
             return False
+        n = len(self._checkpoints.refs)
         self._display.say(f"no new checkpoint for {self._config.idle:.0f} s: going on with the {n} that are there")
         return True
 

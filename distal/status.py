@@ -61,7 +61,7 @@ def _n_cycles(cycle: Cycle) -> int:
 def _n_published(cycle: Cycle) -> int:
     if isinstance(cycle.config, Config):
         return len(checkpoints.committed(cycle.checkpoints))
-    return len(foreign.known(cycle.foreign))
+    return sum(entry.index is not None for entry in foreign.known(cycle.foreign))
 
 
 def _n_checkpoints(cycle: Cycle) -> int:

@@ -248,7 +248,7 @@ class _Inspection:
                 self._look(partial(_unchanged, path, entry.sha256), advice="put the old file back")
         n_rows = markers["score"]["n_rows"] if "score" in markers else 0
         recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
-        refs = {entry.index: entry.sha256 for entry in entries}
+        refs = {entry.index: entry.sha256 for entry in entries if entry.index is not None}
         self._assignments(cycle, "score", cycle.assignments, range(n_rows), recorded_from, refs)
         self._elimination(cycle, config, complete="score" in markers)
         self._analyses(cycle)

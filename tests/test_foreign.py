@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 
 from distal import checkpoints, foreign
 from distal.errors import ModelError, RunConflict
-from distal.foreign import ForeignCheckpoints, check_fits
+from distal.foreign import ForeignCheckpoints, Layout, check_fits, find_weights, matching, versions
 
 
 def write(folder: Path, name: str, value: float = 0.0) -> Path:
@@ -29,8 +31,16 @@ def age(path: Path) -> None:
     os.utime(path, (long_ago, long_ago))
 
 
-def opened(tmp_path: Path, pattern: str = "*") -> ForeignCheckpoints:
-    found = ForeignCheckpoints(tmp_path / "checkpoints.json", tmp_path / "ck", pattern)
+ANYWHERE = Layout()
+NETWORK = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+
+
+def looking(tmp_path: Path, pattern: str = "*", layout: Layout = ANYWHERE) -> ForeignCheckpoints:
+    return ForeignCheckpoints(tmp_path / "checkpoints.json", tmp_path / "ck", pattern, NETWORK, layout)
+
+
+def opened(tmp_path: Path, pattern: str = "*", layout: Layout = ANYWHERE) -> ForeignCheckpoints:
+    found = looking(tmp_path, pattern, layout)
     found.settle()
     found.keep()
     return found
@@ -52,17 +62,16 @@ def test_natural_order_and_both_formats(tmp_path: Path) -> None:
 
 def test_an_index_is_given_once(tmp_path: Path) -> None:
     """A file that comes later is added at the end, also when its name sorts before."""
-    write(tmp_path / "ck", "epoch2.pt")
+    write(tmp_path / "ck", "epoch2.pt", 2)
     assert names(opened(tmp_path)) == ["epoch2.pt"]
-    write(tmp_path / "ck", "epoch10.pt")
-    write(tmp_path / "ck", "epoch1.pt")
+    write(tmp_path / "ck", "epoch10.pt", 10)
+    write(tmp_path / "ck", "epoch1.pt", 1)
     assert names(opened(tmp_path)) == ["epoch2.pt", "epoch1.pt", "epoch10.pt"]
 
 
 def test_nothing_is_written_before_it_is_kept(tmp_path: Path) -> None:
     write(tmp_path / "ck", "a.pt")
-    found = ForeignCheckpoints(tmp_path / "checkpoints.json", tmp_path / "ck", "*")
-    found.settle()
+    looking(tmp_path).settle()
     assert not (tmp_path / "checkpoints.json").exists()
 
 
@@ -96,7 +105,7 @@ def test_a_file_counts_when_it_has_stood_still_and_loads(tmp_path: Path, monkeyp
 
     writer = threading.Thread(target=slowly)
     writer.start()
-    found = ForeignCheckpoints(tmp_path / "checkpoints.json", tmp_path / "ck", "*")
+    found = looking(tmp_path)
     while not found.look(patient=True) or not found.refs:
         assert not writer.is_alive() or not found.refs
         time.sleep(0.02)
@@ -107,7 +116,7 @@ def test_a_file_counts_when_it_has_stood_still_and_loads(tmp_path: Path, monkeyp
 def test_a_later_file_does_not_overtake_one_that_is_being_written(tmp_path: Path) -> None:
     write(tmp_path / "ck", "epoch2.pt")
     (tmp_path / "ck" / "epoch1.pt").write_bytes(b"half")  # now
-    found = ForeignCheckpoints(tmp_path / "checkpoints.json", tmp_path / "ck", "*")
+    found = looking(tmp_path)
     assert not found.look(patient=True)
     assert found.refs == []
 
@@ -123,10 +132,106 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
 
 def test_code_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "ck").mkdir()
-    torch.save({"path": Path("x")}, tmp_path / "ck" / "a.pt")
-    age(tmp_path / "ck" / "a.pt")
-    with pytest.raises(ModelError, match="a.pt: truncated, or not a state_dict of plain tensors"):
+    torch.save({"state_dict": NETWORK, "hyper_parameters": {"path": Path("x")}}, tmp_path / "ck" / "a b.ckpt")
+    age(tmp_path / "ck" / "a b.ckpt")
+    with pytest.raises(ModelError, match="a b.ckpt: holds an object of pathlib.* if you trust it") as raised:
         opened(tmp_path)
+    assert "\n" not in str(raised.value)
+    command = str(raised.value).partition("convert with: python")[2].rpartition(" and set checkpoints.pattern=*.pt")[0]
+    subprocess.run(sys.executable + command, shell=True, check=True)
+    age(tmp_path / "ck" / "a b.pt")
+    assert names(opened(tmp_path, "*.pt")) == ["a b.pt"]
+
+
+def save(folder: Path, name: str, **more: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    torch.save(more, folder / name)
+    age(folder / name)
+    return folder / name
+
+
+def lightning(value: float, **more: object) -> dict[str, object]:
+    """What Lightning saves, as far as it matters here."""
+    state = {"model.weight": torch.full((2, 3), value), "model.bias": torch.zeros(2), "loss.scale": torch.ones(1)}
+    return {"epoch": 3, "state_dict": state, "callbacks": {"ModelCheckpoint": {"best_k_models": {}}}, **more}
+
+
+def test_a_directory_as_lightning_leaves_it(tmp_path: Path) -> None:
+    """Names in natural order, a second version after the first, weights once; `last` when no more will come."""
+    for name, value in (("epoch=10-step=110", 10), ("epoch=2-step=30", 2), ("epoch=2-step=30-v1", 2.5), ("last", 10)):
+        save(tmp_path / "ck", f"{name}.ckpt", **lightning(value, seconds=name))
+    found = looking(tmp_path)
+    assert found.look(patient=True)
+    assert names(found) == ["epoch=2-step=30.ckpt", "epoch=2-step=30-v1.ckpt", "epoch=10-step=110.ckpt"]
+    found.keep()
+    assert opened(tmp_path).repeated == [("last.ckpt", "epoch=10-step=110.ckpt")]
+    loaded = checkpoints.load(found.refs[2])
+    assert loaded.keys() == NETWORK.keys()
+    assert (loaded["weight"] == 10).all()
+    assert versions(names(found)) == ["epoch=2-step=30-v1.ckpt"]
+
+    save(tmp_path / "ck", "epoch=11-step=120.ckpt", **lightning(11))
+    save(tmp_path / "ck", "last.ckpt", **lightning(12))  # written again, with weights of its own
+    assert [ref.index for ref in opened(tmp_path).refs] == [0, 1, 2, 3, 4]
+    assert names(opened(tmp_path))[3:] == ["epoch=11-step=120.ckpt", "last.ckpt"]
+
+
+def test_names_without_a_number_are_a_sequence_of_their_own(tmp_path: Path) -> None:
+    for value, name in enumerate(("early.pt", "late.pt")):
+        write(tmp_path / "ck", name, value)
+    found = looking(tmp_path)
+    assert found.look(patient=True)
+    assert names(found) == ["early.pt", "late.pt"]
+
+
+def test_published_checkpoints(tmp_path: Path) -> None:
+    for index in (1, 0):
+        checkpoints.commit(tmp_path / "ck", index, index + 1, NETWORK | {"bias": torch.full((2,), float(index))})
+    assert [ref.path.parent.name for ref in opened(tmp_path, "*.pt").refs] == ["0000", "0001"]
+    assert matching(tmp_path / "ck", "*.ckpt") == []
+
+
+@pytest.mark.parametrize(
+    ("value", "layout", "expected"),
+    [
+        (NETWORK, Layout(), (None, "")),
+        ({"state_dict": NETWORK, "epoch": 1}, Layout(), ("state_dict", "")),
+        ({"state_dict": NETWORK, "ema": {"shadow": NETWORK}}, Layout("ema.shadow"), ("ema.shadow", "")),
+        ({"a.b": NETWORK, "a": 1}, Layout("a.b"), ("a.b", "")),
+        ({f"module.{key}": value for key, value in NETWORK.items()}, Layout(), (None, "module.")),
+        (
+            {f"{p}.{key}": value for key, value in NETWORK.items() for p in ("net", "teacher")},
+            Layout(None, "net."),
+            (None, "net."),
+        ),
+    ],
+)
+def test_where_the_weights_are(value: object, layout: Layout, expected: tuple[str | None, str]) -> None:
+    assert find_weights("a.pt", value, NETWORK, layout) == expected
+    assert checkpoints.within(value, *expected).keys() == NETWORK.keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "layout", "message"),
+    [
+        (
+            {"model_state_dict": NETWORK, "optimizer": {"lr": 0.1}},
+            Layout(),
+            r"it has model_state_dict, optimizer\); set checkpoints.key to model_state_dict",
+        ),
+        ({"state_dict": NETWORK, "epoch": 1}, Layout("ema"), "has no 'ema'; those that hold tensors: state_dict"),
+        ({"epoch": 1}, Layout("epoch.x"), "has no 'epoch.x'; those that hold tensors: none"),
+        (NETWORK, Layout(None, "net."), "no key of a.pt begins with 'net.': weight, bias"),
+        (
+            {f"{p}.{key}": value for key, value in NETWORK.items() for p in ("net", "teacher")},
+            Layout(),
+            "more than once, under net. and teacher.; set checkpoints.strip_prefix",
+        ),
+    ],
+)
+def test_weights_that_are_not_found(value: object, layout: Layout, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        find_weights("a.pt", value, NETWORK, layout)
 
 
 def test_other_files_and_folders(tmp_path: Path) -> None:
@@ -135,7 +240,9 @@ def test_other_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "ck").mkdir()
     (tmp_path / "ck" / "notes.txt").write_text("hello")
     age(tmp_path / "ck" / "notes.txt")
-    with pytest.raises(ModelError, match=r"'\*' matches notes.txt; checkpoints are .pt, .pth, .safetensors files"):
+    with pytest.raises(
+        ModelError, match=r"'\*' matches notes.txt; checkpoints are .pt, .pth, .ckpt, .safetensors files"
+    ):
         opened(tmp_path)
 
 

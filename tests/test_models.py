@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,47 @@ def wrong_output(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Modu
 
 def no_module(num_classes: int, image_shape: tuple[int, int, int]) -> object:
     return "net"
+
+
+class Wrapped(nn.Module):
+    """Returns its logits in something."""
+
+    def __init__(self, net: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.net, self.kind = net, kind
+
+    def forward(self, inputs: torch.Tensor) -> object:
+        logits = self.net(inputs)
+        wrapped = {"tuple": (logits, None), "mapping": {"loss": None, "logits": logits}, "own": [None, logits]}
+        return wrapped[self.kind]
+
+
+def wrapped(num_classes: int, image_shape: tuple[int, int, int], kind: str) -> nn.Module:
+    return Wrapped(mlp(num_classes, image_shape), kind)
+
+
+def second(output: list[torch.Tensor]) -> torch.Tensor:
+    return output[1]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "mapping", "own"])
+def test_what_networks_return(kind: str) -> None:
+    output = f"{__name__}:second" if kind == "own" else None
+    s = spec(name=f"{__name__}:wrapped", args={"kind": kind}, output=output)
+    s.check()
+    images = torch.rand(3, 1, 28, 28)
+    net = s.build()
+    assert torch.equal(net(images), net.net(images))
+    assert deepcopy(net)(images).shape == (3, 10)
+
+
+def test_arguments_of_the_network() -> None:
+    thin = spec((3, 32, 32), name="resnet18", args={"width_per_group": 64, "groups": 1, "zero_init_residual": True})
+    assert (thin.build().layer1[0].bn2.weight == 0).all()
+    with pytest.raises(ModelError, match=r"model.args: resnet18 does not take {'depth': 3} \(.*depth"):
+        spec((3, 32, 32), name="resnet18", args={"depth": 3}).build()
+    with pytest.raises(ModelError, match=r"model.args: small_cnn takes none, got {'depth': 3}"):
+        spec(args={"depth": 3}).build()
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 8, 9), (1, 64, 64)])

@@ -1,0 +1,39 @@
+"""A callback for Lightning users: `Trainer(callbacks=[PublishCheckpoints(folder)])`. Needs the `lightning` package."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from distal.train.command import publish_checkpoint
+
+
+class PublishCheckpoints(Callback):
+    """Publish the weights after every training epoch; see `publish_checkpoint`.
+
+    Args:
+        folder: what `{checkpoints}` of `train.command` came to, or any folder, for `distal score`.
+        module: name of the attribute of the LightningModule that is the network of `model.name`; None: it is itself.
+        every_n_epochs: as `train.checkpoint_every`; the last epoch always gives one.
+    """
+
+    def __init__(self, folder: str | Path, module: str | None = None, every_n_epochs: int = 1) -> None:
+        self.folder, self.every_n_epochs = Path(folder), every_n_epochs
+        self.prefix = "" if module is None else f"{module}."
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `lightning.pytorch.Callback`."""
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
+            return
+        state: dict[str, Any] = trainer.strategy.lightning_module_state_dict()  # every rank has its share in it
+        mine = {key.removeprefix(self.prefix): value for key, value in state.items() if key.startswith(self.prefix)}
+        if not mine:
+            raise ValueError(f"PublishCheckpoints: {type(pl_module).__name__} has no module {self.prefix[:-1]!r}")
+        if trainer.is_global_zero:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            publish_checkpoint(self.folder, mine, math.ceil(epoch / self.every_n_epochs) - 1, metrics=metrics)

@@ -1,0 +1,114 @@
+"""The callback, and what Lightning itself saves, with the real package."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from distal import checkpoints
+from distal.config import ModelConfig
+from distal.errors import ModelError
+from distal.foreign import ForeignCheckpoints, Layout
+from distal.models import ModelSpec
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import lightning
+    from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+    from distal.lightning import PublishCheckpoints
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own, about workers and loggers
+
+SPEC = ModelSpec(ModelConfig(), 4, (1, 8, 8), (0.5,), (0.5,))
+EPOCHS = 5
+
+
+class Classifier(lightning.LightningModule):
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.save_hyperparameters()  # a Path: what weights_only refuses
+        self.net = SPEC.build()
+        self.register_buffer("scale", torch.ones(1))
+
+    def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+        loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Plain(Classifier):
+    def save_hyperparameters(self, *_: object) -> None:
+        pass
+
+
+def fit(folder: Path, *callbacks: lightning.Callback, kind: type[Classifier] = Plain) -> None:
+    torch.manual_seed(0)
+    data = DataLoader(TensorDataset(torch.rand(32, 1, 8, 8), torch.arange(32) % 4), batch_size=8)
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS, callbacks=list(callbacks), accelerator="cpu", logger=False, default_root_dir=folder,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False if not any(
+            isinstance(each, ModelCheckpoint) for each in callbacks) else None,
+    )  # fmt: skip
+    trainer.fit(kind(folder), data)
+    long_ago = time.time() - 3600
+    for path in folder.rglob("*.ckpt"):
+        os.utime(path, (long_ago, long_ago))
+
+
+def opened(folder: Path) -> ForeignCheckpoints:
+    template = SPEC.build().state_dict()
+    found = ForeignCheckpoints(folder / "checkpoints.json", folder, "*.ckpt", template)
+    found.settle()
+    return found
+
+
+def test_the_callback_publishes(tmp_path: Path) -> None:
+    fit(tmp_path, PublishCheckpoints(tmp_path / "out", module="net", every_n_epochs=2))
+    assert checkpoints.committed(tmp_path / "out") == [0, 1, 2]  # after epochs 2, 4 and the last one
+    first, last = (checkpoints.read(tmp_path / "out", index) for index in (0, 2))
+    assert checkpoints.load(last).keys() == SPEC.build().state_dict().keys()
+    assert last.metrics["train_loss"] < first.metrics["train_loss"]
+    with pytest.raises(ValueError, match="Plain has no module 'network'"):
+        fit(tmp_path, PublishCheckpoints(tmp_path / "other", module="network"))
+
+
+def test_its_checkpoints_as_they_are(tmp_path: Path) -> None:
+    """All of them, `last.ckpt` and a second training into the same directory."""
+    every = {"dirpath": tmp_path, "save_top_k": -1, "save_last": True}
+    fit(tmp_path, PublishCheckpoints(tmp_path / "out", module="net"), ModelCheckpoint(**every))
+    found = opened(tmp_path)
+    assert [ref.path.name for ref in found.refs] == [f"epoch={i}-step={4 * (i + 1)}.ckpt" for i in range(EPOCHS)]
+    assert found.repeated == [("last.ckpt", "epoch=4-step=20.ckpt")]
+    for ref in found.refs:
+        published = checkpoints.load(checkpoints.read(tmp_path / "out", ref.index))
+        assert all(torch.equal(value, published[key]) for key, value in checkpoints.load(ref).items())
+    fit(tmp_path, ModelCheckpoint(**every))
+    assert (tmp_path / "epoch=4-step=20-v1.ckpt").exists()
+    assert len(opened(tmp_path).refs) == EPOCHS  # the same training gives the same weights
+
+
+def test_averaged_weights(tmp_path: Path) -> None:
+    fit(tmp_path, EMAWeightAveraging(decay=0.5), ModelCheckpoint(dirpath=tmp_path, save_top_k=-1))
+    template = SPEC.build().state_dict()
+
+    averaged = opened(tmp_path)
+    raw = ForeignCheckpoints(tmp_path / "raw.json", tmp_path, "*.ckpt", template, Layout("current_model_state"))
+    raw.settle()
+    assert len(raw.refs) == len(averaged.refs) == EPOCHS
+    assert not torch.equal(*(checkpoints.load(each.refs[-1])["14.weight"] for each in (raw, averaged)))
+
+
+def test_hyperparameters_that_are_objects(tmp_path: Path) -> None:
+    fit(tmp_path, ModelCheckpoint(dirpath=tmp_path, save_top_k=-1), kind=Classifier)
+    with pytest.raises(ModelError, match=r"epoch=0-step=4.ckpt: holds an object of pathlib\."):
+        opened(tmp_path)
