@@ -14,7 +14,7 @@ from typing import get_args
 from distal import cluster
 from distal.acquire.batch import select
 from distal.assignments import Assignments
-from distal.config import Config, ForeignConfig, Measure, SelectConfig
+from distal.config import Config, ForeignConfig, Measure
 from distal.errors import ConfigError, Damage, RunConflict, UserError
 from distal.hashing import digest
 from distal.monitor import Display, Silent
@@ -183,7 +183,13 @@ class _Scored:
                 "(score.eliminate: exact), so no more than that can be selected; score again with "
                 "score.eliminate=none in another run directory"
             )
-        made_from = {"reduce": reduced["inputs_sha256"], "tie_break": tie_break, "seed": str(self.config.seed)}
+        most = self.config.select.max_per_group
+        made_from = {
+            "reduce": reduced["inputs_sha256"],
+            "tie_break": tie_break,
+            "seed": str(self.config.seed),
+            "max_per_group": str(most),
+        }
         stage, dest = f"select-{budget}", analysis.selection(budget)
         marker = analysis.marker(stage)
         if marker is None or marker["inputs"] != made_from:
@@ -193,7 +199,7 @@ class _Scored:
                 Scores.open(analysis.scores),
                 Assignments.open(self.cycle.assignments),
                 self.pool,
-                SelectConfig.model_validate({"measure": measure, "tie_break": tie_break}),
+                self.config.select.model_copy(update={"measure": measure, "tie_break": tie_break}),
                 dest,
                 last_row=self.n_rows - 1,
                 budget=budget,

@@ -321,6 +321,9 @@ class SelectConfig(Section):
         "margin",
         "Order of equal scores: margin of the last checkpoint, then a seeded hash; or the hash alone.",
     )
+    max_per_group: Count | None = key(
+        None, "The most samples of a batch with the same `group_id` (a patient, a product). null: any number."
+    )
 
 
 class LabelConfig(Section):

@@ -215,17 +215,26 @@ class _Driver:
         if isinstance(initial, str):
             self._take_initial(Path(initial))
         elif self.config.label.oracle == "pool":
-            label_from_pool(self.pool, choose_initial(self.unlabeled, initial, seed), self.directory.initial)
+            chosen = self._enough(choose_initial(self.unlabeled, initial, seed))
+            label_from_pool(self.pool, chosen, self.directory.initial)
         else:
             if not self.directory.initial_selection.exists():
-                random_batch(
-                    self.pool, choose_at_random(self.unlabeled, initial, seed), self.directory.initial_selection
-                )
+                chosen = self._enough(choose_at_random(self.unlabeled, initial, seed))
+                random_batch(self.pool, chosen, self.directory.initial_selection)
             waiting = _waiting(self.config, self.pool, -1, self.directory.initial_selection)
             waiting.write(self.directory)
             if waiting.collect(self.directory) is None:
                 return waiting.report(self.directory)
         return None
+
+    def _enough(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Whole groups may be too large to start from."""
+        if len(chosen) < 2 * self.config.train.workers:
+            raise ConfigError(
+                f"loop.initial: {self.config.loop.initial}: groups are never cut, and whole ones of {len(chosen)} "
+                "samples fit; training needs at least 2 per rank: raise it"
+            )
+        return chosen
 
     def _take_initial(self, file: Path) -> None:
         """The labels that a file brings."""

@@ -111,6 +111,8 @@ def _told(run: Run, cycle: Cycle, pool: Pool, index: int) -> JsonObject:
         told |= _rank(scores, config.select.measure, index)
     if cycle.marker("select"):
         told |= _chosen(cycle.chosen(), index)
+        if config.select.max_per_group is not None:
+            told |= _group(cycle.chosen(), pool, index, config.select.max_per_group)
     told["why"] = _why(told, config.select.measure)
     return told
 
@@ -142,6 +144,12 @@ def _chosen(batch: Selection, index: int) -> JsonObject:
     }
 
 
+def _group(batch: Selection, pool: Pool, index: int, most: int) -> JsonObject:
+    """Its group, and whether the batch has as many of it as it may have."""
+    group_id, *others = pool.take_samples([index, *batch.indices], ["group_id"])["group_id"].to_pylist()
+    return {"group_id": group_id, "group_is_full": group_id is not None and others.count(group_id) >= most}
+
+
 def _why(told: JsonObject, measure: str) -> str:
     if not told["eligible"]:
         if told.get("label_before") is not None:
@@ -158,6 +166,8 @@ def _why(told: JsonObject, measure: str) -> str:
         return f"chosen at place {told['place'] + 1} of {told['budget']}, by {by}"
     if told.get("rank") is None:
         return f"no {measure}: left out before the last checkpoint (score.eliminate: exact)"
+    if told.get("group_is_full") and told["scores"][measure] >= told["cut"]:
+        return f"not chosen: the batch has as many of group {told['group_id']} as select.max_per_group allows"
     if told["scores"][measure] == told["cut"]:
         return f"not chosen: its {measure} is that of the last one chosen, and the tie-break went against it"
     return f"not chosen: its {measure} is smaller than that of the last one chosen, {told['cut']:.4f}"

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from distal.assignments import dtype_for
 from distal.cluster import Slots
 from distal.config import BUILTIN, AnyRoot, Config, Root
@@ -16,7 +18,7 @@ from distal.monitor import Display
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.pool.images import MANIFEST
-from distal.records import JsonObject, Progress, auto_block_size
+from distal.records import STRIPE_SAMPLES, JsonObject, Progress, auto_block_size, split_blocks
 from distal.train.command import check_command
 
 
@@ -107,6 +109,7 @@ def check(config: Config, pool: Pool, test: Pool | None) -> None:
     if config.train.command is not None:
         check_command(config.train.command)
     dtype_for(len(pool.classes))
+    check_groups(config, pool)
     n_usable = pool.n_readable if config.pool.limit is None else min(config.pool.limit, pool.n_readable)
     if isinstance(config.loop.initial, int) and n_usable < config.loop.initial + 1:
         raise UserError(
@@ -116,6 +119,23 @@ def check(config: Config, pool: Pool, test: Pool | None) -> None:
     if test is not None:
         _check_test(test, pool, pool.classes)
     ModelSpec.of(config.model, pool).check()
+
+
+def check_groups(config: Root, pool: Pool) -> None:
+    """Refuse a cap on groups that cannot be kept."""
+    most = config.select.max_per_group
+    if most is None:
+        return
+    if not pool.has_groups:
+        raise ConfigError(
+            f"select.max_per_group: {most}, and the images of {pool.path} have no group_id; pack them with one "
+            "(`distal pool build --group-column`), or set it to null"
+        )
+    if config.score.eliminate == "exact":
+        raise ConfigError(
+            f"select.max_per_group: {most}: a cap may choose samples that score.eliminate: exact has left out; set "
+            "score.eliminate=none"
+        )
 
 
 def _check_labels(pool: Pool) -> None:
@@ -141,6 +161,25 @@ def _check_test(test: Pool, pool: Pool, classes: tuple[str, ...]) -> None:
         raise PoolError(f"pool.test: class {unknown[0]!r} is not in the pool, which has {', '.join(classes)}")
     if not test.n_labeled:
         raise PoolError(f"pool.test: {test.path} has no labels; set pool.test=null to go without")
+    shared = _shared_groups(test, pool)
+    if shared:
+        raise PoolError(
+            f"pool.test: {len(shared)} of its groups are in the pool as well, such as {', '.join(shared[:3])}; images "
+            "of one group are alike, and the accuracy would be too good: pack a test set of other groups, or set "
+            "pool.test=null"
+        )
+
+
+def _shared_groups(test: Pool, pool: Pool) -> list[str]:
+    """The `group_id`s that both pools have, sorted."""
+    if not (test.has_groups and pool.has_groups):
+        return []
+    wanted = pc.drop_null(pc.unique(test.samples(0, test.n_samples, ["group_id"])["group_id"]))
+    found: set[str] = set()
+    for stripe in split_blocks(pool.n_samples, STRIPE_SAMPLES):
+        groups = pool.samples(stripe.start, stripe.stop, ["group_id"])["group_id"]
+        found |= set(groups.filter(pc.is_in(groups, value_set=wanted)).to_pylist())
+    return sorted(found)
 
 
 def constants(config: Root, pool: Pool, slots: Slots) -> JsonObject:

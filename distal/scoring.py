@@ -120,6 +120,7 @@ class _Scoring:
         if self.constants:
             directory.check(self._fixed())
         dtype_for(config.model.num_classes)
+        inputs.check_groups(config, pool)
         spec = ModelSpec.of(config.model, pool)
         spec.check()
         unlabeled = Eligibility.of(pool, config.pool.limit, config.seed)

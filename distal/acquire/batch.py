@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from distal.acquire.topk import Candidates, TopK
+from distal.acquire.topk import Candidates, TopK, decide, first_of_each
 from distal.assignments import Assignments
 from distal.config import SelectConfig
 from distal.errors import Damage
@@ -34,7 +35,7 @@ def select(
 ) -> Selection:
     """Choose the `budget` samples with the largest scores, and write `selection.parquet`.
 
-    With fewer samples that have a score, all of them are chosen.
+    With fewer samples that have a score, or that `max_per_group` leaves, all of them are chosen.
 
     Args:
         assignments: supplies the margin of `last_row`, the last checkpoint, when ties are broken by it.
@@ -44,18 +45,25 @@ def select(
     Raises:
         Damage: it is another one than expected; nothing is written.
     """
-    top = TopK(budget)
-    blocks_per_stripe = max(1, STRIPE_SAMPLES // assignments.block_size)
-    for stripe in split_blocks(assignments.n_samples, blocks_per_stripe * assignments.block_size):
-        span = (stripe.start, stripe.stop)
-        score = scores.read(config.measure, *span)
-        (keys,) = pool.columns(*span, "sample_key")
-        if config.tie_break == "margin":
-            margin = assignments.read_recorded("margin", last_row, *span)
-        else:
-            margin = np.zeros(len(stripe), dtype=np.float16)
-        top.add(Candidates(np.arange(*span), score, margin, mix64("tie", seed, cycle, keys)))
-    chosen, decided_by = top.result()
+
+    def best(k: int) -> TopK:
+        top = TopK(k)
+        blocks_per_stripe = max(1, STRIPE_SAMPLES // assignments.block_size)
+        for stripe in split_blocks(assignments.n_samples, blocks_per_stripe * assignments.block_size):
+            span = (stripe.start, stripe.stop)
+            score = scores.read(config.measure, *span)
+            (keys,) = pool.columns(*span, "sample_key")
+            if config.tie_break == "margin":
+                margin = assignments.read_recorded("margin", last_row, *span)
+            else:
+                margin = np.zeros(len(stripe), dtype=np.float16)
+            top.add(Candidates(np.arange(*span), score, margin, mix64("tie", seed, cycle, keys)))
+        return top
+
+    if config.max_per_group is None:
+        chosen, decided_by = best(budget).result()
+    else:
+        chosen, decided_by = _within_groups(best, pool, budget, config.max_per_group)
 
     samples = pool.take_samples(chosen.index, ["sample_id", "uri"])
     columns = {
@@ -74,6 +82,21 @@ def select(
             f"({str(expected)[:12]}); nothing was changed; put the run back from a copy"
         )
     return Selection.write(dest, selection.table)
+
+
+def _within_groups(
+    best: Callable[[int], TopK], pool: Pool, budget: int, max_per_group: int
+) -> tuple[Candidates, list[str]]:
+    """The best `budget` of which no group has more than its share; more candidates are looked at until there are."""
+    k = 2 * budget
+    while True:
+        ranked = best(k).best()
+        group_ids = pool.take_samples(ranked.index, ["group_id"])["group_id"].combine_chunks()
+        groups = group_ids.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        able = ranked.at(first_of_each(groups, max_per_group))
+        if len(able) > budget or len(ranked) <= k:
+            return decide(able, budget)
+        k *= 4
 
 
 def random_batch(pool: Pool, indices: NDArray[np.int64], dest: Path) -> Selection:

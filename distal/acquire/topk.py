@@ -82,16 +82,38 @@ class TopK:
         if len(self._best) == self._keep:
             self._threshold = self._best.score[-1]
 
-    def result(self) -> tuple[Candidates, list[str]]:
-        """The chosen in rank order, and for each what decided that it was chosen.
-
-        "score": no candidate with the same score was left out. "margin": one was, with a larger margin.
-        "hash": one was, with the same margin.
-        """
+    def best(self) -> Candidates:
+        """In rank order the best `k`, and after them the best that was not taken, if there is one."""
         self._trim()
-        chosen, left_out = self._best.at(slice(self._k)), self._best.at(slice(self._k, None))
-        if not len(left_out):
-            return chosen, ["score"] * len(chosen)
-        same_score = chosen.score == left_out.score[0]
-        same_margin = same_score & (chosen.margin == left_out.margin[0])
-        return chosen, np.where(same_margin, "hash", np.where(same_score, "margin", "score")).tolist()
+        return self._best
+
+    def result(self) -> tuple[Candidates, list[str]]:
+        """The chosen in rank order, and for each what decided that it was chosen; see `decide`."""
+        return decide(self.best(), self._k)
+
+
+def decide(ranked: Candidates, k: int) -> tuple[Candidates, list[str]]:
+    """The first `k`, and for each what decided that it was chosen.
+
+    "score": no candidate with the same score was left out. "margin": one was, with a larger margin.
+    "hash": one was, with the same margin.
+    """
+    chosen, left_out = ranked.at(slice(k)), ranked.at(slice(k, None))
+    if not len(left_out):
+        return chosen, ["score"] * len(chosen)
+    same_score = chosen.score == left_out.score[0]
+    same_margin = same_score & (chosen.margin == left_out.margin[0])
+    return chosen, np.where(same_margin, "hash", np.where(same_score, "margin", "score")).tolist()
+
+
+def first_of_each(groups: NDArray[np.int64], n: int) -> NDArray[np.bool_]:
+    """Which of some samples in rank order are among the first `n` of their group.
+
+    Args:
+        groups: a number for each group; -1 is a sample that has none, and is a group of its own.
+    """
+    order = np.argsort(groups, kind="stable")
+    _, first, counts = np.unique(groups[order], return_index=True, return_counts=True)
+    place = np.empty(len(groups), np.int64)
+    place[order] = np.arange(len(groups)) - np.repeat(first, counts)
+    return (place < n) | (groups < 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from distal.eligibility import Eligibility
@@ -40,27 +42,52 @@ def choose_initial(eligibility: Eligibility, n: int, seed: int) -> NDArray[np.in
     labels that have not been paid for, so it is for experiments.
 
     Returns:
-        (n,) int64 sample indices, ascending; fewer when there are not so many.
+        (n,) int64 sample indices, ascending; fewer when there are not so many, or when a whole group would be too many.
     """
     index, label, draw = _best_of_each_class(eligibility, n, seed)
     order = np.lexsort((draw, _rank_in_class(label, draw)))  # every class's first, then every class's second, ...
-    return np.sort(index[order][:n])
+    return _whole_groups(eligibility, index[order], n)
 
 
 def choose_at_random(eligibility: Eligibility, n: int, seed: int) -> NDArray[np.int64]:
     """The samples to start from when nothing is known of them: those with the smallest seeded draws.
 
     Returns:
-        (n,) int64 sample indices, ascending; fewer when there are not so many.
+        (n,) int64 sample indices, ascending; fewer when there are not so many, or when a whole group would be too many.
     """
+    n_candidates = 4 * n if eligibility.pool.has_groups else n
     index, draw = np.empty(0, np.int64), np.empty(0, np.uint64)
     for start, stop, eligible in eligibility.stripes():
         (keys,) = eligibility.pool.columns(start, stop, "sample_key")
         index = np.concatenate([index, start + np.flatnonzero(eligible)])
         draw = np.concatenate([draw, mix64("initial", seed, keys[eligible])])
-        best = np.lexsort((index, draw))[:n]
+        best = np.lexsort((index, draw))[:n_candidates]
         index, draw = index[best], draw[best]
-    return np.sort(index)
+    return _whole_groups(eligibility, index, n)
+
+
+def _whole_groups(eligibility: Eligibility, order: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """The first `n` of some samples, ascending; where samples have groups, only whole ones.
+
+    Each sample in turn brings all of its group that is eligible; one that does not fit any more is passed over.
+    """
+    pool = eligibility.pool
+    if not pool.has_groups:
+        return np.sort(order[:n])
+    group_of = pool.take_samples(order, ["group_id"])["group_id"].to_pylist()
+    members: dict[str, list[int]] = {group: [] for group in group_of if group is not None}
+    wanted = pa.array(list(members), pa.string())
+    for start, stop, eligible in eligibility.stripes():
+        groups = pool.samples(start, stop, ["group_id"])["group_id"]
+        inside = pc.is_in(groups, value_set=wanted).to_numpy() & eligible
+        for place in np.flatnonzero(inside).tolist():
+            members[groups[place].as_py()].append(start + place)
+    chosen: list[int] = []
+    for index, group in zip(order.tolist(), group_of, strict=True):
+        brought = [index] if group is None else members.pop(group, [])
+        if len(chosen) + len(brought) <= n:
+            chosen += brought
+    return np.sort(np.array(chosen, np.int64))
 
 
 def _best_of_each_class(

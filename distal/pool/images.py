@@ -150,6 +150,13 @@ class Pool:
             "content_sha256": self.content_sha256,
         }
 
+    @cached_property
+    def has_groups(self) -> bool:
+        """Whether any sample has a `group_id`."""
+        metadata, column = self._samples.metadata, SCHEMA.get_field_index("group_id")
+        groups = (metadata.row_group(i).column(column) for i in range(metadata.num_row_groups))
+        return any(each.statistics.null_count < each.num_values for each in groups)
+
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Images of the samples [start, stop): (n, C, H, W) uint8; unreadable ones are zero.
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distal.acquire.topk import Candidates, TopK
+from distal.acquire.topk import Candidates, TopK, first_of_each
 
 
 @st.composite
@@ -79,3 +79,14 @@ def test_fewer_candidates_than_asked_for() -> None:
 def test_none_is_not_a_number() -> None:
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         TopK(0)
+
+
+@given(st.lists(st.integers(-1, 5), max_size=60), st.integers(1, 4))
+def test_the_first_of_each_group(groups: list[int], n: int) -> None:
+    """As somebody would do it who goes down the list."""
+    taken: dict[int, int] = {}
+    expected = []
+    for group in groups:
+        taken[group] = taken.get(group, 0) + 1
+        expected.append(group < 0 or taken[group] <= n)
+    assert first_of_each(np.array(groups, np.int64), n).tolist() == expected
