@@ -34,7 +34,7 @@ from distal.storage import files_below
 from tests.helpers import content, flip, write_source
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
-ROWS, CYCLES, BLOCK, BUDGET = 8, 2, 128, 20
+BLOCK, BUDGET = 128, 20
 STUCK_S = 4
 QUICK_DEATHS = {  # so that a lost node is noticed within seconds, not half a minute
     "health_check_initial_delay_ms": 500,
@@ -80,11 +80,12 @@ class Lab:
     Args:
         folder: for everything.
         n_samples: of the pool.
+        cycles, rows: of each run; checkpoints of each cycle.
     """
 
-    def __init__(self, folder: Path, n_samples: int) -> None:
+    def __init__(self, folder: Path, n_samples: int, *, cycles: int = 2, rows: int = 8) -> None:
         self.folder = folder
-        self.n_samples = n_samples
+        self.n_samples, self.cycles, self.rows = n_samples, cycles, rows
         self.cluster: Cluster
         self.nodes: list[Any] = []
 
@@ -130,12 +131,12 @@ class Lab:
         return found
 
     def overrides(self, run: Path, eliminate: bool) -> list[str]:
-        """Two cycles of six checkpoints, on two ranks and as many actors as there is room for."""
+        """A small run, on two ranks and as many actors as there is room for."""
         return [
             f"run={run}", "device=cpu", f"ray.address={self.cluster.address}", "seed=0",
             f"pool.path={self.pool.path}", "pool.source=null", f"pool.test={self.test.path}", f"pool.block_size={BLOCK}",
-            f"loop.cycles={CYCLES}", "loop.initial=40", f"loop.budget={BUDGET}",
-            f"train.epochs={ROWS}", "train.batch_size=20", "train.threads=1", "train.workers=2", "train.max_failures=10",
+            f"loop.cycles={self.cycles}", "loop.initial=40", f"loop.budget={BUDGET}",
+            f"train.epochs={self.rows}", "train.batch_size=20", "train.threads=1", "train.workers=2", "train.max_failures=10",
             "score.batch_size=32", "score.precision=fp32", "score.cache_gb=0.01", f"score.stuck_after={STUCK_S}",
             f"score.eliminate={'exact' if eliminate else 'none'}",
         ]  # fmt: skip
@@ -244,17 +245,17 @@ class Disturbed:
         return sum(e["blocks_in_hand"] for e in lost if datetime.fromisoformat(e["time"]).timestamp() < until)
 
 
-def triggers(rng: random.Random) -> list[str]:
+def triggers(rng: random.Random, lab: Lab) -> list[str]:
     """Five things of which the appearance is a good moment, in the order in which they appear."""
     stages = []
-    for cycle in range(CYCLES):
+    for cycle in range(lab.cycles):
         folder = f"cycles/{cycle:03d}"
         stages += [f"{folder}/cycle.yaml", f"{folder}/train/state.pt"]
-        for row in range(ROWS):
+        for row in range(lab.rows):
             stages += [f"{folder}/checkpoints/{row:04d}/manifest.json"]
-            stages += [f"{folder}/assignments.zarr/assignments/c/{row}/{rng.randrange(8)}"]
+            stages += [f"{folder}/assignments.zarr/assignments/c/{row}/{rng.randrange(min(8, lab.n_samples // BLOCK))}"]
         stages += [f"{folder}/train.json", f"{folder}/score.json", f"{folder}/scores.zarr/zarr.json"]
-        stages += [f"{folder}/selection.parquet"] + ([f"{folder}/labels.parquet"] if cycle + 1 < CYCLES else [])
+        stages += [f"{folder}/selection.parquet"] + ([f"{folder}/labels.parquet"] if cycle + 1 < lab.cycles else [])
     chosen = sorted(rng.sample(range(len(stages)), 5))
     return [stages[index] for index in chosen]
 
@@ -430,7 +431,7 @@ def undisturbed(lab: Lab, eliminate: bool) -> tuple[dict[str, object], float]:
 
 def judge(run: Disturbed, strikes: list[Strike], expected: dict[str, object]) -> None:
     """Compare with the undisturbed run, and see what was done twice."""
-    assert len(expected) > 20
+    assert len(expected) > 6 * run.lab.cycles
     found, now = content(run.path), run.chunks()
     different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     # With its margins a block's labels are written again, too.
@@ -464,7 +465,7 @@ def disturb(
     with lab.disk(path) as mounted:
         run = Disturbed(lab, number, path, eliminate, mounted, rng)
         run.start()
-        moments = triggers(rng)[: len(faults)]
+        moments = triggers(rng, lab)[: len(faults)]
         for fault, moment in zip(faults, moments, strict=True):
             if run.ended():
                 run.start()
