@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,8 @@ MAX_PART_SAMPLES = 8192
 
 OK = "ok"
 UNREADABLE = "unreadable: "
+
+_READING = threading.Lock()  # threads share a pool, and two must not read from one ParquetFile at a time
 
 SCHEMA = pa.schema(
     [
@@ -196,7 +199,7 @@ class Pool:
         first = int(np.searchsorted(self._row_group_starts, start, side="right")) - 1
         last = int(np.searchsorted(self._row_group_starts, stop, side="left"))
         offset = start - int(self._row_group_starts[first])
-        with parquet_errors(self.path / SAMPLES):
+        with parquet_errors(self.path / SAMPLES), _READING:
             table = self._samples.read_row_groups(range(first, last), columns=columns)
         return table.slice(offset, stop - start)
 
@@ -207,7 +210,7 @@ class Pool:
         for row_group in np.unique(np.searchsorted(self._row_group_starts, wanted, side="right") - 1):
             start, stop = self._row_group_starts[row_group], self._row_group_starts[row_group + 1]
             positions = np.flatnonzero((wanted >= start) & (wanted < stop))
-            with parquet_errors(self.path / SAMPLES):
+            with parquet_errors(self.path / SAMPLES), _READING:
                 table = self._samples.read_row_group(int(row_group), columns=columns)
             tables.append(table.take(pa.array(wanted[positions] - start)))
             order.append(positions)

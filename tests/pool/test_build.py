@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -238,3 +239,22 @@ def test_a_missing_or_damaged_chunk_is_not_read_as_black(cluster: str, tmp_path:
 
 def test_the_length_of_a_source_is_that_of_its_pool(pool: Pool, source: Path) -> None:
     assert len(open_source(str(source))) == pool.n_samples
+
+
+def test_threads_may_share_a_pool(pool: Pool) -> None:
+    """One ParquetFile in two threads at a time gave wrong bytes, errors, or hung."""
+    names = pool.samples(0, pool.n_samples, ["sample_id"])["sample_id"].to_pylist()
+
+    def read(thread: int) -> None:
+        for start in range(thread, pool.n_samples - 8):
+            column = ("sample_id", "status")[start % 2]
+            told = pool.samples(start, start + 8, [column])[column].to_pylist()
+            assert column == "status" or told == names[start : start + 8]
+            last = pool.n_samples - 1 - start
+            assert pool.take_samples([last, start], ["sample_id"])["sample_id"].to_pylist() == [
+                names[last],
+                names[start],
+            ]
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read, range(4)))
