@@ -17,6 +17,7 @@ import yaml
 from distal.checkpoints import committed
 from distal.pool import Pool
 from distal.runs import Run
+from distal.selection import Selection
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -57,8 +58,10 @@ def test_your_training(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "runs" / "mine")
     assert len(run.ledger(before=1)) == 300
     assert committed(run.cycle(1).checkpoints) == list(range(6))
-    assert "2,000" not in shell(tmp_path, beside)
-    assert len(Run.open(tmp_path / "runs" / "scored").cycle(0).chosen()) == 100
+    shell(tmp_path, beside)
+    (selection,) = (tmp_path / "runs" / "scored").glob("cycles/000/analyses/*/selection-100.parquet")
+    assert len(Selection.read(selection)) == 100
+    assert committed(tmp_path / "out") == list(range(8))
 
 
 def play(folder: Path, pool: Pool, cycle: int, files: int) -> None:
