@@ -12,6 +12,7 @@ was killed cannot change it.
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and looking at a queue does 
 MANIFEST = "manifest.json"
 SAFETENSORS, LIGHTNING = ".safetensors", ".ckpt"
 KEEP_ALL = "ModelCheckpoint(save_top_k=-1) in Lightning"
+NAME = re.compile(r"\d{4,}")
 VISIBLE_S = 60.0
 
 
@@ -80,7 +82,7 @@ def read(folder: Path, index: int) -> CheckpointRef:
 
 def committed(folder: Path) -> list[int]:
     """Indices of the committed checkpoints, in order."""
-    return [int(name) for name in names_in(folder) if (folder / name / MANIFEST).exists()]
+    return [int(name) for name in names_in(folder) if NAME.fullmatch(name) and (folder / name / MANIFEST).exists()]
 
 
 class Queue:
@@ -150,17 +152,25 @@ def within(value: Any, key: str | None, prefix: str) -> Any:
     Raises:
         KeyError: there is nothing under that key.
     """
-    while key is not None:
-        if not isinstance(value, Mapping):
-            raise KeyError(key)
-        if key in value:  # also one that has dots in it
-            value, key = value[key], None
-        else:
-            first, _, key = key.partition(".")
-            value = value[first]
+    if key is not None:
+        value = _below(value, key)
     if prefix and isinstance(value, Mapping):
         value = {name.removeprefix(prefix): tensor for name, tensor in value.items() if name.startswith(prefix)}
     return value
+
+
+def _below(value: Any, key: str) -> Any:
+    """What is under a key with dots between nested ones; a key may have dots of its own."""
+    if not isinstance(value, Mapping):
+        raise KeyError(key)
+    if key in value:
+        return value[key]
+    parts = key.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        head = ".".join(parts[:i])
+        if head in value:
+            return _below(value[head], ".".join(parts[i:]))
+    raise KeyError(key)
 
 
 def serialize(value: Any) -> bytes:

@@ -54,6 +54,7 @@ SPOKEN = {
     "training_failed",
     "scoring_waits",
     "actor_lost",
+    "actor_asked_for_again",
     "actor_refused",
     "block_failed",
     "damaged_block",

@@ -113,6 +113,7 @@ def _told(run: Run, cycle: Cycle, pool: Pool, index: int) -> JsonObject:
         told |= _chosen(cycle.chosen(), index)
         if config.select.max_per_group is not None:
             told |= _group(cycle.chosen(), pool, index, config.select.max_per_group)
+            told["short"] = isinstance(config, Config) and told["budget"] < config.loop.budget
     told["why"] = _why(told, config.select.measure)
     return told
 
@@ -166,7 +167,7 @@ def _why(told: JsonObject, measure: str) -> str:
         return f"chosen at place {told['place'] + 1} of {told['budget']}, by {by}"
     if told.get("rank") is None:
         return f"no {measure}: left out before the last checkpoint (score.eliminate: exact)"
-    if told.get("group_is_full") and told["scores"][measure] >= told["cut"]:
+    if told.get("group_is_full") and (told["short"] or told["scores"][measure] >= told["cut"]):
         return f"not chosen: the batch has as many of group {told['group_id']} as select.max_per_group allows"
     if told["scores"][measure] == told["cut"]:
         return f"not chosen: its {measure} is that of the last one chosen, and the tie-break went against it"

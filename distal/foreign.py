@@ -4,15 +4,17 @@ An index is given once, in `checkpoints.json` of the cycle: in natural order (`e
 that are there when it is first looked at, then in the order of appearance. A file counts once its size and time have
 stood still and it loads; one that changes afterwards is refused.
 
-Weights count once. What is written over and over (`last.ckpt`, `best.pt`: names without a number, beside others that
-have one) comes last, when no more will come, and then mostly has the weights of another file.
+Weights count once. What is written over and over (`last.ckpt`, `best.pt`, names without a number) comes last, when no
+more will come, and then mostly has the weights of another file.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import io
 import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +33,7 @@ SETTLED_S = 2.0  # seconds that a file must have stood still
 BROKEN_S = 60.0  # seconds after which a file that stands still and does not load is not being written any more
 SUFFIXES = (".pt", ".pth", checkpoints.LIGHTNING, checkpoints.SAFETENSORS)
 VERSION = re.compile(r"-v\d+$")
+WRITTEN_OVER = re.compile(r"(?i)(?<![a-z])(best|last|latest|final|current)(?![a-z])")
 STATE_DICT = "state_dict"  # where Lightning has it, and many a script
 
 
@@ -94,6 +97,7 @@ class ForeignCheckpoints:
         self._entries = known(record)
         self._kept = False
         self._seen: dict[str, tuple[tuple[int, int], float]] = {}  # size and time of a new file, and since when
+        self._published: dict[int, Path] = {}
         self._refuse_changed()
 
     @property
@@ -110,6 +114,17 @@ class ForeignCheckpoints:
         """Files that were left out, each with the earlier one that has the same weights."""
         first = {e.weights_sha256: e.path for e in reversed(self._entries)}
         return [(e.path, first[e.weights_sha256]) for e in self._entries if e.index is None]
+
+    @property
+    def n_taken(self) -> int:
+        """Files that count towards `checkpoints.expect`: those with a number that were taken up, or all if none has."""
+        names = [entry.path for entry in self._entries]
+        return len(_lasting(names) or names)
+
+    def no_more(self, expected: int) -> bool:
+        """Whether as many are there as will come."""
+        names = matching(self._folder, self._pattern, self._published)
+        return self.n_taken >= expected or (not _lasting(names) and len(names) >= expected)
 
     def look(self, *, patient: bool, closing: bool = False) -> bool:
         """Take up new files that are complete.
@@ -128,9 +143,9 @@ class ForeignCheckpoints:
         self._refuse_changed()
         taken = {entry.path for entry in self._entries}
         waiting = False
-        names = matching(self._folder, self._pattern)
+        names = matching(self._folder, self._pattern, self._published)
         for name in names if closing else _lasting(names):
-            if name in taken:
+            if name in taken or not (self._folder / name).exists():  # removed since, or a link to what is
                 continue
             still_s = self._still_s(name)
             entry = None
@@ -173,15 +188,22 @@ class ForeignCheckpoints:
             raise ModelError(
                 f"checkpoints.pattern: {self._pattern!r} matches {name}; checkpoints are {', '.join(SUFFIXES)} files"
             )
-        data = path.read_bytes()
-        stat = path.stat()
+        if path.is_dir():
+            raise ModelError(
+                f"{path}: a folder: a sharded checkpoint; consolidate it into one file, or leave it out with "
+                "checkpoints.pattern"
+            )
+        try:
+            data, stat = path.read_bytes(), path.stat()
+        except FileNotFoundError:
+            return None
         if (stat.st_size, stat.st_mtime_ns) != self._seen[name][0] or len(data) != stat.st_size:
             return None
         try:
             value = checkpoints.deserialize(data, path.suffix)
         except Exception as error:
             if objects := _objects(data, path.suffix):
-                raise ModelError(_cannot_read(path, self._pattern, objects)) from error
+                raise ModelError(_cannot_read(path, self._pattern, self._layout.key, objects)) from error
             if patient:
                 return None
             raise ModelError(
@@ -191,7 +213,7 @@ class ForeignCheckpoints:
         key, prefix = find_weights(name, value, self._template, self._layout)
         state = checkpoints.within(value, key, prefix)
         check_fits(name, state, self._template)
-        weights = sha256(checkpoints.serialize({key: state[key] for key in sorted(state)}))
+        weights = _weights_sha256(state)
         known = any(entry.weights_sha256 == weights for entry in self._entries)
         index = None if known else sum(entry.index is not None for entry in self._entries)
         return Entry(index, name, stat.st_size, stat.st_mtime_ns, sha256(data), weights, key, prefix)
@@ -216,14 +238,20 @@ class ForeignCheckpoints:
             self._entries[position] = replace(entry, mtime_ns=stat.st_mtime_ns)  # copied or touched
 
 
-def matching(folder: Path, pattern: str) -> list[str]:
+def matching(folder: Path, pattern: str, published: dict[int, Path] | None = None) -> list[str]:
     """Names of the checkpoints of a directory, in order; empty when there is no such directory.
 
-    In natural order, and those without a number last. A version that Lightning appends (`-v1`) is none.
+    In natural order, and those that are written over last. A version that Lightning appends (`-v1`) is no number.
+
+    Args:
+        published: what is known of published ones, so that no manifest is read twice.
     """
+    published = {} if published is None else published
     names = [name for name in names_in(folder) if fnmatch.fnmatchcase(name, pattern)]
     for index in checkpoints.committed(folder):
-        path = checkpoints.read(folder, index).path
+        if index not in published:
+            published[index] = checkpoints.read(folder, index).path
+        path = published[index]
         if fnmatch.fnmatchcase(path.name, pattern):
             names.append(str(path.relative_to(folder)))
     return sorted(names, key=lambda name: (not _is_numbered(name), _natural(name)))
@@ -231,12 +259,16 @@ def matching(folder: Path, pattern: str) -> list[str]:
 
 def _lasting(names: list[str]) -> list[str]:
     """Without those that are written over as long as training goes on."""
-    return [name for name in names if _is_numbered(name)] or names
+    return [name for name in names if _is_numbered(name)]
 
 
 def versions(names: list[str]) -> list[str]:
-    """Those that Lightning gave a version (`-v1`), because there was a file of that name."""
-    return [name for name in names if VERSION.search(Path(name).stem)]
+    """Those that Lightning gave a version (`-v1`), because there was a file of that name, which is among them."""
+    return [
+        name
+        for name in names
+        if VERSION.search(Path(name).stem) and VERSION.sub("", Path(name).stem) + Path(name).suffix in names
+    ]
 
 
 def find_weights(name: str, value: object, template: StateDict, layout: Layout) -> tuple[str | None, str]:
@@ -251,16 +283,20 @@ def find_weights(name: str, value: object, template: StateDict, layout: Layout) 
             meant.
     """
     key, places = layout.key, dict(_state_dicts(value))
+    fitting = [place for place, state in places.items() if place is not None and _prefixes(state, template)]
     if key is None and isinstance(value, Mapping) and None not in places:
-        if STATE_DICT not in value:
-            known = f"; set checkpoints.key to {' or '.join(str(place) for place in places)}" if places else ""
+        if STATE_DICT in value:
+            key = STATE_DICT
+        elif len(fitting) == 1:
+            key = fitting[0]
+        else:
+            known = f"; set checkpoints.key to {' or '.join(fitting)}" if fitting else ", and none fits model.name"
             raise ModelError(f"{name}: not a state_dict of plain tensors (it has {_first(value)}){known}")
-        key = STATE_DICT
     try:
         state = checkpoints.within(value, key, "")
     except KeyError:
-        known = " or ".join(str(place) for place in places) or "none"
-        raise ModelError(f"checkpoints.key: {name} has no {key!r}; those that hold tensors: {known}") from None
+        known = f"{' or '.join(fitting)} would fit" if fitting else "nothing in it fits model.name: set it to null"
+        raise ModelError(f"checkpoints.key: {name} has no {key!r}; {known}") from None
     if not isinstance(state, Mapping):
         return key, layout.prefix or ""
     if layout.prefix is not None:
@@ -278,7 +314,7 @@ def find_weights(name: str, value: object, template: StateDict, layout: Layout) 
     return key, prefixes[0] if prefixes else ""
 
 
-def _state_dicts(value: object, place: str | None = None) -> Iterator[tuple[str | None, object]]:
+def _state_dicts(value: object, place: str | None = None) -> Iterator[tuple[str | None, Mapping[Any, object]]]:
     """Where in nested mappings tensors are; None is the top."""
     import torch
 
@@ -295,13 +331,26 @@ def _prefixes(state: Mapping[Any, object], template: StateDict) -> list[str]:
     if all(key in state for key in template):
         return [""]
     first = next(iter(template))
-    candidates = [str(key).removesuffix(first) for key in state if str(key).endswith(first)]
+    candidates = [str(key).removesuffix(first) for key in state if str(key).endswith(f".{first}")]
     return [prefix for prefix in candidates if all(prefix + key in state for key in template)]
 
 
 def _first(keys: Mapping[Any, object]) -> str:
     shown = [str(key) for key in keys]
     return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
+
+
+def _weights_sha256(state: StateDict) -> str:
+    """Equal for equal names, types, shapes and values, in whatever file and however they were stored."""
+    import torch
+
+    h = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].contiguous()
+        h.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        if value.numel():
+            h.update(value.flatten().view(torch.uint8).numpy().data)
+    return h.hexdigest()
 
 
 def _objects(data: bytes, suffix: str) -> list[str]:
@@ -316,14 +365,19 @@ def _objects(data: bytes, suffix: str) -> list[str]:
         return []
 
 
-def _cannot_read(path: Path, pattern: str, objects: list[str]) -> str:
-    convert = (
-        "import pathlib, torch; [torch.save(torch.load(p, map_location='cpu', weights_only=False)"
-        f"['{STATE_DICT}'], p.with_suffix('.pt')) for p in pathlib.Path('{path.parent}').glob('{pattern}')]"
+def _cannot_read(path: Path, pattern: str, key: str | None, objects: list[str]) -> str:
+    """What to do with a pickle of more than plain values; the command leaves the files as they are."""
+    name = key or STATE_DICT
+    code = (
+        f"import pathlib, torch; f = pathlib.Path({str(path.parent)!r}); o = f / 'converted'; o.mkdir(exist_ok=True); "
+        f"w = lambda c: c.state_dict() if hasattr(c, 'state_dict') else c[{name!r}] if {name!r} in c else c['model']; "
+        "[torch.save(w(torch.load(p, map_location='cpu', weights_only=False)), o / (p.stem + '.pt')) "
+        f"for p in f.glob({pattern!r}) if p.is_file()]"
     )
     return (
-        f"{path}: holds an object of {objects[0]} beside the weights, and loading that runs code of its writer, which "
-        f'distal never does; if you trust it, convert with: python -c "{convert}" and set checkpoints.pattern=*.pt'
+        f"{path}: holds an object of {objects[0]}, and loading that runs code of its writer, which distal never does; "
+        f"save model.state_dict() alone, or, if you trust it, convert with: python -c {shlex.quote(code)} and set "
+        f"checkpoints.path={path.parent / 'converted'} checkpoints.pattern=*.pt checkpoints.key=null"
     )
 
 
@@ -368,7 +422,8 @@ def _hint(missing: list[str], unexpected: list[str]) -> str:
 
 def _is_numbered(name: str) -> bool:
     path = Path(name)
-    return path.parent != Path() or any(part.isdigit() for part in VERSION.sub("", path.stem))
+    stem = VERSION.sub("", path.stem)
+    return path.parent != Path() or (any(each.isdigit() for each in stem) and not WRITTEN_OVER.search(stem))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -24,16 +24,25 @@ class PublishCheckpoints(Callback):
     def __init__(self, folder: str | Path, module: str | None = None, every_n_epochs: int = 1) -> None:
         self.folder, self.every_n_epochs = Path(folder), every_n_epochs
         self.prefix = "" if module is None else f"{module}."
+        self.epochs = 0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See `lightning.pytorch.Callback`."""
-        epoch = trainer.current_epoch + 1
-        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
-            return
+        self.epochs = trainer.current_epoch + 1
+        if self.epochs % self.every_n_epochs == 0:
+            self._publish(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `lightning.pytorch.Callback`. Only now is it known which epoch was the last."""
+        if self.epochs % self.every_n_epochs:
+            self._publish(trainer, pl_module)
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state: dict[str, Any] = trainer.strategy.lightning_module_state_dict()  # every rank has its share in it
+        if not trainer.is_global_zero:
+            return
         mine = {key.removeprefix(self.prefix): value for key, value in state.items() if key.startswith(self.prefix)}
         if not mine:
             raise ValueError(f"PublishCheckpoints: {type(pl_module).__name__} has no module {self.prefix[:-1]!r}")
-        if trainer.is_global_zero:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            publish_checkpoint(self.folder, mine, math.ceil(epoch / self.every_n_epochs) - 1, metrics=metrics)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        publish_checkpoint(self.folder, mine, math.ceil(self.epochs / self.every_n_epochs) - 1, metrics=metrics)

@@ -168,7 +168,13 @@ class _Logits:
 
     def __call__(self, _net: nn.Module, _inputs: object, output: object) -> object:
         if self.function is not None:
-            return _import(self.function, "model.output")(output)
+            function = _import(self.function, "model.output")
+            try:
+                return function(output)
+            except Exception as error:
+                raise ModelError(
+                    f"model.output: {self.function} does not take what the network returned ({one_line(error)})"
+                ) from error
         if isinstance(output, Mapping) and "logits" in output:
             return output["logits"]
         if isinstance(output, tuple) and output:
@@ -219,12 +225,14 @@ def _build(config: Architecture, n_classes: int, image_shape: tuple[int, int, in
 
 
 def _called(build: Callable[..., nn.Module], config: Architecture) -> nn.Module:
+    if own := sorted({"num_classes", "image_shape", "weights"} & config.args.keys()):
+        raise ModelError(f"model.args: {own[0]} is given by distal; leave it out")
     try:
         return build(**config.args)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         if not config.args:
             raise
-        raise ModelError(f"model.args: {config.name} does not take {config.args} ({one_line(error)})") from error
+        raise ModelError(f"model.args: {config.name} cannot be built with {config.args} ({one_line(error)})") from error
 
 
 def _torchvision(config: Architecture, n_classes: int) -> nn.Module:

@@ -130,6 +130,7 @@ class _Scoring:
             raise UserError(f"score.budget: {config.score.budget} is more than the {n_candidates} candidates; lower it")
 
         self.cycle: Cycle = directory.cycle(0)
+        self.told: set[str] = set()
         self.checkpoints = ForeignCheckpoints(
             self.cycle.foreign,
             Path(config.checkpoints.path),
@@ -214,6 +215,7 @@ class _Scoring:
             if self.watch:
                 producer = _Watched(self.checkpoints, self.config, self.display)
             done = self._pass(job, assignments, producer, self.elimination)
+            self._tell_repeated()
             self._refuse_too_few()
             if done.n_rows <= job.recorded_from:  # of the one that turned out to be last they are wanted
                 job = replace(job, recorded_from=done.n_rows - 1)
@@ -296,9 +298,10 @@ class _Scoring:
             if others := matching(Path(wanted.path), f"*{LIGHTNING}"):
                 todo = f"it has {len(others)} of Lightning's: set checkpoints.pattern=*{LIGHTNING}"
             raise ModelError(f"checkpoints.path: {wanted.path} has no file {wanted.pattern}; {todo}")
-        if not self.watch and wanted.expect is not None and len(refs) < wanted.expect:
+        n_taken = self.checkpoints.n_taken
+        if not self.watch and wanted.expect is not None and n_taken < wanted.expect:
             raise ModelError(
-                f"checkpoints.expect: {wanted.expect}, and {len(refs)} are there; wait for the others with --watch"
+                f"checkpoints.expect: {wanted.expect}, and {n_taken} are there; wait for the others with --watch"
             )
         if len(refs) == 1 and self.config.select.measure in FROM_VOTES:
             keep = f"set {KEEP_ALL}" if refs[0].path.suffix == LIGHTNING else "keep more of them"
@@ -315,13 +318,18 @@ class _Scoring:
         names = [ref.path.name for ref in refs]
         shown = names if len(names) <= 4 else [*names[:2], "...", *names[-2:]]
         self.display.say(f"{len(names)} checkpoints, in this order: {', '.join(shown)}")
-        for name, earlier in self.checkpoints.repeated:
-            self.display.say(f"{name} is left out: it has the weights of {earlier}")
+        self._tell_repeated()
         if doubtful := versions(names):
             self.display.say(
                 f"warning: {doubtful[0]} was written when there was a file of that name; if two trainings wrote to "
                 "this directory, leave one out with checkpoints.pattern"
             )
+
+    def _tell_repeated(self) -> None:
+        for name, earlier in self.checkpoints.repeated:
+            if name not in self.told:
+                self.told.add(name)
+                self.display.say(f"{name} is left out: it has the weights of {earlier}")
 
     def _made_from(self) -> dict[str, str]:
         return {
@@ -440,11 +448,14 @@ class _Watched:
             self._checkpoints.look(patient=True)
             if len(self._checkpoints.refs) > before:
                 self._grew = now
-        n = len(self._checkpoints.refs)
-        if self._config.expect is not None and n >= self._config.expect:
-            return True
-        if now - self._grew < self._config.idle or not self._checkpoints.look(patient=True, closing=True):
+        expect = self._config.expect
+        enough = expect is not None and self._checkpoints.no_more(expect)
+        if not (enough or now - self._grew >= self._config.idle):
             return False
+        if not self._checkpoints.look(patient=True, closing=True):
+            return False
+        if enough:
+            return True
         n = len(self._checkpoints.refs)
         self._display.say(f"no new checkpoint for {self._config.idle:.0f} s: going on with the {n} that are there")
         return True

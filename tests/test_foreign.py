@@ -94,7 +94,7 @@ def test_a_file_counts_when_it_has_stood_still_and_loads(tmp_path: Path, monkeyp
     monkeypatch.setattr(foreign, "SETTLED_S", 0.5)
     whole = write(tmp_path, "whole.pt").read_bytes()
     (tmp_path / "ck").mkdir()
-    path = tmp_path / "ck" / "slow.pt"
+    path = tmp_path / "ck" / "slow1.pt"
 
     def slowly() -> None:
         with path.open("wb") as file:
@@ -137,10 +137,13 @@ def test_code_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="a b.ckpt: holds an object of pathlib.* if you trust it") as raised:
         opened(tmp_path)
     assert "\n" not in str(raised.value)
-    command = str(raised.value).partition("convert with: python")[2].rpartition(" and set checkpoints.pattern=*.pt")[0]
+    command = str(raised.value).partition("convert with: python")[2].rpartition(" and set checkpoints.path=")[0]
     subprocess.run(sys.executable + command, shell=True, check=True)
-    age(tmp_path / "ck" / "a b.pt")
-    assert names(opened(tmp_path, "*.pt")) == ["a b.pt"]
+    assert (tmp_path / "ck" / "a b.ckpt").stat().st_size > 0
+    found = ForeignCheckpoints(tmp_path / "checkpoints.json", tmp_path / "ck" / "converted", "*.pt", NETWORK)
+    age(tmp_path / "ck" / "converted" / "a b.pt")
+    found.settle()
+    assert names(found) == ["a b.pt"]
 
 
 def save(folder: Path, name: str, **more: object) -> Path:
@@ -176,12 +179,51 @@ def test_a_directory_as_lightning_leaves_it(tmp_path: Path) -> None:
     assert names(opened(tmp_path))[3:] == ["epoch=11-step=120.ckpt", "last.ckpt"]
 
 
-def test_names_without_a_number_are_a_sequence_of_their_own(tmp_path: Path) -> None:
-    for value, name in enumerate(("early.pt", "late.pt")):
+def test_names_without_a_number_wait_until_no_more_will_come(tmp_path: Path) -> None:
+    """`best` and `last` are written over and over, also with a number in the name, and with nothing else there yet."""
+    for value, name in enumerate(("best-epoch=2.pt", "late.pt")):
         write(tmp_path / "ck", name, value)
     found = looking(tmp_path)
     assert found.look(patient=True)
-    assert names(found) == ["early.pt", "late.pt"]
+    assert names(found) == []
+    assert found.no_more(2)
+    assert found.look(patient=True, closing=True)
+    assert names(found) == ["best-epoch=2.pt", "late.pt"]
+    assert found.n_taken == 2
+
+
+def test_what_counts_towards_the_number_that_is_expected(tmp_path: Path) -> None:
+    for name, value in (("epoch=0", 0), ("epoch=1", 1), ("epoch=2", 1), ("last", 1)):
+        write(tmp_path / "ck", f"{name}.pt", value)
+    found = opened(tmp_path)
+    assert len(found.refs) == 2  # weights count once, and `last` never adds to what is expected
+    assert found.n_taken == 3
+    assert found.no_more(3)
+    assert not found.no_more(4)
+
+
+def test_what_lies_about_in_a_directory(tmp_path: Path) -> None:
+    write(tmp_path / "ck", "epoch1.pt")
+    (tmp_path / "ck" / "last.pt").symlink_to(tmp_path / "gone.pt")
+    (tmp_path / "ck" / "export").mkdir()
+    (tmp_path / "ck" / "export" / "manifest.json").write_text("{}")
+    (tmp_path / "ck" / "1").mkdir()
+    (tmp_path / "ck" / "1" / "manifest.json").write_text("{}")
+    assert names(opened(tmp_path, "*.pt")) == ["epoch1.pt"]
+    (tmp_path / "ck" / "epoch2.pt").mkdir()
+    age(tmp_path / "ck" / "epoch2.pt")
+    with pytest.raises(ModelError, match="epoch2.pt: a folder: a sharded checkpoint; consolidate it"):
+        opened(tmp_path, "*.pt")
+
+
+def test_equal_weights_are_equal_however_they_are_stored(tmp_path: Path) -> None:
+    buffer = torch.arange(20, dtype=torch.float32)
+    (tmp_path / "ck").mkdir()
+    torch.save({"weight": buffer[:6].view(2, 3), "bias": buffer[6:8]}, tmp_path / "ck" / "1.pt")
+    save_file({"bias": buffer[6:8].clone(), "weight": buffer[:6].view(2, 3).clone()}, tmp_path / "ck" / "2.safetensors")
+    age(tmp_path / "ck" / "1.pt")
+    age(tmp_path / "ck" / "2.safetensors")
+    assert opened(tmp_path).repeated == [("2.safetensors", "1.pt")]
 
 
 def test_published_checkpoints(tmp_path: Path) -> None:
@@ -198,6 +240,8 @@ def test_published_checkpoints(tmp_path: Path) -> None:
         ({"state_dict": NETWORK, "epoch": 1}, Layout(), ("state_dict", "")),
         ({"state_dict": NETWORK, "ema": {"shadow": NETWORK}}, Layout("ema.shadow"), ("ema.shadow", "")),
         ({"a.b": NETWORK, "a": 1}, Layout("a.b"), ("a.b", "")),
+        ({"a": {"EMA{'decay': 0.9}": {"x": NETWORK}}}, Layout("a.EMA{'decay': 0.9}.x"), ("a.EMA{'decay': 0.9}.x", "")),
+        ({"model_state_dict": NETWORK, "optimizer": {"m": torch.zeros(1)}}, Layout(), ("model_state_dict", "")),
         ({f"module.{key}": value for key, value in NETWORK.items()}, Layout(), (None, "module.")),
         (
             {f"{p}.{key}": value for key, value in NETWORK.items() for p in ("net", "teacher")},
@@ -215,12 +259,12 @@ def test_where_the_weights_are(value: object, layout: Layout, expected: tuple[st
     ("value", "layout", "message"),
     [
         (
-            {"model_state_dict": NETWORK, "optimizer": {"lr": 0.1}},
+            {"student": NETWORK, "teacher": NETWORK, "optimizer": {"state": {"m": torch.zeros(1)}}},
             Layout(),
-            r"it has model_state_dict, optimizer\); set checkpoints.key to model_state_dict",
+            r"it has student, teacher, optimizer\); set checkpoints.key to student or teacher$",
         ),
-        ({"state_dict": NETWORK, "epoch": 1}, Layout("ema"), "has no 'ema'; those that hold tensors: state_dict"),
-        ({"epoch": 1}, Layout("epoch.x"), "has no 'epoch.x'; those that hold tensors: none"),
+        ({"state_dict": NETWORK, "epoch": 1}, Layout("ema"), "has no 'ema'; state_dict would fit"),
+        ({"epoch": 1}, Layout("epoch.x"), "has no 'epoch.x'; nothing in it fits model.name: set it to null"),
         (NETWORK, Layout(None, "net."), "no key of a.pt begins with 'net.': weight, bias"),
         (
             {f"{p}.{key}": value for key, value in NETWORK.items() for p in ("net", "teacher")},

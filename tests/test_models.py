@@ -54,6 +54,10 @@ def second(output: list[torch.Tensor]) -> torch.Tensor:
     return output[1]
 
 
+def fails(output: torch.Tensor) -> torch.Tensor:
+    raise ValueError("no")
+
+
 @pytest.mark.parametrize("kind", ["tuple", "mapping", "own"])
 def test_what_networks_return(kind: str) -> None:
     output = f"{__name__}:second" if kind == "own" else None
@@ -68,8 +72,12 @@ def test_what_networks_return(kind: str) -> None:
 def test_arguments_of_the_network() -> None:
     thin = spec((3, 32, 32), name="resnet18", args={"width_per_group": 64, "groups": 1, "zero_init_residual": True})
     assert (thin.build().layer1[0].bn2.weight == 0).all()
-    with pytest.raises(ModelError, match=r"model.args: resnet18 does not take {'depth': 3} \(.*depth"):
+    with pytest.raises(ModelError, match=r"model.args: resnet18 cannot be built with {'depth': 3} \(.*depth"):
         spec((3, 32, 32), name="resnet18", args={"depth": 3}).build()
+    with pytest.raises(ModelError, match="model.args: num_classes is given by distal; leave it out"):
+        spec((3, 32, 32), name="resnet18", args={"num_classes": 3}).build()
+    with pytest.raises(ModelError, match=r"model.output: .*:fails does not take what the network returned"):
+        spec(name=f"{__name__}:mlp", output=f"{__name__}:fails").check()
     with pytest.raises(ModelError, match=r"model.args: small_cnn takes none, got {'depth': 3}"):
         spec(args={"depth": 3}).build()
 

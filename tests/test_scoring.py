@@ -193,11 +193,12 @@ def test_the_order_of_checkpoints_is_told(pool: Pool, folder: Path, tmp_path: Pa
     shutil.copytree(folder, tmp_path / "ck")
     shutil.copy2(folder / f"epoch{T}.pt", tmp_path / "ck" / "best.pt")
     lines = Lines()
-    score_directory(foreign_config(tmp_path / "run", pool, tmp_path / "ck"), lines, select=False)
+    result = score_directory(foreign_config(tmp_path / "run", pool, tmp_path / "ck"), lines, select=False)
     assert lines.said[1:3] == [
-        f"{T + 1} checkpoints, in this order: best.pt, epoch1.pt, ..., epoch7.pt, epoch8.pt",
-        "warning: epoch8.pt has the weights of best.pt, and both are counted; leave one out with checkpoints.pattern",
+        f"{T} checkpoints, in this order: epoch1.pt, epoch2.pt, ..., epoch7.pt, epoch8.pt",
+        "best.pt is left out: it has the weights of epoch8.pt",
     ]
+    assert result["checkpoints"] == T
 
 
 def test_elimination_selects_the_same_with_fewer_passes(

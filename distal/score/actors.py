@@ -858,7 +858,8 @@ class _Pass:
         }
         for actor, since in self.starting_since.items():
             if now - since > max(self.stuck_after, WAITS_S):  # it waits for room, or hangs before it could say a word
-                self.on_event("actor_asked_for_again", actor=actor, seconds=round(now - since))
+                reason = f"a scoring actor has not answered for {now - since:.0f} s: no room, or it hangs"
+                self.on_event("actor_asked_for_again", actor=actor, reason=reason)
                 self._forget(actor)
         busy = {work.actor for work in self.working.values()} | (joining & self.scorers.processes.keys())
         self.heard = {actor: self.heard.get(actor, (-1, now)) for actor in busy}

@@ -436,7 +436,7 @@ def judge(run: Disturbed, strikes: list[Strike], expected: dict[str, object]) ->
     different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     # With its margins a block's labels are written again, too.
     mended = {Path(str(strike.damaged).replace("/margin/c/", "/assignments/c/")) for strike in strikes}
-    for strike, after in zip(strikes, [*strikes[1:], None], strict=True):
+    for strike, after in zip(strikes, [*strikes[1:], None][: len(strikes)], strict=True):
         strike.in_hand = run.in_hand(strike, after.began if after else float("inf"))
         same = {path for path, written in strike.committed.items() if now.get(path) == written}
         strike.rewritten = len(strike.committed.keys() - same - mended)
@@ -465,7 +465,7 @@ def disturb(
     with lab.disk(path) as mounted:
         run = Disturbed(lab, number, path, eliminate, mounted, rng)
         run.start()
-        moments = triggers(rng, lab)[: len(faults)]
+        moments = triggers(rng, lab)[-len(faults) :]  # the later ones: there is more to strike
         for fault, moment in zip(faults, moments, strict=True):
             if run.ended():
                 run.start()

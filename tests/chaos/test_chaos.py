@@ -26,4 +26,6 @@ def test_a_run_under_fire_ends_with_the_same_answer(tmp_path: Path) -> None:
 def test_every_fault(tmp_path: Path, fault: str) -> None:
     with Lab(tmp_path, 2000) as lab:
         expected, _ = undisturbed(lab, eliminate=True)
-        assert disturb(lab, 0, [fault], True, expected, seed=1)[0].recovered
+        tried = (disturb(lab, seed, [fault], True, expected, seed=seed) for seed in range(1, 5))
+        strikes = next(found for found in tried if found)  # at first there may be nothing to strike
+        assert strikes[0].recovered
