@@ -60,7 +60,7 @@ def reduce_run(
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
         done = [
-            scored.reduce(measure, window, annotate=annotate, mapper=mapper, display=display)
+            scored.reduce(*_named(measure, window), annotate=annotate, mapper=mapper, display=display)
             for measure in measures or (scored.config.select.measure,)
         ]
     return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, "analyses": done}
@@ -87,12 +87,23 @@ def select_run(
     """
     display = display or Silent()
     scored = _Scored(path, cycle, pool)
-    name = measure or scored.config.select.measure
+    name, window = _named(measure or scored.config.select.measure, window)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
         scored.reduce(name, window, annotate=annotate, mapper=mapper, display=display)
     chosen = scored.select(name, window, budget, tie_break or scored.config.select.tie_break)
     return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, **chosen}
+
+
+def _named(measure: str, window: Window) -> tuple[str, Window]:
+    """A measure and its window, which may be part of its name."""
+    try:
+        name, own = Window.of_name(measure)
+    except ValueError as error:
+        raise ConfigError(f"--measure: {measure}: {error}") from None
+    if own != WHOLE and window != WHOLE:
+        raise ConfigError(f"--measure: {measure} has a window already; leave out --last, --from and --every")
+    return name, window if own == WHOLE else own
 
 
 def _connection(address: str | None) -> AbstractContextManager[None]:

@@ -19,12 +19,12 @@ from pydantic_core import PydanticUndefined
 
 from distal.errors import ConfigError, RunConflict
 from distal.hashing import digest
-from distal.records import JsonObject
+from distal.records import JsonObject, Window
 from distal.storage import local_path
 
 VoteMeasure = Literal["dispersion", "vote_entropy", "gini", "vote_margin", "flips", "last_flip", "decayed"]
-Measure = Literal[VoteMeasure, "margin", "entropy", "random"]
-Recorded = Literal["margin", "entropy"]
+Measure = Literal[VoteMeasure, "margin", "entropy", "least_confidence", "random"]
+Recorded = Literal["margin", "entropy", "least_confidence"]
 Auto = Literal["auto"]
 Integer = Annotated[int, Strict()]  # true is not 1
 Count = Annotated[int, Strict(), Field(ge=1)]
@@ -287,7 +287,8 @@ class ScoreConfig(Section):
     )
     batch_size: Count | Auto = key("auto", "Images per forward pass. auto: the quickest of a few, tried once.")
     record: tuple[Recorded, ...] = key(
-        ("margin",), "Float16 arrays kept beside the assignments: margin p1 - p2, entropy in nats."
+        ("margin",),
+        "Float16 arrays kept beside the assignments: margin p1 - p2, entropy in nats, least_confidence 1 - p1.",
     )
     record_rows: Literal["last", "all"] = key("last", "Checkpoints at which they are kept.")
     mixed_hardware: Literal["refuse", "allow"] = key(
@@ -316,7 +317,11 @@ class ForeignScore(ScoreConfig):
 class SelectConfig(Section):
     """Which samples to label next."""
 
-    measure: Measure = key("dispersion", "The score to rank by; larger is always more uncertain.")
+    measure: str = key(
+        "dispersion",
+        f"The score to rank by; larger is always more uncertain. One of {', '.join(get_args(Measure))}; of those that "
+        "come from several checkpoints also a window, as `dispersion@last=0.5`, `@from=10` or `@every=2`.",
+    )
     tie_break: Literal["margin", "hash"] = key(
         "margin",
         "Order of equal scores: margin of the last checkpoint, then a seeded hash; or the hash alone.",
@@ -324,6 +329,16 @@ class SelectConfig(Section):
     max_per_group: Count | None = key(
         None, "The most samples of a batch with the same `group_id` (a patient, a product). null: any number."
     )
+
+    @field_validator("measure")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        measure, window = Window.of_name(value)
+        if measure not in get_args(Measure):
+            raise ValueError(f"{measure!r} is unknown; known: {', '.join(get_args(Measure))}")
+        if window != Window() and measure not in get_args(VoteMeasure):
+            raise ValueError(f"{measure} is of the last checkpoint; a window is for {', '.join(get_args(VoteMeasure))}")
+        return f"{measure}{window}"
 
 
 class LabelConfig(Section):
@@ -443,6 +458,14 @@ class Config(Root):
             raise ValueError(
                 f"loop.initial: {self.loop.initial} must be at least 2 per rank (train.workers: {self.train.workers}): "
                 "batch norm needs two images"
+            )
+        _, window = Window.of_name(self.select.measure)
+        n_rows = len(self.train.checkpoint_epochs)
+        n_inside = len(window.rows(n_rows))
+        if window != Window() and n_inside < 2:
+            raise ValueError(
+                f"select.measure: {self.select.measure}: that is {n_inside} of {n_rows} checkpoints, and a measure of "
+                "one is always 0; take a wider window"
             )
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 SAMPLES_PER_BLOCK_STEP = 128
 MAX_BLOCK_SIZE = 65_536
@@ -73,6 +73,26 @@ class Window:
         ]
         named = ",".join(part for part in parts if part)
         return f"@{named}" if named else ""
+
+    @classmethod
+    def of_name(cls, name: str) -> tuple[str, Self]:
+        """A measure and its window: `dispersion@last=0.5` is `dispersion`, and the later half of the checkpoints.
+
+        Raises:
+            ValueError: what stands after the `@` is no window.
+        """
+        measure, _, named = name.partition("@")
+        kinds = {"from": ("first", int, 0), "last": ("last", float, 0), "every": ("every", int, 1)}
+        values: dict[str, Any] = {}
+        for part in named.split(",") if named else ():
+            key, _, value = part.partition("=")
+            if key not in kinds:
+                raise ValueError(f"{part!r} is no part of a window; those are from=N, last=N or a share, and every=N")
+            field_name, kind, least = kinds[key]
+            values[field_name] = kind(value)
+            if values[field_name] < least or (key == "last" and values[field_name] <= 0):
+                raise ValueError(f"{part!r} must be larger")
+        return measure, cls(**values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -303,7 +303,7 @@ class _Scoring:
             raise ModelError(
                 f"checkpoints.expect: {wanted.expect}, and {n_taken} are there; wait for the others with --watch"
             )
-        if len(refs) == 1 and self.config.select.measure in FROM_VOTES:
+        if len(refs) == 1 and self.config.select.measure.partition("@")[0] in FROM_VOTES:
             keep = f"set {KEEP_ALL}" if refs[0].path.suffix == LIGHTNING else "keep more of them"
             raise ModelError(
                 f"{wanted.path}: one checkpoint only; {self.config.select.measure} of one checkpoint is always 0; "

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from distal.records import Block, auto_block_size, split_blocks
+from distal.records import Block, Window, auto_block_size, split_blocks
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,9 @@ def test_auto_block_size(n: int, size: int) -> None:
 def test_block_is_a_value() -> None:
     assert Block(0, 0, 3) == Block(0, 0, 3)
     assert len(Block(1, 3, 5)) == 2
+
+
+@given(st.integers(0, 9), st.sampled_from([None, 3.0, 0.25]), st.integers(1, 4))
+def test_a_window_is_its_name(first: int, last: float | None, every: int) -> None:
+    window = Window(first, last, every)
+    assert Window.of_name(f"flips{window}") == ("flips", window)

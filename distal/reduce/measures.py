@@ -102,6 +102,11 @@ def entropy(recorded: NDArray[np.float16]) -> Floats:
     return recorded.astype(np.float64)
 
 
+def least_confidence(recorded: NDArray[np.float16]) -> Floats:
+    """1 - the largest class probability at the last checkpoint; in [0, 1 - 1 / C]."""
+    return recorded.astype(np.float64)
+
+
 def random(seed: int, cycle: int, keys: NDArray[np.uint64]) -> Floats:
     """Uniform in [0, 1): a function of (seed, cycle, sample_key)."""
     return (mix64("random", seed, cycle, keys) >> np.uint64(40)) / 2.0**24  # 24 bits: exact in float32
@@ -118,7 +123,11 @@ FROM_VOTES: dict[str, Callable[[Votes], Floats]] = {
 }
 """Measures of the assignments, of all checkpoints or of a window."""
 
-FROM_RECORDED: dict[str, Callable[[NDArray[np.float16]], Floats]] = {"margin": margin, "entropy": entropy}
+FROM_RECORDED: dict[str, Callable[[NDArray[np.float16]], Floats]] = {
+    "margin": margin,
+    "entropy": entropy,
+    "least_confidence": least_confidence,
+}
 """Measures of an array that was recorded at the last checkpoint under the same name."""
 
 SEEDED = {"random": random}

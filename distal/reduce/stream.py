@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from distal.assignments import Assignments
 from distal.errors import Damage
 from distal.pool import Pool
-from distal.records import Block, split_blocks
+from distal.records import Block, Window, split_blocks
 from distal.reduce.measures import ANNOTATIONS, FROM_RECORDED, FROM_VOTES, SEEDED, Votes
 from distal.scores import Scores
 
@@ -36,7 +36,7 @@ class Reduction:
     """What to compute, of what; picklable.
 
     Attributes:
-        measures: names of measures; those of recorded arrays are of the last of `rows`.
+        measures: names of measures, with a window of `rows` if need be; those of recorded arrays are of the last row.
         rows: rows of the assignments, ascending.
         annotate: whether to keep the most frequent class and the next one, too.
         remaining: of each block, how many samples were scored to the end; None: all that are eligible.
@@ -102,14 +102,19 @@ def _reduced(reduction: Reduction, stripe: Block) -> dict[str, NDArray[Any]]:
     eligible = assignments.eligible(*span)
     values: dict[str, NDArray[Any]] = {}
     scored = eligible
-    from_votes = [name for name in reduction.measures if name in FROM_VOTES]
+    windows = {name: Window.of_name(name) for name in reduction.measures}
+    from_votes = [name for name, (measure, _) in windows.items() if measure in FROM_VOTES]
     if from_votes or reduction.annotate or reduction.remaining is not None:
-        votes = Votes(assignments.read(*span, reduction.rows), assignments.n_classes)
-        scored = _scored(reduction, stripe, eligible, votes.complete)
+        read = assignments.read(*span, reduction.rows)
+        votes = {Window(): Votes(read, assignments.n_classes)}
+        scored = _scored(reduction, stripe, eligible, votes[Window()].complete)
         for name in from_votes:
-            values[name] = np.where(scored, FROM_VOTES[name](votes), np.nan)
+            measure, window = windows[name]
+            if window not in votes:
+                votes[window] = Votes(read[window.rows(len(read))], assignments.n_classes)
+            values[name] = np.where(scored, FROM_VOTES[measure](votes[window]), np.nan)
         for name in ANNOTATIONS if reduction.annotate else ():
-            values[name] = np.where(scored, ANNOTATIONS[name](votes), -1)
+            values[name] = np.where(scored, ANNOTATIONS[name](votes[Window()]), -1)
     for name in reduction.measures:
         if name in FROM_RECORDED:
             last = assignments.read_recorded(name, reduction.rows[-1], *span)

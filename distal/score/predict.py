@@ -51,6 +51,10 @@ class Prediction:
         log_p = self.logits.log_softmax(dim=1)
         return (-(log_p.exp() * log_p).sum(dim=1)).clamp_min(0).numpy()
 
+    def least_confidence(self) -> NDArray[np.float32]:
+        """1 - the largest class probability: (n,) float32 in [0, 1 - 1 / C]."""
+        return (1 - self.logits.softmax(dim=1).amax(dim=1)).numpy()
+
 
 class Predictor:
     """A network ready to predict on one device.

@@ -11,7 +11,7 @@ from distal.cluster import in_tasks
 from distal.eligibility import Eligibility
 from distal.errors import Damage
 from distal.pool import Pool
-from distal.records import split_blocks
+from distal.records import Window, split_blocks
 from distal.reduce import stream
 from distal.reduce.measures import FROM_VOTES, Votes
 from distal.reduce.stream import Reduction
@@ -96,6 +96,20 @@ def test_a_window_is_the_same_as_those_rows_alone(pool: Pool, tmp_path: Path, el
     for name, measure in FROM_VOTES.items():
         expected = np.where(eligible, measure(counted), np.nan).astype(np.float32)
         assert np.array_equal(scores.read(name, 0, N), expected, equal_nan=True)
+
+
+def test_a_window_in_the_name_of_a_measure(pool: Pool, tmp_path: Path, eligible: np.ndarray) -> None:
+    """Several windows and the whole, of one array that is read once; the whole decides who is counted."""
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    names = ("dispersion", "dispersion@last=0.5", "flips@from=1,every=2", "margin")
+    scores = reduce(assignments, pool, tmp_path / "scores.zarr", measures=names)
+    votes = assignments.read(0, N)
+    for name in names[:3]:
+        measure, window = Window.of_name(name)
+        counted = Votes(votes[window.rows(ROWS)], CLASSES)
+        expected = np.where(eligible, FROM_VOTES[measure](counted), np.nan).astype(np.float32)
+        assert np.array_equal(scores.read(name, 0, N), expected, equal_nan=True)
+    assert not np.array_equal(scores.read(names[0], 0, N), scores.read(names[1], 0, N), equal_nan=True)
 
 
 def test_ray_tasks_write_the_same_bytes_as_threads(cluster: str, pool: Pool, tmp_path: Path, monkeypatch) -> None:
