@@ -56,7 +56,7 @@ def reduce_run(
         Damage: a chunk is missing or does not decode.
     """
     display = display or Silent()
-    scored = _Scored(path, cycle, pool)
+    scored = Scored(path, cycle, pool)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
         done = [
@@ -86,7 +86,7 @@ def select_run(
     Raises like `reduce_run`, and UserError when there are fewer samples than the budget.
     """
     display = display or Silent()
-    scored = _Scored(path, cycle, pool)
+    scored = Scored(path, cycle, pool)
     name, window = _named(measure or scored.config.select.measure, window)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
@@ -113,7 +113,7 @@ def _connection(address: str | None) -> AbstractContextManager[None]:
     return cluster.connect(address)
 
 
-class _Scored:
+class Scored:
     """A cycle whose assignments are complete."""
 
     def __init__(self, path: Path, cycle: int | None, pool: Path | None) -> None:
@@ -142,6 +142,17 @@ class _Scored:
         """The pool of the run."""
         return Pool.open(self._pool_path).require(self.marker["inputs"]["pool"])
 
+    @cached_property
+    def assignments(self) -> Assignments:
+        """The assignments of the cycle."""
+        return Assignments.open(self.cycle.assignments)
+
+    def scores_of(self, name: str, display: Display) -> Path:
+        """Where the scores of a measure are, computed if need be; its window is part of its name."""
+        measure, window = _named(name, WHOLE)
+        self.reduce(measure, window, annotate=False, mapper=in_threads, display=display)
+        return self._analysis(measure, window).scores
+
     def reduce(self, measure: str, window: Window, *, annotate: bool, mapper: Mapper, display: Display) -> JsonObject:
         """Compute one measure, unless that is done."""
         rows = self._rows(measure, window)
@@ -152,7 +163,7 @@ class _Scored:
             started = time.monotonic()
             analysis.invalidate("reduce")
             reduction = Reduction(
-                Assignments.open(self.cycle.assignments),
+                self.assignments,
                 self.pool,
                 (measure,),
                 rows,
@@ -188,9 +199,9 @@ class _Scored:
         n_candidates = self.marker["n_eligible"]
         if budget > n_candidates:
             raise UserError(f"--budget: {budget} is more than the {n_candidates} candidates; lower it")
-        if self.config.score.eliminate == "exact" and budget > self._budget():
+        if self.config.score.eliminate == "exact" and budget > self.budget:
             raise UserError(
-                f"--budget: {budget}: samples that could not be among the first {self._budget()} were left out "
+                f"--budget: {budget}: samples that could not be among the first {self.budget} were left out "
                 "(score.eliminate: exact), so no more than that can be selected; score again with "
                 "score.eliminate=none in another run directory"
             )
@@ -208,7 +219,7 @@ class _Scored:
             analysis.invalidate(stage)
             selection = select(
                 Scores.open(analysis.scores),
-                Assignments.open(self.cycle.assignments),
+                self.assignments,
                 self.pool,
                 self.config.select.model_copy(update={"measure": measure, "tie_break": tie_break}),
                 dest,
@@ -235,7 +246,8 @@ class _Scored:
             "selection_sha256": marker["selection_sha256"],
         }
 
-    def _budget(self) -> int:
+    @property
+    def budget(self) -> int:
         """What the run selects in a cycle."""
         return self.config.score.budget if isinstance(self.config, ForeignConfig) else self.config.loop.budget
 

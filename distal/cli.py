@@ -293,6 +293,36 @@ def diff(
     _answer(work, as_json, diff_table)
 
 
+@app.command()
+def informativeness(
+    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    measure: Annotated[list[str] | None, typer.Option(help="A measure, such as flips@last=0.5; several times.")] = None,
+    cycle: CycleIndex = None,
+    budget: Annotated[int | None, typer.Option(help="Samples of which the overlap is told.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, the figure and the numbers.")] = None,
+    pool: PoolPlace = None,
+    as_json: Json = False,
+) -> None:
+    """Tell how often the final network errs on what each measure ranks first; needs the pool's labels."""
+    from distal.monitor import Terminal, informativeness_table
+
+    def work() -> dict[str, Any]:
+        with Terminal() as terminal:
+            from distal.informativeness import informativeness as of_runs
+
+            return of_runs(
+                run_directories,
+                measures=measure or (),
+                cycle=cycle,
+                budget=budget,
+                out=out,
+                pool=pool,
+                display=terminal,
+            )
+
+    _answer(work, as_json, informativeness_table)
+
+
 RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory, or folder of a pool.")]
 
 

@@ -151,8 +151,9 @@ class Architecture(Section):
 
     name: str = key(
         "small_cnn",
-        "`small_cnn` (about 0.1 M parameters), a torchvision classifier such as `resnet18`, or a function of "
-        "yours as `package.module:function`, called with num_classes and image_shape=(C, H, W).",
+        "`small_cnn` (0.1 M parameters) or `resnet20` (0.3 M), both for small images; a torchvision classifier such as "
+        "`resnet18`; or a function of yours as `package.module:function`, called with num_classes and image_shape=(C, "
+        "H, W).",
     )
     args: dict[str, Any] = key({}, "Further arguments to build it with, such as `{dropout: 0.2}`.")
     stem: Literal["auto", "small", "standard"] = key(

@@ -202,15 +202,44 @@ class SmallCNN(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
 
 
+class ResNet20(nn.Sequential):
+    """The ResNet-20 for small images (He et al. 2016, section 4.2): 0.27 M parameters, three stages of three blocks."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        from torchvision.models.resnet import BasicBlock
+
+        layers: list[nn.Module] = [_conv(in_channels, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+        channels = 16
+        for width in (16, 32, 64):
+            for _ in range(3):
+                shortcut = None
+                if width != channels:
+                    shortcut = nn.Sequential(_conv(channels, width, 1, stride=2), nn.BatchNorm2d(width))
+                layers.append(BasicBlock(channels, width, stride=width // channels, downsample=shortcut))
+                channels = width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _conv(inside: int, outside: int, size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inside, outside, size, stride=stride, padding=size // 2, bias=False)
+
+
+OWN: dict[str, type[nn.Module]] = {SMALL_CNN: SmallCNN, "resnet20": ResNet20}
+"""Networks for small images, of any number of channels."""
+
+
 def _is_torchvision(name: str) -> bool:
-    return name != SMALL_CNN and ":" not in name
+    return name not in OWN and ":" not in name
 
 
 def _build(config: Architecture, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    if config.name == SMALL_CNN:
+    if config.name in OWN:
         if config.args:
-            raise ModelError(f"model.args: {SMALL_CNN} takes none, got {config.args}")
-        return SmallCNN(n_classes, image_shape[0])
+            raise ModelError(f"model.args: {config.name} takes none, got {config.args}")
+        return OWN[config.name](n_classes, image_shape[0])
     if ":" in config.name:
         build = partial(_import(config.name, "model.name"), num_classes=n_classes, image_shape=image_shape)
         net = _called(build, config)
@@ -244,7 +273,7 @@ def _torchvision(config: Architecture, n_classes: int) -> nn.Module:
     if name not in classifiers:
         near = [known for known in classifiers if known[:4] == name[:4]] or classifiers
         raise ModelError(
-            f"model.name: {name!r} is unknown; give {SMALL_CNN}, package.module:function, or a torchvision "
+            f"model.name: {name!r} is unknown; give {', '.join(OWN)}, package.module:function, or a torchvision "
             f"classifier such as {', '.join(near[:8])}"
         )
     return _called(partial(torchvision.models.get_model, name, weights=None, num_classes=n_classes), config)

@@ -233,6 +233,24 @@ def select_table(result: JsonObject) -> Table:
     return _facts({name: value for name, value in result.items() if name != "state" and value != ""})
 
 
+def informativeness_table(result: JsonObject) -> Table:
+    """Error on the most uncertain part, measure by measure."""
+    table = Table(title=f"{len(result['runs'])} runs, 95% intervals", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    shares = [f"top {share:.0%}" if share < 1 else "all" for share in result["shares"]]
+    for heading in ("measure", "checkpoints", *shares, "rho, error", "rho, dispersion", "overlap"):
+        table.add_column(heading, overflow="fold")
+    for row in result["measures"]:
+        figures = [*row["error"], row["spearman_error"], row["spearman_dispersion"], row["overlap_dispersion"]]
+        table.add_row(row["measure"], str(row["checkpoints"]), *(figure_text(each) for each in figures))
+    return table
+
+
+def figure_text(figure: JsonObject) -> str:
+    """A mean with its interval, if there is one."""
+    text = f"{figure['mean']:.3f}"
+    return text if figure["low"] is None else f"{text} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
 def forecast_table(plan: JsonObject) -> Table:
     """What a run will cost."""
     facts = {name: plan[name] for name in ("samples", "candidates", "checkpoints", "cycles", "blocks", "block_size")}

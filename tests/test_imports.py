@@ -14,7 +14,19 @@ PACKAGE = Path(__file__).parents[1] / "distal"
 # From the top: a module imports what stands on its own rung or below. Stages share a rung and never meet.
 LADDER = [
     ["cli", "__main__", "lightning"],
-    ["driver", "scoring", "analysis", "forecast", "explain", "labelling", "status", "verify", "inputs", "monitor"],
+    [
+        "driver",
+        "scoring",
+        "analysis",
+        "informativeness",
+        "forecast",
+        "explain",
+        "labelling",
+        "status",
+        "verify",
+        "inputs",
+        "monitor",
+    ],
     ["score", "reduce", "acquire", "labels", "train"],
     [
         "runs",

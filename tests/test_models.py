@@ -90,6 +90,13 @@ def test_small_cnn(shape: tuple[int, int, int]) -> None:
     assert 80_000 < n_parameters < 120_000
 
 
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_resnet20(shape: tuple[int, int, int]) -> None:
+    s = spec(shape, name="resnet20")
+    s.check()
+    assert 270_000 < sum(p.numel() for p in s.build().parameters()) < 280_000  # 0.27 M in the paper
+
+
 def test_the_small_stem_keeps_the_keys_of_torchvision() -> None:
     net = spec((3, 32, 32), name="resnet18").build()
     standard = torchvision.models.resnet18(num_classes=10)
