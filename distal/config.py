@@ -217,7 +217,7 @@ class LoopConfig(Section):
     initial: Count | str = key(
         300,
         "Labelled samples to start from: how many, or a CSV or Parquet file with columns `sample_id` and `label`. A "
-        "number is balanced over the classes with label.oracle: pool, and random with files.",
+        "number is balanced over the classes with label.oracle: pool, and random with files. Groups are taken whole.",
         NEVER,
     )
     budget: Integer = key(300, "Samples to label per cycle.", ge=1)

@@ -218,6 +218,7 @@ class _Driver:
         elif self.config.label.oracle == "pool":
             chosen = self._enough(choose_initial(self.unlabeled, initial, seed))
             label_from_pool(self.pool, chosen, self.directory.initial)
+            self._tell_missing_classes(Ledger.read([self.directory.initial]))
         else:
             if not self.directory.initial_selection.exists():
                 chosen = self._enough(choose_at_random(self.unlabeled, initial, seed))
@@ -227,6 +228,17 @@ class _Driver:
             if waiting.collect(self.directory) is None:
                 return waiting.report(self.directory)
         return None
+
+    def _tell_missing_classes(self, ledger: Ledger) -> None:
+        """Whole groups may leave classes out."""
+        present = set(ledger.labels.tolist())
+        counts = zip(self.pool.classes or (), self.pool.class_counts, strict=False)
+        missing = [name for label, (name, count) in enumerate(counts) if count and label not in present]
+        if missing:
+            self.display.say(
+                f"warning: loop.initial: {len(ledger)} samples, and none of {', '.join(missing[:5])}"
+                f"{'' if len(missing) <= 5 else f' and {len(missing) - 5} more classes'}; raise it"
+            )
 
     def _enough(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
         """Whole groups may be too large to start from."""

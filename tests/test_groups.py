@@ -22,7 +22,7 @@ from distal.records import split_blocks
 from distal.runs import Run
 from distal.scores import Scores
 from distal.scoring import score_directory
-from tests.helpers import foreign_config, small_config, write_checkpoints, write_source
+from tests.helpers import CLASSES, foreign_config, small_config, write_checkpoints, write_source
 
 N, BLOCK = 240, 64
 
@@ -78,6 +78,16 @@ def test_a_first_set_has_whole_groups(grouped: Pool, n: int) -> None:
         mine = Counter(group_of(i) for i in found)
         assert all(group is None or count == of_group[group] for group, count in mine.items())
         assert choose(eligibility, n, 1).tolist() != found
+
+
+def test_whole_groups_of_one_class_are_balanced(cluster: str, tmp_path: Path) -> None:
+    """Patients with one disease each: every class gets a group before any gets a second one."""
+    labels = [i % 4 for i in range(N)]
+    groups = [f"{i % 4}-{i // 24}" for i in range(N)]  # six samples each
+    columns = {"label": labels, "class_name": [CLASSES[label] for label in labels], "group_id": groups}
+    pool = build(str(write_source(tmp_path / "a.parquet", N, seed=1, **columns)), tmp_path / "pool")
+    found = choose_initial(Eligibility.of(pool, None, seed=0), 50, 0)
+    assert Counter(int(i) % 4 for i in found) == {0: 12, 1: 12, 2: 12, 3: 12}
 
 
 def test_a_run_with_groups(grouped: Pool, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def choose_initial(eligibility: Eligibility, n: int, seed: int) -> NDArray[np.in
     """
     index, label, draw = _best_of_each_class(eligibility, n, seed)
     order = np.lexsort((draw, _rank_in_class(label, draw)))  # every class's first, then every class's second, ...
-    return _whole_groups(eligibility, index[order], n)
+    return _whole_groups(eligibility, index[order], n, label[order])
 
 
 def choose_at_random(eligibility: Eligibility, n: int, seed: int) -> NDArray[np.int64]:
@@ -66,10 +66,15 @@ def choose_at_random(eligibility: Eligibility, n: int, seed: int) -> NDArray[np.
     return _whole_groups(eligibility, index, n)
 
 
-def _whole_groups(eligibility: Eligibility, order: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+def _whole_groups(
+    eligibility: Eligibility, order: NDArray[np.int64], n: int, labels: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
     """The first `n` of some samples, ascending; where samples have groups, only whole ones.
 
     Each sample in turn brings all of its group that is eligible; one that does not fit any more is passed over.
+
+    Args:
+        labels: classes of `order`, to be balanced: at first a class takes no more than its share, then what is left.
     """
     pool = eligibility.pool
     if not pool.has_groups:
@@ -82,12 +87,17 @@ def _whole_groups(eligibility: Eligibility, order: NDArray[np.int64], n: int) ->
         inside = pc.is_in(groups, value_set=wanted).to_numpy() & eligible
         for place in np.flatnonzero(inside).tolist():
             members[groups[place].as_py()].append(start + place)
-    chosen: list[int] = []
-    for index, group in zip(order.tolist(), group_of, strict=True):
-        brought = [index] if group is None else members.pop(group, [])
-        if len(chosen) + len(brought) <= n:
-            chosen += brought
-    return np.sort(np.array(chosen, np.int64))
+    classes = [0] * len(order) if labels is None else labels.tolist()
+    share = -(-n // len(set(classes))) if classes else n
+    chosen: set[int] = set()
+    for most in (share, n):
+        taken = dict.fromkeys(classes, 0)
+        for index, group, label in zip(order.tolist(), group_of, classes, strict=True):
+            brought = [index] if group is None else members[group]
+            if index not in chosen and len(chosen) + len(brought) <= n and taken[label] + len(brought) <= most:
+                chosen.update(brought)
+                taken[label] += len(brought)
+    return np.sort(np.array(sorted(chosen), np.int64))
 
 
 def _best_of_each_class(
