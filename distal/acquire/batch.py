@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from distal.acquire.topk import Candidates, TopK, decide, first_of_each
+from distal.acquire.topk import Candidates, TopK
 from distal.assignments import Assignments
 from distal.config import SelectConfig
 from distal.errors import Damage
-from distal.hashing import mix64
+from distal.hashing import mix64, sample_keys
 from distal.pool import Pool
 from distal.records import STRIPE_SAMPLES, split_blocks
 from distal.scores import Scores
@@ -45,25 +44,19 @@ def select(
     Raises:
         Damage: it is another one than expected; nothing is written.
     """
-
-    def best(k: int) -> TopK:
-        top = TopK(k)
-        blocks_per_stripe = max(1, STRIPE_SAMPLES // assignments.block_size)
-        for stripe in split_blocks(assignments.n_samples, blocks_per_stripe * assignments.block_size):
-            span = (stripe.start, stripe.stop)
-            score = scores.read(config.measure, *span)
-            (keys,) = pool.columns(*span, "sample_key")
-            if config.tie_break == "margin":
-                margin = assignments.read_recorded("margin", last_row, *span)
-            else:
-                margin = np.zeros(len(stripe), dtype=np.float16)
-            top.add(Candidates(np.arange(*span), score, margin, mix64("tie", seed, cycle, keys)))
-        return top
-
-    if config.max_per_group is None:
-        chosen, decided_by = best(budget).result()
-    else:
-        chosen, decided_by = _within_groups(best, pool, budget, config.max_per_group)
+    top = TopK(budget, config.max_per_group)
+    blocks_per_stripe = max(1, STRIPE_SAMPLES // assignments.block_size)
+    for stripe in split_blocks(assignments.n_samples, blocks_per_stripe * assignments.block_size):
+        span = (stripe.start, stripe.stop)
+        score = scores.read(config.measure, *span)
+        (keys,) = pool.columns(*span, "sample_key")
+        if config.tie_break == "margin":
+            margin = assignments.read_recorded("margin", last_row, *span)
+        else:
+            margin = np.zeros(len(stripe), dtype=np.float16)
+        groups = None if config.max_per_group is None else _groups(pool, *span)
+        top.add(Candidates(np.arange(*span), score, margin, mix64("tie", seed, cycle, keys), groups))
+    chosen, decided_by = top.result()
 
     samples = pool.take_samples(chosen.index, ["sample_id", "uri"])
     columns = {
@@ -84,19 +77,12 @@ def select(
     return Selection.write(dest, selection.table)
 
 
-def _within_groups(
-    best: Callable[[int], TopK], pool: Pool, budget: int, max_per_group: int
-) -> tuple[Candidates, list[str]]:
-    """The best `budget` of which no group has more than its share; more candidates are looked at until there are."""
-    k = 2 * budget
-    while True:
-        ranked = best(k).best()
-        group_ids = pool.take_samples(ranked.index, ["group_id"])["group_id"].combine_chunks()
-        groups = group_ids.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        able = ranked.at(first_of_each(groups, max_per_group))
-        if len(able) > budget or len(ranked) <= k:
-            return decide(able, budget)
-        k *= 4
+def _groups(pool: Pool, start: int, stop: int) -> NDArray[np.int64]:
+    """A number for the group of each sample, the same in every part of the pool; -1 where there is none."""
+    encoded = pool.samples(start, stop, ["group_id"])["group_id"].combine_chunks().dictionary_encode()
+    numbers = (sample_keys(encoded.dictionary.to_pylist()) >> np.uint64(1)).astype(np.int64)
+    places = encoded.indices.fill_null(len(numbers)).to_numpy(zero_copy_only=False)
+    return np.append(numbers, -1)[places]
 
 
 def random_batch(pool: Pool, indices: NDArray[np.int64], dest: Path) -> Selection:

@@ -22,19 +22,22 @@ class Candidates:
         score: float32, larger first.
         margin: float16, smaller first; all zero when it plays no part.
         hash: uint64, smaller first.
+        group: int64, a number for each group; -1: none, and so a group of its own. None where nobody asks.
     """
 
     index: NDArray[np.int64]
     score: NDArray[np.float32]
     margin: NDArray[np.float16]
     hash: NDArray[np.uint64]
+    group: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def at(self, where: NDArray[np.integer] | NDArray[np.bool_] | slice) -> Self:
         """The candidates at these positions."""
-        return type(self)(self.index[where], self.score[where], self.margin[where], self.hash[where])
+        group = None if self.group is None else self.group[where]
+        return type(self)(self.index[where], self.score[where], self.margin[where], self.hash[where], group)
 
     def joined(self, other: Self) -> Self:
         """Both together."""
@@ -43,6 +46,7 @@ class Candidates:
             np.concatenate([self.score, other.score]),
             np.concatenate([self.margin, other.margin]),
             np.concatenate([self.hash, other.hash]),
+            None if self.group is None or other.group is None else np.concatenate([self.group, other.group]),
         )
 
     def ranked(self) -> Self:
@@ -55,15 +59,22 @@ class TopK:
 
     Args:
         k: at least 1.
+        most_per_group: of each group only so many are kept. The best so many of a part are all that can be among the
+            best so many of the whole, so this is exact, whatever the parts.
     """
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, most_per_group: int | None = None) -> None:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         self._keep = k + 1  # the first one not taken tells how the last one taken was decided
         self._k = k
+        self._most_per_group = most_per_group
         self._best = Candidates(
-            np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float16), np.empty(0, np.uint64)
+            np.empty(0, np.int64),
+            np.empty(0, np.float32),
+            np.empty(0, np.float16),
+            np.empty(0, np.uint64),
+            None if most_per_group is None else np.empty(0, np.int64),
         )
         self._threshold = np.float32(-np.inf)
 
@@ -78,32 +89,26 @@ class TopK:
             self._trim()
 
     def _trim(self) -> None:
-        self._best = self._best.ranked().at(slice(self._keep))
+        ranked = self._best.ranked()
+        if ranked.group is not None and self._most_per_group is not None:
+            ranked = ranked.at(first_of_each(ranked.group, self._most_per_group))
+        self._best = ranked.at(slice(self._keep))
         if len(self._best) == self._keep:
             self._threshold = self._best.score[-1]
 
-    def best(self) -> Candidates:
-        """In rank order the best `k`, and after them the best that was not taken, if there is one."""
-        self._trim()
-        return self._best
-
     def result(self) -> tuple[Candidates, list[str]]:
-        """The chosen in rank order, and for each what decided that it was chosen; see `decide`."""
-        return decide(self.best(), self._k)
+        """The chosen in rank order, and for each what decided that it was chosen.
 
-
-def decide(ranked: Candidates, k: int) -> tuple[Candidates, list[str]]:
-    """The first `k`, and for each what decided that it was chosen.
-
-    "score": no candidate with the same score was left out. "margin": one was, with a larger margin.
-    "hash": one was, with the same margin.
-    """
-    chosen, left_out = ranked.at(slice(k)), ranked.at(slice(k, None))
-    if not len(left_out):
-        return chosen, ["score"] * len(chosen)
-    same_score = chosen.score == left_out.score[0]
-    same_margin = same_score & (chosen.margin == left_out.margin[0])
-    return chosen, np.where(same_margin, "hash", np.where(same_score, "margin", "score")).tolist()
+        "score": no candidate with the same score was left out. "margin": one was, with a larger margin.
+        "hash": one was, with the same margin. Those of a group that has its share already do not count as left out.
+        """
+        self._trim()
+        chosen, left_out = self._best.at(slice(self._k)), self._best.at(slice(self._k, None))
+        if not len(left_out):
+            return chosen, ["score"] * len(chosen)
+        same_score = chosen.score == left_out.score[0]
+        same_margin = same_score & (chosen.margin == left_out.margin[0])
+        return chosen, np.where(same_margin, "hash", np.where(same_score, "margin", "score")).tolist()
 
 
 def first_of_each(groups: NDArray[np.int64], n: int) -> NDArray[np.bool_]:

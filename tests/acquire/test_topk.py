@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -90,3 +92,24 @@ def test_the_first_of_each_group(groups: list[int], n: int) -> None:
         taken[group] = taken.get(group, 0) + 1
         expected.append(group < 0 or taken[group] <= n)
     assert first_of_each(np.array(groups, np.int64), n).tolist() == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(candidates(), st.integers(1, 20), st.integers(1, 3), st.data())
+def test_a_cap_on_groups_against_going_down_the_list(c: Candidates, k: int, most: int, data: st.DataObject) -> None:
+    """In pieces of any size and any order."""
+    rng = np.random.default_rng(k)
+    c = replace(c, group=rng.integers(-1, 5, len(c)))
+    group_of = dict(zip(c.index.tolist(), c.group.tolist(), strict=True))
+    borders = sorted(data.draw(st.lists(st.integers(0, len(c)), max_size=6)))
+    top = TopK(k, most)
+    for piece in data.draw(st.permutations(np.split(np.arange(len(c)), borders))):
+        top.add(c.at(piece))
+    taken: dict[int, int] = {}
+    expected = []
+    for *_, index in brute_force(c):
+        group = group_of[index]
+        if group < 0 or taken.get(group, 0) < most:
+            taken[group] = taken.get(group, 0) + 1
+            expected.append(index)
+    assert top.result()[0].index.tolist() == expected[:k]
