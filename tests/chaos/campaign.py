@@ -91,14 +91,17 @@ class Lab:
 
     def __enter__(self) -> Lab:
         self.start_cluster()
-        ray.init(address=self.cluster.address, namespace="distal", log_to_driver=False, logging_level="error")
+        connected = ray.is_initialized()  # in a test run, to the cluster of the other tests, which can pack as well
+        if not connected:
+            ray.init(address=self.cluster.address, namespace="distal", log_to_driver=False, logging_level="error")
         try:
             source = write_source(self.folder / "train.parquet", self.n_samples, seed=1)
             self.pool: Pool = build(str(source), self.folder / "pool")
             test = write_source(self.folder / "test.parquet", 100, seed=2)
             self.test: Pool = build(str(test), self.folder / "test")
         finally:
-            ray.shutdown()
+            if not connected:
+                ray.shutdown()
         return self
 
     def __exit__(self, *_: object) -> None:
