@@ -550,7 +550,8 @@ def _validated(kind: type[AnyRoot], tree: Mapping[str, Any], overrides: Sequence
         if not separator or not name:
             raise ConfigError(f"{override!r}: an override is written key.sub=value")
         try:
-            values[name] = yaml.safe_load(text) if text else None
+            # A pattern such as *.ckpt would be an alias in YAML.
+            values[name] = text if text.startswith("*") else yaml.safe_load(text) if text else None
         except yaml.YAMLError:
             raise ConfigError(f"{override!r}: {text!r} is not a valid YAML value") from None
     try:

@@ -242,11 +242,14 @@ class _Driver:
 
     def _enough(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
         """Whole groups may be too large to start from."""
+        assert isinstance(self.config.loop.initial, int)
         if len(chosen) < 2 * self.config.train.workers:
             raise ConfigError(
                 f"loop.initial: {self.config.loop.initial}: groups are never cut, and whole ones of {len(chosen)} "
                 "samples fit; training needs at least 2 per rank: raise it"
             )
+        if len(chosen) < self.config.loop.initial:
+            self.display.say(f"loop.initial: {len(chosen)} of {self.config.loop.initial}: groups are never cut")
         return chosen
 
     def _take_initial(self, file: Path) -> None:
@@ -477,6 +480,8 @@ class _Driver:
                 cycle=cycle.index,
                 expected=cycle.expected("select", made_from(), labelled=cycle.labels.exists()),
             )
+            if len(selection) < config.loop.budget:
+                self.display.say(short_batch(config, len(selection), config.loop.budget))
             return {
                 "n_selected": len(selection),
                 "tie_share": round(selection.tie_share, 6),
@@ -693,6 +698,13 @@ class _Training:
         """Return when training is done; raises what went wrong with it."""
         while not self.finished():
             time.sleep(0.1)  # in slices: one long wait would not let a signal through
+
+
+def short_batch(config: Root, n: int, budget: int) -> str:
+    """What to say of a batch that is smaller than was asked for."""
+    most = config.select.max_per_group
+    why = "no more are eligible" if most is None else f"select.max_per_group: {most} leaves no more; raise it"
+    return f"{n} selected of a budget of {budget}: {why}"
 
 
 def new_scorers(config: Root, slots: cluster.Slots, attempt: str) -> Scorers:

@@ -48,6 +48,7 @@ class Entry:
         sha256: of the file.
         weights_sha256: of the weights in it.
         key, prefix: where they are; see `CheckpointRef`.
+        step: optimizer steps taken, where the file tells.
     """
 
     index: int | None
@@ -58,6 +59,7 @@ class Entry:
     weights_sha256: str
     key: str | None = None
     prefix: str = ""
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,11 @@ class ForeignCheckpoints:
         """Files that count towards `checkpoints.expect`: those with a number that were taken up, or all if none has."""
         names = [entry.path for entry in self._entries]
         return len(_lasting(names) or names)
+
+    @property
+    def n_there(self) -> int:
+        """Files that are there, taken up or not."""
+        return len(matching(self._folder, self._pattern, self._published))
 
     def no_more(self, expected: int) -> bool:
         """Whether as many are there as will come."""
@@ -214,9 +221,20 @@ class ForeignCheckpoints:
         state = checkpoints.within(value, key, prefix)
         check_fits(name, state, self._template)
         weights = _weights_sha256(state)
+        step = value.get("global_step") if isinstance(value, Mapping) and path.suffix == checkpoints.LIGHTNING else None
+        self._refuse_backwards(name, step)
         known = any(entry.weights_sha256 == weights for entry in self._entries)
         index = None if known else sum(entry.index is not None for entry in self._entries)
-        return Entry(index, name, stat.st_size, stat.st_mtime_ns, sha256(data), weights, key, prefix)
+        return Entry(index, name, stat.st_size, stat.st_mtime_ns, sha256(data), weights, key, prefix, step)
+
+    def _refuse_backwards(self, name: str, step: int | None) -> None:
+        """Names that begin with a metric are in no order of training."""
+        earlier = next((e for e in reversed(self._entries) if e.step is not None and _is_numbered(e.path)), None)
+        if step is not None and earlier is not None and _is_numbered(name) and step < (earlier.step or 0):
+            raise ModelError(
+                f"{name} (global_step {step}) comes after {earlier.path} (global_step {earlier.step}) by name; rename "
+                'them so that the epoch or step comes first: ModelCheckpoint(filename="{epoch}-{step}") in Lightning'
+            )
 
     def _refuse_changed(self) -> None:
         for position, entry in reversed(list(enumerate(self._entries))):

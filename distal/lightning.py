@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -22,6 +23,8 @@ class PublishCheckpoints(Callback):
     """
 
     def __init__(self, folder: str | Path, module: str | None = None, every_n_epochs: int = 1) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"PublishCheckpoints: every_n_epochs must be at least 1, got {every_n_epochs}")
         self.folder, self.every_n_epochs = Path(folder), every_n_epochs
         self.prefix = "" if module is None else f"{module}."
         self.epochs = 0
@@ -38,11 +41,12 @@ class PublishCheckpoints(Callback):
             self._publish(trainer, pl_module)
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        state: dict[str, Any] = trainer.strategy.lightning_module_state_dict()  # every rank has its share in it
+        told: dict[str, Any] = trainer.strategy.lightning_module_state_dict()  # every rank has its share in it
+        state = {key.replace("_orig_mod.", ""): value for key, value in told.items()}  # of torch.compile
         if not trainer.is_global_zero:
             return
         mine = {key.removeprefix(self.prefix): value for key, value in state.items() if key.startswith(self.prefix)}
         if not mine:
             raise ValueError(f"PublishCheckpoints: {type(pl_module).__name__} has no module {self.prefix[:-1]!r}")
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if torch.isfinite(value)}
         publish_checkpoint(self.folder, mine, math.ceil(self.epochs / self.every_n_epochs) - 1, metrics=metrics)

@@ -22,7 +22,7 @@ from distal.acquire.topk import Candidates, TopK
 from distal.assignments import Assignments, dtype_for
 from distal.checkpoints import KEEP_ALL, LIGHTNING
 from distal.config import ForeignConfig
-from distal.driver import SPOKEN, begin, choose, new_job, new_scorers
+from distal.driver import SPOKEN, begin, choose, new_job, new_scorers, short_batch
 from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError, UserError
 from distal.foreign import ForeignCheckpoints, Layout, matching, versions
@@ -104,6 +104,8 @@ def score_directory(
         )
         result |= {name: chosen[name] for name in ("measure", "selection", "n_selected", "tie_share")}
         result["selection_sha256"] = chosen["selection_sha256"]
+        if chosen["n_selected"] < config.score.budget:
+            display.say(short_batch(config, chosen["n_selected"], config.score.budget))
     return result
 
 
@@ -431,6 +433,7 @@ class _Watched:
         self._checkpoints, self._config, self._display = checkpoints, config.checkpoints, display
         self._looked = self._grew = time.monotonic()
         self._finished = False
+        self._there = checkpoints.n_there
 
     def published(self) -> Sequence[CheckpointRef]:
         return self._checkpoints.refs
@@ -444,10 +447,10 @@ class _Watched:
         now = time.monotonic()
         if now - self._looked >= LOOK_S:
             self._looked = now
-            before = len(self._checkpoints.refs)
             self._checkpoints.look(patient=True)
-            if len(self._checkpoints.refs) > before:
-                self._grew = now
+            there = self._checkpoints.n_there
+            if there != self._there:
+                self._there, self._grew = there, now
         expect = self._config.expect
         enough = expect is not None and self._checkpoints.no_more(expect)
         if not (enough or now - self._grew >= self._config.idle):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from distal import config as configuration
-from distal.config import check_unchanged, load, load_any, parse
+from distal.config import check_unchanged, load, load_any, parse, parse_foreign
 from distal.errors import ConfigError, RunConflict
 
 ROOT = Path(__file__).parents[1]
@@ -176,3 +176,13 @@ def test_decisive_keys_and_autos() -> None:
     resolved = loaded.with_values({"train.threads": 2, "pool.block_size": 64})
     assert (resolved.train.threads, resolved.pool.block_size) == (2, 64)
     assert resolved.train.lr == loaded.train.lr
+
+
+def test_a_pattern_needs_no_quotes_on_the_command_line() -> None:
+    tree = {
+        "run": "r",
+        "pool": {"path": "p"},
+        "model": {"num_classes": 2, "normalize": "pool"},
+        "checkpoints": {"path": "c"},
+    }
+    assert parse_foreign(tree, ["checkpoints.pattern=*.ckpt"]).checkpoints.pattern == "*.ckpt"

@@ -192,6 +192,15 @@ def test_names_without_a_number_wait_until_no_more_will_come(tmp_path: Path) -> 
     assert found.n_taken == 2
 
 
+def test_names_in_no_order_of_training_are_refused(tmp_path: Path) -> None:
+    for step, name in ((30, "val_loss=0.9-epoch=2"), (20, "val_loss=1.1-epoch=1")):
+        save(tmp_path / "ck", f"{name}.ckpt", **lightning(step, global_step=step))
+    with pytest.raises(
+        ModelError, match=r"epoch=1.ckpt \(global_step 20\) comes after .* \(global_step 30\) by name; rename"
+    ):
+        opened(tmp_path)
+
+
 def test_what_counts_towards_the_number_that_is_expected(tmp_path: Path) -> None:
     for name, value in (("epoch=0", 0), ("epoch=1", 1), ("epoch=2", 1), ("last", 1)):
         write(tmp_path / "ck", f"{name}.pt", value)

@@ -78,6 +78,8 @@ def test_the_callback_publishes(tmp_path: Path) -> None:
     first, last = (checkpoints.read(tmp_path / "out", index) for index in (0, 2))
     assert checkpoints.load(last).keys() == SPEC.build().state_dict().keys()
     assert last.metrics["train_loss"] < first.metrics["train_loss"]
+    with pytest.raises(ValueError, match="every_n_epochs must be at least 1, got 0"):
+        PublishCheckpoints(tmp_path / "out", every_n_epochs=0)
     with pytest.raises(ValueError, match="Plain has no module 'network'"):
         fit(tmp_path, PublishCheckpoints(tmp_path / "other", module="network"))
 

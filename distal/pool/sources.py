@@ -176,6 +176,7 @@ class ParquetSource:
         if not len(self):
             raise SourceError(f"{self.files[0]}: no rows")
         try:
+            self._check_names()
             self._check_ids()
             self.labels, self.classes = self._classes()
         except (pa.ArrowException, TypeError) as error:  # lists for ids, texts beside integers for labels, ...
@@ -270,6 +271,14 @@ class ParquetSource:
                 column = table[getattr(self.columns, kind)]
                 return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
         return None
+
+    def _check_names(self) -> None:
+        """A column that was named on purpose must be there."""
+        for kind in ("label", "class_name", "group_id"):
+            name = getattr(self.columns, kind)
+            if name != getattr(Columns(), kind) and not self._has(kind):
+                known = ", ".join(self._files[0].schema_arrow.names)
+                raise SourceError(f"{self.files[0]}: no column {name!r} for {kind}; it has {known}")
 
     def _check_ids(self) -> None:
         """Ids must be there and differ: they are what annotators and later runs name a sample by."""

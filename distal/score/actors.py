@@ -26,7 +26,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from distal import checkpoints, cluster
 from distal.assignments import Assignments, unassigned
-from distal.errors import DistalError, Diverged, RunConflict, one_line
+from distal.errors import DistalError, Diverged, ModelError, RunConflict, one_line
 from distal.models import ModelSpec, be_deterministic
 from distal.pool import Pool
 from distal.records import Block, CheckpointRef, Progress
@@ -385,7 +385,10 @@ class Scorer:
         if predictor is None:
             full = len(self._predictors) == MAX_ROWS
             predictor = self._predictors.popitem(last=False)[1] if full else deepcopy(self._template)
-            predictor.load(checkpoints.load(ref))
+            try:
+                predictor.load(checkpoints.load(ref))
+            except RuntimeError as error:
+                raise ModelError(f"{ref.path}: does not fit model.name ({one_line(error)[:200]})") from error
         self._predictors[ref.sha256] = predictor
         return predictor
 

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from distal import checkpoints
-from distal.errors import ConfigError, ModelError, Superseded, TrainingFailed
+from distal.errors import ConfigError, ModelError, RunConflict, Superseded, TrainingFailed
 from distal.foreign import check_fits
 from distal.ledger import Ledger
 from distal.pool import Pool
 from distal.pool.images import write_png
-from distal.storage import disk_errors, write_bytes, write_table
+from distal.storage import disk_errors, sha256, write_bytes, write_table
 from distal.train.loop import TrainJob, check_owner
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def run_command(command: str, job: TrainJob, pool: Pool, given_up: threading.Eve
             f"train.command ended with {code} in cycle {job.cycle}; {train / ERR} ends with:\n"
             + "\n".join(_last_lines(train / ERR))
         )
+    _check(job)
     n, n_wanted = len(checkpoints.committed(job.checkpoints)), len(job.config.checkpoint_epochs)
     if n < n_wanted:
         raise ModelError(
@@ -123,10 +124,19 @@ def _wait(job: TrainJob, process: subprocess.Popen[bytes], given_up: threading.E
             return process.wait(POLL_S)
         if given_up.is_set():
             raise Superseded(f"{job.folder}: training was given up")
-        if not checked and (there := checkpoints.committed(job.checkpoints)):
-            ref = checkpoints.read(job.checkpoints, there[0])
+        checked = checked or _check(job)
+
+
+def _check(job: TrainJob) -> bool:
+    """Whether there is a checkpoint; refuses one that does not fit."""
+    there = checkpoints.committed(job.checkpoints)
+    if there:
+        ref = checkpoints.read(job.checkpoints, there[0])
+        try:
             check_fits(ref.path.name, checkpoints.load(ref), job.model.build(pretrained=False).state_dict())
-            checked = True
+        except ModelError as error:
+            raise ModelError(f"{error}; then remove {job.checkpoints} to train again") from None
+    return bool(there)
 
 
 def _die_with_parent() -> None:
@@ -183,9 +193,14 @@ def publish_checkpoint(
 
     Raises:
         Superseded: another attempt has taken over; this script should end.
+        RunConflict: outside of `distal run`, the folder has another checkpoint of that index.
     """
     folder = Path(folder)
     owner = os.environ.get(OWNER)
     if owner is not None:
         check_owner(folder.parent, owner)
-    checkpoints.commit(folder, index, index + 1, state_dict, inputs=os.environ.get(INPUTS, ""), metrics=metrics or {})
+    ref = checkpoints.commit(
+        folder, index, index + 1, state_dict, inputs=os.environ.get(INPUTS, ""), metrics=metrics or {}
+    )
+    if owner is None and sha256(checkpoints.serialize(state_dict)) != ref.sha256:
+        raise RunConflict(f"{folder}: checkpoint {index} is published already, with other weights; give another folder")

@@ -182,3 +182,11 @@ def test_builtin() -> None:
 def test_no_such_source(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no such source"):
         open_source(str(tmp_path / "missing"))
+
+
+def test_a_column_that_was_named_and_is_not_there(tmp_path: Path) -> None:
+    path = write_source(tmp_path / "a.parquet", 8, seed=0)
+    with pytest.raises(
+        SourceError, match="no column 'patientt' for group_id; it has sample_id, image, label, class_name"
+    ):
+        open_source(str(path), Columns(group_id="patientt"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distal import checkpoints, driver
-from distal.errors import ConfigError, ModelError, Superseded, TrainingFailed
+from distal.errors import ConfigError, ModelError, RunConflict, Superseded, TrainingFailed
 from distal.pool import Pool
 from distal.runs import Run
 from distal.train.command import OWNER, check_command, publish_checkpoint
@@ -127,7 +127,9 @@ def test_a_script_that_was_superseded_is_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv(OWNER)
     publish_checkpoint(tmp_path / "checkpoints", {"a": torch.zeros(1)}, 0)
     assert checkpoints.committed(tmp_path / "checkpoints") == [0]
-    publish_checkpoint(tmp_path / "checkpoints", {"a": torch.ones(1)}, 0)  # the first one stays
+    publish_checkpoint(tmp_path / "checkpoints", {"a": torch.zeros(1)}, 0)
+    with pytest.raises(RunConflict, match="checkpoint 0 is published already, with other weights; give another folder"):
+        publish_checkpoint(tmp_path / "checkpoints", {"a": torch.ones(1)}, 0)
     assert checkpoints.load(checkpoints.read(tmp_path / "checkpoints", 0))["a"].item() == 0
 
 
