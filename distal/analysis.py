@@ -9,12 +9,11 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
 
 from distal import cluster
 from distal.acquire.batch import select
 from distal.assignments import Assignments
-from distal.config import Config, ForeignConfig, Measure
+from distal.config import Config, ForeignConfig, check_measure
 from distal.errors import ConfigError, Damage, RunConflict, UserError
 from distal.hashing import digest
 from distal.monitor import Display, Silent
@@ -258,8 +257,10 @@ class Scored:
 
     def _rows(self, measure: str, window: Window) -> list[int]:
         """The rows of a window; refuses what cannot be computed."""
-        if measure not in get_args(Measure):
-            raise ConfigError(f"--measure: {measure!r} is unknown; known: {', '.join(get_args(Measure))}")
+        try:
+            check_measure(measure, window)
+        except ValueError as error:
+            raise ConfigError(f"--measure: {error}") from None
         if self.config.score.eliminate == "exact" and (measure != "dispersion" or window != WHOLE):
             raise ConfigError(
                 f"--measure: {measure}{window}: the samples that could not be selected by dispersion were left out "
@@ -269,10 +270,6 @@ class Scored:
         if measure in FROM_RECORDED and measure not in self.config.score.record:
             raise ConfigError(
                 f"--measure: {measure} was not recorded; score.record was {list(self.config.score.record)}"
-            )
-        if measure not in FROM_VOTES and window != WHOLE:
-            raise ConfigError(
-                f"--measure: {measure} is of the last checkpoint; a window is for {', '.join(FROM_VOTES)}"
             )
         rows = window.rows(self.n_rows)
         if not rows:

@@ -49,6 +49,14 @@ def key(default: Any, description: str, changes: str = NEXT_CYCLE, **constraints
     return Field(default, description=description, json_schema_extra={"changes": changes}, **constraints)
 
 
+def check_measure(measure: str, window: Window) -> None:
+    """Raise ValueError when there is no such measure, or it has no window."""
+    if measure not in get_args(Measure):
+        raise ValueError(f"{measure!r} is unknown; known: {', '.join(get_args(Measure))}")
+    if window != Window() and measure not in get_args(VoteMeasure):
+        raise ValueError(f"{measure} is of the last checkpoint; a window is for {', '.join(get_args(VoteMeasure))}")
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
 
@@ -335,10 +343,7 @@ class SelectConfig(Section):
     @classmethod
     def _named(cls, value: str) -> str:
         measure, window = Window.of_name(value)
-        if measure not in get_args(Measure):
-            raise ValueError(f"{measure!r} is unknown; known: {', '.join(get_args(Measure))}")
-        if window != Window() and measure not in get_args(VoteMeasure):
-            raise ValueError(f"{measure} is of the last checkpoint; a window is for {', '.join(get_args(VoteMeasure))}")
+        check_measure(measure, window)
         return f"{measure}{window}"
 
 

@@ -480,7 +480,7 @@ class _Driver:
                 cycle=cycle.index,
                 expected=cycle.expected("select", made_from(), labelled=cycle.labels.exists()),
             )
-            if len(selection) < config.loop.budget:
+            if config.select.max_per_group is not None and len(selection) < config.loop.budget:
                 self.display.say(short_batch(config, len(selection), config.loop.budget))
             return {
                 "n_selected": len(selection),
@@ -701,10 +701,9 @@ class _Training:
 
 
 def short_batch(config: Root, n: int, budget: int) -> str:
-    """What to say of a batch that is smaller than was asked for."""
+    """What to say of a batch that the cap on groups has made smaller than was asked for."""
     most = config.select.max_per_group
-    why = "no more are eligible" if most is None else f"select.max_per_group: {most} leaves no more; raise it"
-    return f"{n} selected of a budget of {budget}: {why}"
+    return f"{n} selected of a budget of {budget}: select.max_per_group: {most} leaves no more; raise it"
 
 
 def new_scorers(config: Root, slots: cluster.Slots, attempt: str) -> Scorers:

@@ -110,9 +110,10 @@ def _told(run: Run, cycle: Cycle, pool: Pool, index: int) -> JsonObject:
         told["scores"] = {name: _number(scores.read(name, index, index + 1)[0]) for name in scores.measures}
         told |= _rank(scores, config.select.measure, index)
     if cycle.marker("select"):
-        told |= _chosen(cycle.chosen(), index)
+        batch = cycle.chosen()
+        told |= _chosen(batch, index)
         if config.select.max_per_group is not None:
-            told |= _group(cycle.chosen(), pool, index, config.select.max_per_group)
+            told |= _group(batch, pool, index, config.select.max_per_group)
             told["short"] = isinstance(config, Config) and told["budget"] < config.loop.budget
     told["why"] = _why(told, config.select.measure)
     return told

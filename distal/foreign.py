@@ -16,7 +16,7 @@ import io
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +100,7 @@ class ForeignCheckpoints:
         self._kept = False
         self._seen: dict[str, tuple[tuple[int, int], float]] = {}  # size and time of a new file, and since when
         self._published: dict[int, Path] = {}
+        self._names: list[str] = []  # there when it was last looked
         self._refuse_changed()
 
     @property
@@ -125,13 +126,12 @@ class ForeignCheckpoints:
 
     @property
     def n_there(self) -> int:
-        """Files that are there, taken up or not."""
-        return len(matching(self._folder, self._pattern, self._published))
+        """Files that were there at the last look, taken up or not."""
+        return len(self._names)
 
     def no_more(self, expected: int) -> bool:
-        """Whether as many are there as will come."""
-        names = matching(self._folder, self._pattern, self._published)
-        return self.n_taken >= expected or (not _lasting(names) and len(names) >= expected)
+        """Whether at the last look as many were there as will come."""
+        return self.n_taken >= expected or (not _lasting(self._names) and len(self._names) >= expected)
 
     def look(self, *, patient: bool, closing: bool = False) -> bool:
         """Take up new files that are complete.
@@ -150,8 +150,8 @@ class ForeignCheckpoints:
         self._refuse_changed()
         taken = {entry.path for entry in self._entries}
         waiting = False
-        names = matching(self._folder, self._pattern, self._published)
-        for name in names if closing else _lasting(names):
+        self._names = matching(self._folder, self._pattern, self._published)
+        for name in self._names if closing else _lasting(self._names):
             if name in taken or not (self._folder / name).exists():  # removed since, or a link to what is
                 continue
             still_s = self._still_s(name)
@@ -229,11 +229,14 @@ class ForeignCheckpoints:
 
     def _refuse_backwards(self, name: str, step: int | None) -> None:
         """Names that begin with a metric are in no order of training."""
-        earlier = next((e for e in reversed(self._entries) if e.step is not None and _is_numbered(e.path)), None)
-        if step is not None and earlier is not None and _is_numbered(name) and step < (earlier.step or 0):
+        if step is None or not _is_numbered(name):
+            return
+        told = ((e.step, e.path) for e in reversed(self._entries) if e.step is not None and _is_numbered(e.path))
+        last, earlier = next(told, (step, ""))
+        if step < last:
             raise ModelError(
-                f"{name} (global_step {step}) comes after {earlier.path} (global_step {earlier.step}) by name; rename "
-                'them so that the epoch or step comes first: ModelCheckpoint(filename="{epoch}-{step}") in Lightning'
+                f"{name} (global_step {step}) comes after {earlier} (global_step {last}) by name; rename them so that "
+                'the epoch or step comes first: ModelCheckpoint(filename="{epoch}-{step}") in Lightning'
             )
 
     def _refuse_changed(self) -> None:
@@ -300,12 +303,11 @@ def find_weights(name: str, value: object, template: StateDict, layout: Layout) 
         ModelError: there is nothing under `layout.key`, or no key begins with `layout.prefix`, or several could be
             meant.
     """
-    key, places = layout.key, dict(_state_dicts(value))
-    fitting = [place for place, state in places.items() if place is not None and _prefixes(state, template)]
-    if key is None and isinstance(value, Mapping) and None not in places:
+    key = layout.key
+    if key is None and isinstance(value, Mapping) and not _holds_tensors(value):
         if STATE_DICT in value:
             key = STATE_DICT
-        elif len(fitting) == 1:
+        elif len(fitting := _fitting(value, template)) == 1:
             key = fitting[0]
         else:
             known = f"; set checkpoints.key to {' or '.join(fitting)}" if fitting else ", and none fits model.name"
@@ -313,6 +315,7 @@ def find_weights(name: str, value: object, template: StateDict, layout: Layout) 
     try:
         state = checkpoints.within(value, key, "")
     except KeyError:
+        fitting = _fitting(value, template)
         known = f"{' or '.join(fitting)} would fit" if fitting else "nothing in it fits model.name: set it to null"
         raise ModelError(f"checkpoints.key: {name} has no {key!r}; {known}") from None
     if not isinstance(state, Mapping):
@@ -332,16 +335,23 @@ def find_weights(name: str, value: object, template: StateDict, layout: Layout) 
     return key, prefixes[0] if prefixes else ""
 
 
-def _state_dicts(value: object, place: str | None = None) -> Iterator[tuple[str | None, Mapping[Any, object]]]:
-    """Where in nested mappings tensors are; None is the top."""
+def _holds_tensors(value: Mapping[Any, object]) -> bool:
     import torch
 
-    if isinstance(value, Mapping) and value:
-        if all(isinstance(each, torch.Tensor) for each in value.values()):
-            yield place, value
-            return
-        for name, each in value.items():
-            yield from _state_dicts(each, f"{place}.{name}" if place else str(name))
+    return bool(value) and all(isinstance(each, torch.Tensor) for each in value.values())
+
+
+def _fitting(value: object, template: StateDict, place: str = "") -> list[str]:
+    """The keys, with dots between nested ones, below which there is everything that the network has."""
+    if not isinstance(value, Mapping):
+        return []
+    if place and _holds_tensors(value):
+        return [place] if _prefixes(value, template) else []
+    return [
+        found
+        for name, each in value.items()
+        for found in _fitting(each, template, f"{place}.{name}" if place else str(name))
+    ]
 
 
 def _prefixes(state: Mapping[Any, object], template: StateDict) -> list[str]:

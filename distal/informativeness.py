@@ -6,6 +6,7 @@ finds what the network gets wrong has a large one (the paper's own figure, arXiv
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from distal.acquire.topk import Candidates, TopK
 from distal.analysis import Scored
 from distal.errors import ConfigError, PoolError
 from distal.hashing import mix64
-from distal.monitor import Display, Silent, figure_text
+from distal.monitor import Display, Silent, figure_texts, share_names
 from distal.records import JsonObject, Window
 from distal.reduce.measures import FROM_RECORDED, FROM_VOTES, SEEDED
 from distal.scores import Scores
@@ -82,8 +84,19 @@ def informativeness(
         known = _Known.of(run)
         sizes.append(len(known.wrong))
         reference = known.scores(REFERENCE, display)
+        k = min(budget or run.budget, len(reference))
+        best = known.top(reference, k)
         for name in names:
-            told[name].append(known.told(name, reference, budget or run.budget, display))
+            score = known.scores(name, display)
+            told[name].append(
+                _Told(
+                    len(Window.of_name(name)[1].rows(run.n_rows)),
+                    [error_of_top(score, known.wrong, share) for share in SHARES],
+                    _spearman(score, known.wrong),
+                    _spearman(score, reference),
+                    len(np.intersect1d(known.top(score, k), best)) / k,
+                )
+            )
     result: JsonObject = {
         "state": "complete",
         "runs": [str(run.directory.path) for run in runs],
@@ -171,23 +184,12 @@ class _Known:
         measure = stored.measures[0]
         return stored.read(measure, 0, stored.n_samples)[self.index]
 
-    def told(self, name: str, reference: NDArray[np.float32], budget: int, display: Display) -> _Told:
-        score = self.scores(name, display)
-        _, window = Window.of_name(name)
-        k = min(budget, len(score))
-        shared = np.intersect1d(self._top(score, k), self._top(reference, k))
-        return _Told(
-            len(window.rows(self.run.n_rows)),
-            [error_of_top(score, self.wrong, share) for share in SHARES],
-            _spearman(score, self.wrong),
-            _spearman(score, reference),
-            len(shared) / k,
-        )
-
-    def _top(self, score: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-        """The `k` largest, ties by a seeded hash."""
+    def top(self, score: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+        """The `k` with the largest scores, ties by a seeded hash: `sample_index`, (k,) int64."""
         ties = mix64("tie", self.run.config.seed, self.run.cycle.index, self.index.astype(np.uint64))
-        return np.lexsort((ties, -score))[:k]
+        top = TopK(k)
+        top.add(Candidates(self.index, score, np.zeros(len(score), np.float16), ties))
+        return top.result()[0].index
 
 
 def _spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
@@ -212,14 +214,14 @@ def _row(name: str, told: Sequence[_Told]) -> JsonObject:
         "checkpoints": told[0].checkpoints,
         "error": [interval(each.errors[i] for each in told) for i in range(len(SHARES))],
         "spearman_error": interval(each.spearman_error for each in told),
-        f"spearman_{REFERENCE}": interval(each.spearman_reference for each in told),
-        f"overlap_{REFERENCE}": interval(each.overlap for each in told),
+        "spearman_dispersion": interval(each.spearman_reference for each in told),
+        "overlap_dispersion": interval(each.overlap for each in told),
     }
 
 
 def markdown(result: JsonObject) -> str:
     """The table, as kept beside the figures."""
-    names = [f"top {share:.0%}" if share < 1 else "all" for share in result["shares"]]
+    names = share_names(result)
     lines = [
         f"Error of the final network on the most uncertain part of {len(result['runs'])} run(s); mean "
         f"[{result['level']:.0%} interval].",
@@ -228,15 +230,12 @@ def markdown(result: JsonObject) -> str:
         "|---" * (len(names) + 4) + "|",
     ]
     for row in result["measures"]:
-        cells = [*row["error"], row["spearman_error"], row[f"spearman_{REFERENCE}"], row[f"overlap_{REFERENCE}"]]
-        lines.append(f"| {row['measure']} | " + " | ".join(figure_text(each) for each in cells) + " |")
+        lines.append(f"| {row['measure']} | " + " | ".join(figure_texts(row)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _plot(result: JsonObject, path: Path) -> None:
     """Error against the share of the pool, most uncertain first."""
-    import io
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -1,6 +1,6 @@
-"""Compiled counting of votes. Legend: T checkpoints, N samples of a block, C classes.
+"""Counting: of votes, compiled, and of places within groups. Legend: T checkpoints, N samples of a block, C classes.
 
-In all of them an assignment of at least C counts as missing, which includes UNASSIGNED. Samples are walked in tiles
+An assignment of at least C counts as missing, which includes UNASSIGNED. Samples are walked in tiles
 whose counts stay in the processor's cache. Indices are unsigned: numba checks signed ones for being negative, which
 keeps a loop from being vectorised. Counts are as narrow as T allows.
 """
@@ -229,3 +229,12 @@ def _largest_weights(assignments: Any, C: int, weights: NDArray[np.float64], lar
             best = max(best, sums[c])
             sums[c] = 0.0
         largest[i] = best
+
+
+def rank_in_group(group: NDArray[np.integer[Any]], order: NDArray[np.number[Any]]) -> NDArray[np.int64]:
+    """The place of each sample among those of its group: (n,) int64, 0 for the smallest `order`."""
+    sorted_ = np.lexsort((order, group))
+    _, first, counts = np.unique(group[sorted_], return_index=True, return_counts=True)
+    rank = np.empty(len(group), dtype=np.int64)
+    rank[sorted_] = np.arange(len(group)) - np.repeat(first, counts)
+    return rank

@@ -236,16 +236,25 @@ def select_table(result: JsonObject) -> Table:
 def informativeness_table(result: JsonObject) -> Table:
     """Error on the most uncertain part, measure by measure."""
     table = Table(title=f"{len(result['runs'])} runs, 95% intervals", title_justify="left", box=SIMPLE_HEAD, padding=0)
-    shares = [f"top {share:.0%}" if share < 1 else "all" for share in result["shares"]]
-    for heading in ("measure", "checkpoints", *shares, "rho, error", "rho, dispersion", "overlap"):
+    for heading in ("measure", "checkpoints", *share_names(result), "rho, error", "rho, dispersion", "overlap"):
         table.add_column(heading, overflow="fold")
     for row in result["measures"]:
-        figures = [*row["error"], row["spearman_error"], row["spearman_dispersion"], row["overlap_dispersion"]]
-        table.add_row(row["measure"], str(row["checkpoints"]), *(figure_text(each) for each in figures))
+        table.add_row(row["measure"], str(row["checkpoints"]), *figure_texts(row))
     return table
 
 
-def figure_text(figure: JsonObject) -> str:
+def share_names(result: JsonObject) -> list[str]:
+    """Headings of the parts of the pool that errors are told of."""
+    return [f"top {share:.0%}" if share < 1 else "all" for share in result["shares"]]
+
+
+def figure_texts(row: JsonObject) -> list[str]:
+    """What is told of a measure: errors, correlations and overlap, in this order."""
+    figures = [*row["error"], row["spearman_error"], row["spearman_dispersion"], row["overlap_dispersion"]]
+    return [_figure_text(each) for each in figures]
+
+
+def _figure_text(figure: JsonObject) -> str:
     """A mean with its interval, if there is one."""
     text = f"{figure['mean']:.3f}"
     return text if figure["low"] is None else f"{text} [{figure['low']:.3f}, {figure['high']:.3f}]"

@@ -34,7 +34,7 @@ from distal.models import ModelSpec
 from distal.monitor import Display, Silent
 from distal.pool import Pool
 from distal.pool.images import OK
-from distal.records import Block, CheckpointRef, JsonObject, Progress
+from distal.records import Block, CheckpointRef, JsonObject, Progress, Window
 from distal.reduce.measures import FROM_VOTES, Votes, dispersion
 from distal.runs import Cycle, Run
 from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, peak_rss_bytes, score
@@ -104,7 +104,7 @@ def score_directory(
         )
         result |= {name: chosen[name] for name in ("measure", "selection", "n_selected", "tie_share")}
         result["selection_sha256"] = chosen["selection_sha256"]
-        if chosen["n_selected"] < config.score.budget:
+        if chosen["n_selected"] < config.score.budget:  # as many are eligible: it is the cap on groups
             display.say(short_batch(config, chosen["n_selected"], config.score.budget))
     return result
 
@@ -305,7 +305,7 @@ class _Scoring:
             raise ModelError(
                 f"checkpoints.expect: {wanted.expect}, and {n_taken} are there; wait for the others with --watch"
             )
-        if len(refs) == 1 and self.config.select.measure.partition("@")[0] in FROM_VOTES:
+        if len(refs) == 1 and Window.of_name(self.config.select.measure)[0] in FROM_VOTES:
             keep = f"set {KEEP_ALL}" if refs[0].path.suffix == LIGHTNING else "keep more of them"
             raise ModelError(
                 f"{wanted.path}: one checkpoint only; {self.config.select.measure} of one checkpoint is always 0; "
@@ -431,7 +431,8 @@ class _Watched:
 
     def __init__(self, checkpoints: ForeignCheckpoints, config: ForeignConfig, display: Display) -> None:
         self._checkpoints, self._config, self._display = checkpoints, config.checkpoints, display
-        self._looked = self._grew = time.monotonic()
+        self._looked = -np.inf
+        self._grew = time.monotonic()
         self._finished = False
         self._there = checkpoints.n_there
 
@@ -445,12 +446,13 @@ class _Watched:
 
     def _look(self) -> bool:
         now = time.monotonic()
-        if now - self._looked >= LOOK_S:
-            self._looked = now
-            self._checkpoints.look(patient=True)
-            there = self._checkpoints.n_there
-            if there != self._there:
-                self._there, self._grew = there, now
+        if now - self._looked < LOOK_S:
+            return False
+        self._looked = now
+        self._checkpoints.look(patient=True)
+        there = self._checkpoints.n_there
+        if there != self._there:
+            self._there, self._grew = there, now
         expect = self._config.expect
         enough = expect is not None and self._checkpoints.no_more(expect)
         if not (enough or now - self._grew >= self._config.idle):

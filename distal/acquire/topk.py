@@ -12,6 +12,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from distal.kernels import rank_in_group
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -117,8 +119,4 @@ def first_of_each(groups: NDArray[np.int64], n: int) -> NDArray[np.bool_]:
     Args:
         groups: a number for each group; -1 is a sample that has none, and is a group of its own.
     """
-    order = np.argsort(groups, kind="stable")
-    _, first, counts = np.unique(groups[order], return_index=True, return_counts=True)
-    place = np.empty(len(groups), np.int64)
-    place[order] = np.arange(len(groups)) - np.repeat(first, counts)
-    return (place < n) | (groups < 0)
+    return (rank_in_group(groups, np.arange(len(groups))) < n) | (groups < 0)

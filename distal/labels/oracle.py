@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from distal.eligibility import Eligibility
 from distal.errors import PoolError
 from distal.hashing import mix64
+from distal.kernels import rank_in_group
 from distal.ledger import write_labels
 from distal.pool import Pool
 
@@ -45,7 +46,7 @@ def choose_initial(eligibility: Eligibility, n: int, seed: int) -> NDArray[np.in
         (n,) int64 sample indices, ascending; fewer when there are not so many, or when a whole group would be too many.
     """
     index, label, draw = _best_of_each_class(eligibility, n, seed)
-    order = np.lexsort((draw, _rank_in_class(label, draw)))  # every class's first, then every class's second, ...
+    order = np.lexsort((draw, rank_in_group(label, draw)))  # every class's first, then every class's second, ...
     return _whole_groups(eligibility, index[order], n, label[order])
 
 
@@ -97,7 +98,7 @@ def _whole_groups(
             if index not in chosen and len(chosen) + len(brought) <= n and taken[label] + len(brought) <= most:
                 chosen.update(brought)
                 taken[label] += len(brought)
-    return np.sort(np.array(sorted(chosen), np.int64))
+    return np.array(sorted(chosen), np.int64)
 
 
 def _best_of_each_class(
@@ -111,15 +112,6 @@ def _best_of_each_class(
         index = np.concatenate([index, start + keep])
         label = np.concatenate([label, labels[keep].astype(np.int64)])
         draw = np.concatenate([draw, mix64("initial", seed, keys[keep])])
-        best = _rank_in_class(label, draw) < n
+        best = rank_in_group(label, draw) < n
         index, label, draw = index[best], label[best], draw[best]
     return index, label, draw
-
-
-def _rank_in_class(label: NDArray[np.int64], draw: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The place of each sample among those of its class, by draw: 0 for the smallest."""
-    order = np.lexsort((draw, label))
-    _, first, counts = np.unique(label[order], return_index=True, return_counts=True)
-    rank = np.empty(len(label), dtype=np.int64)
-    rank[order] = np.arange(len(label)) - np.repeat(first, counts)
-    return rank

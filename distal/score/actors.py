@@ -490,10 +490,7 @@ class Scorers:
     def look_around(self) -> None:
         """Count the slots again, and learn which actors have found room."""
         self.slots = max(self.slots, self._find_slots())
-        ready, _ = (
-            ray.wait(list(self._placing), num_returns=len(self._placing), timeout=0) if self._placing else ([], [])
-        )
-        for ref in ready:
+        for ref in _ready(self._placing):
             actor = self._placing.pop(ref)
             with suppress(RayError):  # it died: what else it was asked says so
                 process = ray.get(ref)

@@ -199,8 +199,9 @@ def publish_checkpoint(
     owner = os.environ.get(OWNER)
     if owner is not None:
         check_owner(folder.parent, owner)
+    is_new = index not in checkpoints.committed(folder)
     ref = checkpoints.commit(
         folder, index, index + 1, state_dict, inputs=os.environ.get(INPUTS, ""), metrics=metrics or {}
     )
-    if owner is None and sha256(checkpoints.serialize(state_dict)) != ref.sha256:
+    if owner is None and not is_new and sha256(checkpoints.serialize(state_dict)) != ref.sha256:
         raise RunConflict(f"{folder}: checkpoint {index} is published already, with other weights; give another folder")
