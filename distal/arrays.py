@@ -103,6 +103,7 @@ class Array:
         self.chunks: tuple[int, ...] = self._array.chunks
         self.dtype: np.dtype[Any] = np.dtype(self._array.dtype)
         self.fill_value: Any = self._array.fill_value
+        self._axes: tuple[str, ...] = getattr(self._array.metadata, "dimension_names", None) or ()
 
     def write(self, where: tuple[int | slice, ...], values: NDArray[Any]) -> None:
         """Write a region made of whole chunks; each appears at once or not at all. Raises DiskFull."""
@@ -137,7 +138,7 @@ class Array:
                 chunk = self._decode(index)
             except FileNotFoundError:
                 if complete:
-                    raise Damage(f"{self.path}: {_name(index)} is missing") from None
+                    raise Damage(f"{self.path}: {self._name(index)} is missing") from None
                 region[target] = self.fill_value
             else:
                 region[target] = chunk[
@@ -164,8 +165,8 @@ class Array:
         """One whole chunk. At the end of an axis it reaches beyond the array, as Zarr stores it."""
         data = memoryview(self.chunk_path(*index).read_bytes())
         if len(data) < 4 or google_crc32c.value(bytes(data[:-4])) != int.from_bytes(data[-4:], "little"):
-            raise Damage(f"{self.path}: {_name(index)} does not decode (its bytes have changed)")
-        with _decoding(lambda: f"{self.path}: {_name(index)} does not decode"):
+            raise Damage(f"{self.path}: {self._name(index)} does not decode (its bytes have changed)")
+        with _decoding(lambda: f"{self.path}: {self._name(index)} does not decode"):
             return np.frombuffer(zstd.decompress(data[:-4]), self.dtype.newbyteorder("<")).reshape(self.chunks)
 
     def stored(self, row: int) -> set[int]:
@@ -176,9 +177,10 @@ class Array:
         """The file of one chunk."""
         return self.path.joinpath("c", *map(str, index))
 
-
-def _name(index: tuple[int, ...]) -> str:
-    return f"row {index[0]}, block {index[1]}" if len(index) == 2 else f"block {index[0]}"
+    def _name(self, index: tuple[int, ...]) -> str:
+        """A chunk in words. Arrays are cut along checkpoints and samples, and no other axis."""
+        words = {"checkpoint": "row", "sample": "block"}
+        return ", ".join(f"{words[axis]} {i}" for axis, i in zip(self._axes, index, strict=True) if axis in words)
 
 
 @contextmanager

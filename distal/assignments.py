@@ -6,12 +6,15 @@
       assignments   (T, n_samples) uint8 | uint16 | uint32, chunks (1, block_size)
       eligible      (n_samples,) bool, chunks (block_size,): which samples are scored in this cycle
       margin, ...   (T, n_samples) float16, chunks (1, block_size): recorded beside the assignments
+      probabilities (T, n_samples, C) float32, chunks (1, block_size, C): recorded likewise
+      snapshot_bald (n_samples, C + 2) float32, chunks (block_size, C + 2): sums over the checkpoints so far, see `Sums`
     assignments.zarr.json   layout, classes, weights of each row, fingerprint; sealed
 
 Row t is the checkpoint with `checkpoint_index` t; column i is the sample with `sample_index` i. The fill value of
 `assignments` is the largest value of its dtype and is no class: UNASSIGNED. A block's recorded chunks are written first
 and its `assignments` chunk last, so the existence of that chunk is the commit: the array is its own journal. Chunks are
-only ever written whole, by one actor at a time, so no lock is needed.
+only ever written whole, by one actor at a time, so no lock is needed. Sums tell themselves which rows they include, so
+a row that is scored twice is added once.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from distal.records import Block, JsonObject, split_blocks
 from distal.storage import read_json, temporary_folder, write_bytes, write_json
 
 ARRAY, ELIGIBLE = "assignments", "eligible"
+PROBABILITIES, SNAPSHOT_BALD = "probabilities", "snapshot_bald"
 
 LabelArray = NDArray[np.unsignedinteger[Any]]
 
@@ -51,6 +55,45 @@ def unassigned(dtype: np.dtype[Any]) -> int:
     return int(np.iinfo(dtype).max)
 
 
+class Sums:
+    """What the checkpoints so far add up to, for the samples of some blocks.
+
+    Args:
+        columns: (n, C + 2) float32: the sum of each class probability, the sum of the entropies in nats, and the number
+            of rows included, which are the first ones.
+    """
+
+    def __init__(self, columns: NDArray[np.float32]) -> None:
+        self.columns = columns
+
+    @property
+    def probabilities(self) -> NDArray[np.float32]:
+        """Sum of p over the rows included: (n, C)."""
+        return self.columns[:, :-2]
+
+    @property
+    def entropies(self) -> NDArray[np.float32]:
+        """Sum of H(p) over the rows included, in nats: (n,)."""
+        return self.columns[:, -2]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows included; 0 when there are no samples."""
+        return int(self.columns[:1, -1].sum())
+
+    def add(
+        self, row: int, positions: NDArray[np.integer], p: NDArray[np.float32], entropy: NDArray[np.float32]
+    ) -> None:
+        """Add a row for some samples, unless it is included; `end` says when all samples have it."""
+        if row >= self.n_rows:
+            self.columns[positions, :-2] += p
+            self.columns[positions, -2] += entropy
+
+    def end(self, row: int) -> None:
+        """The rows up to this one are included."""
+        self.columns[:, -1] = max(self.n_rows, row + 1)
+
+
 @dataclass(frozen=True)
 class Assignments:
     """A handle on one cycle's assignments.
@@ -58,7 +101,7 @@ class Assignments:
     Attributes:
         path: the `assignments.zarr` folder.
         n_classes: classes are 0 .. n_classes - 1.
-        recorded: names of the float16 arrays.
+        recorded: names of the arrays that have a row per checkpoint beside the assignments.
         attributes: kept beside it: the layout, the fingerprint of the machine that scores it, the weights of each row.
     """
 
@@ -133,6 +176,10 @@ class Assignments:
                 recorded=recorded,
             )
         assignments = cls.open(path)
+        for what, files in assignments.damaged_sums():
+            on_damage(what)
+            for file in files:
+                file.unlink(missing_ok=True)
         for block, damage in list(assignments.damaged_eligible()):
             on_damage(str(damage))
             assignments._arrays[ELIGIBLE].write((slice(block.start, block.stop),), eligible(block.start, block.stop))
@@ -152,28 +199,20 @@ class Assignments:
             attributes = read_json(record_path(path), required=("n_rows", "n_classes", "recorded", "weights"))
         except FileNotFoundError:
             raise Damage(f"{path}: no assignments here") from None
-        recorded = tuple(attributes["recorded"])
-        arrays = {name: Array(path / name) for name in (ARRAY, ELIGIBLE, *recorded)}
-        dtype = dtype_for(attributes["n_classes"])
-        shape, chunks = (attributes["n_rows"], attributes["n_samples"]), (1, attributes["block_size"])
-        expected = {
-            ARRAY: (shape, chunks, dtype, unassigned(dtype)),
-            ELIGIBLE: (shape[1:], chunks[1:], np.dtype(bool), False),
-        }
-        for name, values in expected.items():
-            array = arrays[name]
-            if (array.shape, array.chunks, array.dtype, array.fill_value) != values:
+        arrays = {}
+        for name, layout in _layouts(*(attributes[key] for key in LAYOUT)).items():
+            arrays[name] = array = Array(path / name)
+            fill_value = None if np.isnan(array.fill_value) else array.fill_value
+            if (array.shape, array.chunks, array.dtype, fill_value) != layout[:4]:
                 raise Damage(f"{path / name}: its metadata has changed (shape, chunks, dtype or fill value)")
-        for name in recorded:
-            if (arrays[name].shape, arrays[name].chunks, arrays[name].dtype) != (shape, chunks, np.dtype(np.float16)):
-                raise Damage(f"{path / name}: its metadata has changed (shape, chunks or dtype)")
+        recorded = tuple(name for name in attributes["recorded"] if name != SNAPSHOT_BALD)
         return cls(path, attributes["n_classes"], recorded, attributes, arrays)
 
     @classmethod
     def restore_metadata(cls, path: Path) -> None:
         """Write the metadata of the arrays again, from the record; no chunk is touched."""
         record = read_json(record_path(path))
-        layout = [record[name] for name in ("n_rows", "n_samples", "block_size", "n_classes", "recorded")]
+        layout = [record[name] for name in LAYOUT]
         with temporary_folder(path) as beside:
             for name in ("", *_lay_out(beside, *layout)):
                 write_bytes(path / name / METADATA, (beside / name / METADATA).read_bytes())
@@ -214,7 +253,7 @@ class Assignments:
 
         Args:
             labels: (len(block),) in the dtype of the assignments; UNASSIGNED where not eligible.
-            recorded: arrays of the same length to store as float16.
+            recorded: arrays of the same length to store, (len(block),); of probabilities (len(block), C).
 
         Raises:
             ValueError: `labels` has another length or dtype, or a value that is no class.
@@ -229,13 +268,13 @@ class Assignments:
             raise ValueError(f"labels must be below {self.n_classes} or UNASSIGNED, got {labels.max()}")
         where = (row, slice(block.start, block.stop))
         for name, values in (recorded or {}).items():
-            self._arrays[name].write(where, values.astype(np.float16))
+            self._arrays[name].write(where, values.astype(self._arrays[name].dtype))
         self._arrays[ARRAY].write(where, labels)
 
     def has(self, row: int, block: Block, *, recorded: bool = False) -> bool:
         """Whether this block of this row is committed; `recorded`: and has its recorded values."""
         names = (ARRAY, *(self.recorded if recorded else ()))
-        return all(self._arrays[name].chunk_path(row, block.index).exists() for name in names)
+        return all(self.chunk(name, row, block).exists() for name in names)
 
     def committed(self, row: int, *, recorded: bool = False) -> set[int]:
         """Indices of the blocks of `row` that are committed; `recorded`: and have their recorded values."""
@@ -256,8 +295,46 @@ class Assignments:
             return array.read((slice(None), columns), complete=complete)
         return np.concatenate([array.read((slice(row, row + 1), columns), complete=complete) for row in rows])
 
-    def read_recorded(self, name: str, row: int, start: int, stop: int) -> NDArray[np.float16]:
-        """Columns [start, stop) of one row of a recorded array: (stop - start,), NaN where not eligible.
+    @property
+    def sums_up(self) -> bool:
+        """Whether sums over the checkpoints are kept."""
+        return SNAPSHOT_BALD in self._arrays
+
+    def sums(self, block: Block) -> Sums:
+        """What the checkpoints so far add up to for a block; nothing before the first one. Raises Damage."""
+        array = self._arrays[SNAPSHOT_BALD]
+        if not array.chunk_path(block.index, 0).exists():
+            return Sums(np.zeros((len(block), self.n_classes + 2), np.float32))
+        return Sums(array.read((slice(block.start, block.stop),)))
+
+    def write_sums(self, block: Block, sums: Sums) -> None:
+        """Replace the sums of a block, before the rows they include are committed. Raises DiskFull."""
+        self._arrays[SNAPSHOT_BALD].write((slice(block.start, block.stop),), sums.columns)
+
+    def damaged_sums(self) -> Iterator[tuple[str, list[Path]]]:
+        """Every block whose sums do not decode, or lack a row that is committed: what is wrong, and the chunks to
+        delete to have the block scored again."""
+        if not self.sums_up:
+            return
+        committed = [self.committed(row) for row in range(self.n_rows)]
+        for block in self.blocks:
+            rows = [row for row, blocks in enumerate(committed) if block.index in blocks]
+            file = self.chunk(SNAPSHOT_BALD, None, block)
+            try:
+                n_rows = self.sums(block).n_rows
+            except Damage as damage:
+                what = str(damage)
+            else:
+                if not rows or n_rows > rows[-1]:
+                    continue
+                what = f"{self.path / SNAPSHOT_BALD}: block {block.index} lacks row {rows[-1]}"
+            yield what, [*(self.chunk(ARRAY, row, block) for row in rows), file]
+
+    def read_recorded(self, name: str, row: int, start: int, stop: int) -> NDArray[np.floating[Any]]:
+        """Columns [start, stop) of one row of a recorded array, NaN where not eligible.
+
+        Returns:
+            (stop - start,) float16; of probabilities, (stop - start, C) float32.
 
         Raises:
             Damage: a chunk is missing or does not decode; the message names array, row and block.
@@ -325,8 +402,10 @@ class Assignments:
         return found
 
     def chunk(self, name: str, row: int | None, block: Block) -> Path:
-        """The file of one chunk of an array; `row` is None for `eligible`."""
-        return self._arrays[name].chunk_path(*(() if row is None else (row,)), block.index)
+        """The file of one chunk of an array; `row` is None where the array has no rows."""
+        array = self._arrays[name]
+        where = (*(() if row is None else (row,)), block.index)
+        return array.chunk_path(*where, *[0] * (len(array.shape) - len(where)))
 
     def _keep(self, name: str, value: object) -> None:
         self.attributes[name] = value
@@ -342,15 +421,35 @@ def record_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
+LAYOUT = ("n_rows", "n_samples", "block_size", "n_classes", "recorded")
+
+
+def _layouts(
+    n_rows: int, n_samples: int, block_size: int, n_classes: int, recorded: Sequence[str]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], np.dtype[Any], object, tuple[str, ...]]]:
+    """Of every array its shape, chunks, dtype, fill value (None: NaN) and the names of its axes."""
+    dtype = dtype_for(n_classes)
+    shape, chunks, names = (n_rows, n_samples), (1, block_size), ("checkpoint", "sample")
+    single = np.dtype(np.float32)
+    special = {
+        PROBABILITIES: ((*shape, n_classes), (*chunks, n_classes), single, None, (*names, "class")),
+        SNAPSHOT_BALD: ((n_samples, n_classes + 2), (block_size, n_classes + 2), single, None, ("sample", "sum")),
+    }
+    usual = (shape, chunks, np.dtype(np.float16), None, names)
+    return {
+        ARRAY: (shape, chunks, dtype, unassigned(dtype), names),
+        ELIGIBLE: (shape[1:], chunks[1:], np.dtype(bool), False, names[1:]),
+        **{name: special.get(name, usual) for name in recorded},
+    }
+
+
 def _lay_out(
     path: Path, n_rows: int, n_samples: int, block_size: int, n_classes: int, recorded: Sequence[str]
 ) -> dict[str, Array]:
     """Empty arrays; older ones are replaced."""
-    dtype = dtype_for(n_classes)
-    shape, chunks, names = (n_rows, n_samples), (1, block_size), ("checkpoint", "sample")
     create_group(path, {"n_classes": n_classes})
-    arrays = {ARRAY: create_array(path / ARRAY, shape, chunks, dtype, unassigned(dtype), names)}
-    for name in recorded:
-        arrays[name] = create_array(path / name, shape, chunks, "float16", float("nan"), names)
-    arrays[ELIGIBLE] = create_array(path / ELIGIBLE, (n_samples,), (block_size,), "bool", False, ("sample",))
-    return arrays
+    layouts = _layouts(n_rows, n_samples, block_size, n_classes, recorded)
+    return {
+        name: create_array(path / name, shape, chunks, dtype, float("nan") if fill is None else fill, names)
+        for name, (shape, chunks, dtype, fill, names) in layouts.items()
+    }

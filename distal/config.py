@@ -23,8 +23,8 @@ from distal.records import JsonObject, Window
 from distal.storage import local_path
 
 VoteMeasure = Literal["dispersion", "vote_entropy", "gini", "vote_margin", "flips", "last_flip", "decayed"]
-Measure = Literal[VoteMeasure, "margin", "entropy", "least_confidence", "random"]
-Recorded = Literal["margin", "entropy", "least_confidence"]
+Measure = Literal[VoteMeasure, "margin", "entropy", "least_confidence", "snapshot_bald", "random"]
+Recorded = Literal["margin", "entropy", "least_confidence", "probabilities", "snapshot_bald"]
 Auto = Literal["auto"]
 Integer = Annotated[int, Strict()]  # true is not 1
 Count = Annotated[int, Strict(), Field(ge=1)]
@@ -54,7 +54,7 @@ def check_measure(measure: str, window: Window) -> None:
     if measure not in get_args(Measure):
         raise ValueError(f"{measure!r} is unknown; known: {', '.join(get_args(Measure))}")
     if window != Window() and measure not in get_args(VoteMeasure):
-        raise ValueError(f"{measure} is of the last checkpoint; a window is for {', '.join(get_args(VoteMeasure))}")
+        raise ValueError(f"{measure} has no window; a window is for {', '.join(get_args(VoteMeasure))}")
 
 
 class Section(BaseModel):
@@ -297,7 +297,9 @@ class ScoreConfig(Section):
     batch_size: Count | Auto = key("auto", "Images per forward pass. auto: the quickest of a few, tried once.")
     record: tuple[Recorded, ...] = key(
         ("margin",),
-        "Float16 arrays kept beside the assignments: margin p1 - p2, entropy in nats, least_confidence 1 - p1.",
+        "What is kept beside the assignments: margin p1 - p2, entropy in nats and least_confidence 1 - p1 as float16; "
+        "the probabilities of all classes as float32; for snapshot_bald the sum of the probabilities, and of the "
+        "entropies, over all checkpoints.",
     )
     record_rows: Literal["last", "all"] = key("last", "Checkpoints at which they are kept.")
     mixed_hardware: Literal["refuse", "allow"] = key(
@@ -391,6 +393,10 @@ class Root(Section):
             raise ValueError(f"select.measure: {self.select.measure} needs score.record to contain it")
         if self.select.tie_break == "margin" and "margin" not in self.score.record:
             raise ValueError("select.tie_break: margin needs score.record to contain it; or set tie_break: hash")
+        if self.score.eliminate == "exact" and "snapshot_bald" in self.score.record:
+            raise ValueError(
+                "score.record: snapshot_bald needs every sample at every checkpoint; set score.eliminate=none"
+            )
         if self.score.eliminate == "exact" and self.select.measure != "dispersion":
             raise ValueError(
                 f"score.eliminate: exact is for select.measure: dispersion, not for {self.select.measure}; "

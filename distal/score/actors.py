@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from distal import checkpoints, cluster
-from distal.assignments import Assignments, unassigned
+from distal.assignments import PROBABILITIES, Assignments, unassigned
 from distal.errors import DistalError, Diverged, ModelError, RunConflict, one_line
 from distal.models import ModelSpec, be_deterministic
 from distal.pool import Pool
@@ -301,6 +301,7 @@ class Scorer:
         if order.barrier is not None and todo:
             votes = self._assignments.read(block.start, block.stop, range(order.barrier), complete=True)
             scored = survivors(votes, eligible, self._assignments.n_classes, order.theta)
+        sums = self._assignments.sums(block) if self._assignments.sums_up and todo else None
         names = ("labels", *self._assignments.recorded)
         found: dict[int, dict[str, list[NDArray[Any]]]] = {ref.index: {name: [] for name in names} for ref in todo}
         for piece in _batched(_ahead(self._pieces_of(block, eligible)), scored, job.batch_size) if todo else ():
@@ -311,8 +312,14 @@ class Scorer:
                     sample_index = block.start + int(piece.positions[error.args[0]])
                     raise Diverged(self._not_finite(ref, sample_index)) from error
                 found[ref.index]["labels"].append(prediction.labels)
-                for name in self._recorded(ref.index - job.first_index):
+                row = ref.index - job.first_index
+                for name in self._recorded(row):
                     found[ref.index][name].append(getattr(prediction, name)())
+                if sums is not None:
+                    sums.add(row, piece.positions, prediction.probabilities(), prediction.entropy())
+        if sums is not None:
+            sums.end(todo[-1].index - job.first_index)
+            self._assignments.write_sums(block, sums)
         for ref in todo:
             self._commit(ref.index - job.first_index, block, scored, found[ref.index])
         counts = None
@@ -336,7 +343,8 @@ class Scorer:
             labels[scored] = np.concatenate(found["labels"])
         recorded = {}
         for name in self._recorded(row):
-            recorded[name] = np.full(len(block), np.nan, np.float32)
+            classes = (self._assignments.n_classes,) if name == PROBABILITIES else ()
+            recorded[name] = np.full((len(block), *classes), np.nan, np.float32)
             if found[name]:
                 recorded[name][scored] = np.concatenate(found[name])
         self._assignments.write(row, block, labels, recorded)

@@ -41,6 +41,10 @@ class Prediction:
     labels: NDArray[np.int64]
     logits: Tensor
 
+    def probabilities(self) -> NDArray[np.float32]:
+        """Of each class: (n, n_classes) float32, rows sum to 1."""
+        return self.logits.softmax(dim=1).numpy()
+
     def margin(self) -> NDArray[np.float32]:
         """p1 - p2 of the two most probable classes: (n,) float32 in [0, 1]."""
         top = self.logits.softmax(dim=1).topk(2, dim=1).values
