@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from distal.augment import crop_flip
 from distal.config import ModelConfig
 from distal.models import ModelSpec
 from distal.pool import Pool
-from distal.train.loop import crop_flip
 
 
 def main() -> None:

@@ -246,6 +246,16 @@ class Scored:
         }
 
     @property
+    def augmented(self) -> bool:
+        """Whether what was predicted are images as training sees them."""
+        return isinstance(self.config, Config) and self.config.score.transform == "train"
+
+    @property
+    def n_checkpoints(self) -> int:
+        """Checkpoints of the cycle, scored or not."""
+        return len(self.config.train.checkpoint_epochs) if isinstance(self.config, Config) else self.n_rows
+
+    @property
     def budget(self) -> int:
         """What the run selects in a cycle."""
         return self.config.score.budget if isinstance(self.config, ForeignConfig) else self.config.loop.budget
@@ -272,7 +282,17 @@ class Scored:
                 f"--measure: {measure} was not recorded; score.record was {list(self.config.score.record)}; to have "
                 f"it, score in another run directory with {measure} in score.record"
             )
+        if measure == "dispersion_authors" and not self.augmented:
+            raise ConfigError(
+                f"--measure: {measure} is defined on images as training sees them; score in another run directory with "
+                "score.transform=train"
+            )
         rows = window.rows(self.n_rows)
+        if measure in (*FROM_VOTES, *FROM_SUMS) and self.n_rows < self.n_checkpoints:
+            raise ConfigError(
+                f"--measure: {measure} is of all checkpoints, and {self.n_rows} of {self.n_checkpoints} were scored; "
+                "run again in another directory with score.checkpoints=all"
+            )
         if not rows:
             raise ConfigError(f"window {str(window)[1:]} selects no checkpoint: there are {self.n_rows}")
         if measure in FROM_VOTES and len(rows) == 1:

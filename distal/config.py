@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import keyword
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,9 @@ from distal.hashing import digest
 from distal.records import JsonObject, Window
 from distal.storage import local_path
 
-VoteMeasure = Literal["dispersion", "vote_entropy", "gini", "vote_margin", "flips", "last_flip", "decayed"]
+VoteMeasure = Literal[
+    "dispersion", "dispersion_authors", "vote_entropy", "gini", "vote_margin", "flips", "last_flip", "decayed"
+]
 Measure = Literal[VoteMeasure, "margin", "entropy", "least_confidence", "snapshot_bald", "random"]
 Recorded = Literal["margin", "entropy", "least_confidence", "probabilities", "snapshot_bald"]
 Auto = Literal["auto"]
@@ -319,6 +322,21 @@ class ScoreConfig(Section):
     )
 
 
+class RunScore(ScoreConfig):
+    """Predicting the class of every eligible sample at the checkpoints of a cycle."""
+
+    checkpoints: Literal["needed", "all"] = key(
+        "needed",
+        "Which are scored. needed: those that the selection looks at: all for dispersion, the last one for margin, "
+        "none for random. all: the whole trajectory.",
+    )
+    transform: Literal["clean", "train"] = key(
+        "clean",
+        "What is predicted: the images as they are, or as train.augment changes them, anew at each checkpoint, which "
+        "dispersion_authors is defined on.",
+    )
+
+
 class ForeignScore(ScoreConfig):
     """Predicting the class of every eligible sample at every checkpoint, and how many to select."""
 
@@ -328,6 +346,12 @@ class ForeignScore(ScoreConfig):
 class SelectConfig(Section):
     """Which samples to label next."""
 
+    from_: str | None = key(
+        None,
+        "File of samples that were chosen elsewhere: text with a sample_id per line, or CSV or Parquet with a column "
+        "`sample_id`. They are the batch, in this order, and nothing is scored for it. null: distal chooses.",
+        alias="from",
+    )
     measure: str = key(
         "dispersion",
         f"The score to rank by; larger is always more uncertain. One of {', '.join(get_args(Measure))}; of those that "
@@ -337,9 +361,31 @@ class SelectConfig(Section):
         "margin",
         "Order of equal scores: margin of the last checkpoint, then a seeded hash; or the hash alone.",
     )
+    subpool: float | None = key(
+        None,
+        "Share of the eligible samples, drawn anew in every cycle, that are scored and selected from. null: all.",
+        gt=0,
+        lt=1,
+    )
+    batch: Literal["top_k", "power", "k_center"] | Function = key(
+        "top_k",
+        "How a batch comes from the scores. top_k: the largest. power: drawn without replacement, a sample with score "
+        "s in proportion to s^beta. k_center: of the candidates one after the other the farthest from those chosen, by "
+        "what the last linear layer is given. Or a strategy of yours, `package.module:Class`, that chooses from the "
+        "candidates.",
+    )
+    beta: float = key(1.0, "With power: the exponent; the larger, the nearer to top_k.", gt=0)
+    candidate_factor: float = key(
+        10.0, "With k_center or a strategy of yours: candidates, the largest scores, per sample of the batch.", ge=1
+    )
     max_per_group: Count | None = key(
         None, "The most samples of a batch with the same `group_id` (a patient, a product). null: any number."
     )
+
+    @property
+    def breaks_ties_by_margin(self) -> bool:
+        """Whether margins of the last checkpoint are looked at; a draw has no ties, and a file is an order."""
+        return self.tie_break == "margin" and self.measure != "random" and self.from_ is None
 
     @field_validator("measure")
     @classmethod
@@ -391,12 +437,19 @@ class Root(Section):
     def _measurable(self) -> Self:
         if self.select.measure in get_args(Recorded) and self.select.measure not in self.score.record:
             raise ValueError(f"select.measure: {self.select.measure} needs score.record to contain it")
-        if self.select.tie_break == "margin" and "margin" not in self.score.record:
+        if self.select.breaks_ties_by_margin and "margin" not in self.score.record:
             raise ValueError("select.tie_break: margin needs score.record to contain it; or set tie_break: hash")
         if self.score.eliminate == "exact" and "snapshot_bald" in self.score.record:
             raise ValueError(
                 "score.record: snapshot_bald needs every sample at every checkpoint; set score.eliminate=none"
             )
+        if self.score.eliminate == "exact" and self.select.batch != "top_k":
+            raise ValueError(
+                f"score.eliminate: exact is for select.batch: top_k, not for {self.select.batch}; set "
+                "score.eliminate=none"
+            )
+        if self.score.eliminate == "exact" and self.select.from_ is not None:
+            raise ValueError("score.eliminate: exact, and select.from names the batch; set score.eliminate=none")
         if self.score.eliminate == "exact" and self.select.measure != "dispersion":
             raise ValueError(
                 f"score.eliminate: exact is for select.measure: dispersion, not for {self.select.measure}; "
@@ -409,6 +462,8 @@ class Root(Section):
         named = {"run": self.run, "pool.path": self.pool.path}
         if self.pool.source is not None and not self.pool.source.startswith(BUILTIN):
             named["pool.source"] = self.pool.source
+        if self.select.from_ is not None:
+            named["select.from"] = self.select.from_
         return named
 
     def absolute(self) -> Self:
@@ -449,7 +504,7 @@ class Root(Section):
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """A copy with some keys set, named as in `leaves`; validated again."""
-        return type(self).model_validate(_merged(self.model_dump(), values))
+        return type(self).model_validate(_merged(self.model_dump(by_alias=True), values))
 
 
 AnyRoot = TypeVar("AnyRoot", bound=Root)
@@ -462,6 +517,7 @@ class Config(Root):
     model: ModelConfig = ModelConfig()
     loop: LoopConfig = LoopConfig()
     train: TrainConfig = TrainConfig()
+    score: RunScore = RunScore()
     label: LabelConfig = LabelConfig()
 
     @model_validator(mode="after")
@@ -471,7 +527,9 @@ class Config(Root):
                 f"loop.initial: {self.loop.initial} must be at least 2 per rank (train.workers: {self.train.workers}): "
                 "batch norm needs two images"
             )
-        _, window = Window.of_name(self.select.measure)
+        measure, window = Window.of_name(self.select.measure)
+        if measure == "dispersion_authors" and self.score.transform != "train":
+            raise ValueError("select.measure: dispersion_authors needs score.transform: train")
         n_rows = len(self.train.checkpoint_epochs)
         n_inside = len(window.rows(n_rows))
         if window != Window() and n_inside < 2:
@@ -503,6 +561,18 @@ class ForeignConfig(Root):
     model: ForeignModel
     checkpoints: CheckpointsConfig
     score: ForeignScore = ForeignScore()
+
+    @model_validator(mode="after")
+    def _of_scores_alone(self) -> Self:
+        select = self.select
+        if select.batch not in ("top_k", "power"):
+            raise ValueError(f"select.batch: {select.batch} is for `distal run`; here a batch is top_k or power")
+        if select.measure.startswith("dispersion_authors"):
+            raise ValueError(f"select.measure: {select.measure} is for `distal run`, which can augment the pool")
+        for name, value in (("from", select.from_), ("subpool", select.subpool)):
+            if value is not None:
+                raise ValueError(f"select.{name} is for `distal run`; remove it")
+        return self
 
     def places(self) -> dict[str, str]:
         """See `Root.places`."""
@@ -597,7 +667,7 @@ def documented_keys(model: type[Section] = Config, prefix: str = "") -> Iterator
         if isinstance(kind, type) and issubclass(kind, Section):
             yield from documented_keys(kind, f"{prefix}{name}.")
         else:
-            yield prefix + name, field
+            yield prefix + (field.alias or name), field
 
 
 def _changes(field: FieldInfo) -> str:
@@ -609,7 +679,7 @@ def _changes(field: FieldInfo) -> str:
 def _value(section: BaseModel, name: str) -> Any:
     value: Any = section
     for part in name.split("."):
-        value = getattr(value, part)
+        value = getattr(value, f"{part}_" if keyword.iskeyword(part) else part)
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
@@ -775,7 +845,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 def to_record(config: Root) -> JsonObject:
     """Plain nested values, as written to `cycle.yaml`."""
-    return config.model_dump(mode="json")
+    return config.model_dump(mode="json", by_alias=True)
 
 
 def from_record(record: Mapping[str, Any]) -> Config | ForeignConfig:

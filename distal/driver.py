@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal import __version__, checkpoints, cluster, inputs
-from distal.acquire.batch import random_batch, select
+from distal.acquire.batch import listed_batch, random_batch, select
 from distal.assignments import Assignments
 from distal.config import Config, ForeignConfig, Root, check_unchanged
 from distal.eligibility import Eligibility
@@ -44,6 +44,7 @@ from distal.score.actors import Elimination, Job, Producer, Published, Scored, S
 from distal.scores import Scores
 from distal.selection import Selection
 from distal.storage import be_durable, sha256
+from distal.strategies import scored_epochs
 from distal.train.command import run_command
 from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob
@@ -373,7 +374,7 @@ class _Driver:
     def _score(self, cycle: Cycle, training: _Training) -> None:
         """Score the eligible samples of the pool at every checkpoint, those still to come included."""
         config = _begun(cycle)
-        n_rows = len(config.train.checkpoint_epochs)
+        n_rows = len(scored_epochs(config))
 
         def work() -> JsonObject:
             recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
@@ -386,15 +387,23 @@ class _Driver:
                 self._eligible(cycle).read,
                 config.score.record,
             )
-            job = replace(self._job(cycle, self.pool, cycle.assignments), recorded_from=recorded_from)
+            job = self._job(cycle, self.pool, cycle.assignments)
+            first_index = len(config.train.checkpoint_epochs) - n_rows
+            augmented = config.score.transform == "train" and config.train.augment != "none"
+            job = replace(
+                job,
+                recorded_from=recorded_from,
+                first_index=first_index,
+                augment=(config.seed, cycle.index) if augmented else None,
+            )
             progress = Progress(cycle.index, "train + score", epochs=config.train.epochs)
             scored = self._fill(job, assignments, training, progress, _elimination(cycle))
             return {
                 "images_scored": scored.images,
                 "left_out": scored.left_out,
-                "n_eligible": (scored.images + scored.left_out) // n_rows,
+                "n_eligible": self._eligible(cycle).count(),
                 "n_rows": n_rows,
-                "fingerprint": assignments.attributes["fingerprint"],
+                "fingerprint": assignments.attributes.get("fingerprint"),
             }
 
         def made_from() -> dict[str, str]:
@@ -403,7 +412,7 @@ class _Driver:
                 "pool": self.pool.content_sha256,
                 "ledger": self.directory.ledger(before=cycle.index).sha256,
                 "checkpoints": digest([ref.sha256 for ref in _checkpoints(cycle)]),
-                "config": config.digest("seed", "device", "pool.", "model.", "score."),
+                "config": config.digest("seed", "device", "pool.", "model.", "score.", "select.subpool"),
             }
 
         self._stage(cycle, "score", made_from, work)
@@ -442,14 +451,15 @@ class _Driver:
 
     def _reduce(self, cycle: Cycle) -> None:
         config = _begun(cycle)
+        n_rows = len(scored_epochs(config))
 
         def work() -> JsonObject:
             reduction = Reduction(
                 Assignments.open(cycle.assignments),
                 self.pool,
                 measures_of(config),
-                range(len(config.train.checkpoint_epochs)),
-                remaining=cycle.remaining(len(config.train.checkpoint_epochs)),
+                range(n_rows),
+                remaining=cycle.remaining(n_rows),
                 seed=self.config.seed,
                 cycle=cycle.index,
             )
@@ -468,18 +478,7 @@ class _Driver:
         config = _begun(cycle)
 
         def work() -> JsonObject:
-            selection = select(
-                Scores.open(cycle.scores),
-                Assignments.open(cycle.assignments),
-                self.pool,
-                config.select,
-                cycle.selection,
-                last_row=len(config.train.checkpoint_epochs) - 1,
-                budget=config.loop.budget,
-                seed=config.seed,
-                cycle=cycle.index,
-                expected=cycle.expected("select", made_from(), labelled=cycle.labels.exists()),
-            )
+            selection = self._choose(cycle, cycle.expected("select", made_from(), labelled=cycle.labels.exists()))
             if config.select.max_per_group is not None and len(selection) < config.loop.budget:
                 self.display.say(short_batch(config, len(selection), config.loop.budget))
             return {
@@ -492,6 +491,26 @@ class _Driver:
             return {**_after(cycle, "reduce"), "config": config.digest("seed", "select.", "loop.budget")}
 
         self._stage(cycle, "select", made_from, work)
+
+    def _choose(self, cycle: Cycle, expected: str | None) -> Selection:
+        config = _begun(cycle)
+        if config.select.from_ is not None:
+            return listed_batch(self.pool, self._eligible(cycle), Path(config.select.from_), cycle.selection)
+        last = checkpoints.read(cycle.checkpoints, len(config.train.checkpoint_epochs) - 1)
+        job = self._job(cycle, self.pool, cycle.assignments)
+        return select(
+            Scores.open(cycle.scores),
+            Assignments.open(cycle.assignments),
+            self.pool,
+            config.select,
+            cycle.selection,
+            budget=config.loop.budget,
+            seed=config.seed,
+            cycle=cycle.index,
+            last_row=len(scored_epochs(config)) - 1,
+            outputs=lambda indices, names: self.scorers.outputs(job, indices, last, names),
+            expected=expected,
+        )
 
     def _label(self, cycle: Cycle) -> None:
         def work() -> JsonObject:
@@ -565,7 +584,9 @@ class _Driver:
         )
 
     def _eligible(self, cycle: Cycle) -> Eligibility:
-        return self.unlabeled.without(self.directory.ledger(before=cycle.index))
+        eligible = self.unlabeled.without(self.directory.ledger(before=cycle.index))
+        subpool = (cycle.config or self.config).select.subpool
+        return eligible if subpool is None else eligible.within(subpool, cycle.index)
 
     def _check_changes(self) -> None:
         """Refuse what a cycle that has begun, and has not selected yet, cannot take."""

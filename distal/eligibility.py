@@ -24,12 +24,14 @@ class Eligibility:
     Attributes:
         largest_draw: samples whose seeded draw is larger are outside `pool.limit`; None: no limit.
         ledger: the labelled samples; None: nothing is labelled yet.
+        part: share of the samples, and the cycle that they are drawn for; None: all of them.
     """
 
     pool: Pool
     seed: int
     largest_draw: int | None
     ledger: Ledger | None = None
+    part: tuple[float, int] | None = None
 
     @classmethod
     def of(cls, pool: Pool, limit: int | None, seed: int) -> Self:
@@ -52,6 +54,10 @@ class Eligibility:
         """The eligible samples when those of the ledger are labelled."""
         return replace(self, ledger=ledger)
 
+    def within(self, share: float, cycle: int) -> Self:
+        """A seeded random part of them, another one in each cycle."""
+        return replace(self, part=(share, cycle))
+
     def read(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Which of the samples [start, stop) are eligible: (stop - start,) bool."""
         samples = self.pool.samples(start, stop, ["status", "sample_key"])
@@ -59,6 +65,10 @@ class Eligibility:
         if self.largest_draw is not None:
             draws = mix64("limit", self.seed, samples["sample_key"].to_numpy())
             flags = flags & (draws <= np.uint64(self.largest_draw))
+        if self.part is not None:
+            share, cycle = self.part
+            draws = mix64("subpool", self.seed, cycle, samples["sample_key"].to_numpy())
+            flags = flags & (draws < share * 2.0**64)
         if self.ledger is not None:
             flags = flags & ~self.ledger.asked(start, stop)
         return flags

@@ -19,6 +19,7 @@ from distal.reduce.measures import measures_of
 from distal.reduce.stream import STRIPE_BYTES
 from distal.score.eliminate import barrier_rows
 from distal.score.plan import MAX_ROWS
+from distal.strategies import scored_epochs
 
 MANY_OBJECTS = 100_000
 PROCESS_BYTES = 500 * 2**20  # of a Python process with torch and Ray, before it holds anything
@@ -40,7 +41,7 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     n_eligible = n_readable if limit is None else min(limit, n_readable)
     if isinstance(config, Config):
         n_eligible -= _n_initial(config)
-        n_rows, budget, cycles = len(config.train.checkpoint_epochs), config.loop.budget, config.loop.cycles
+        n_rows, budget, cycles = len(scored_epochs(config)), config.loop.budget, config.loop.cycles
     else:
         n_classes = config.model.num_classes
         n_rows, budget, cycles = _n_checkpoints(config), config.score.budget, 1
@@ -55,7 +56,7 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     recorded = [row_bytes.get(name, 2) for name in config.score.record if name != SNAPSHOT_BALD]
     n_kept = n_rows if config.score.record_rows == "all" else 1
     sums = SNAPSHOT_BALD in config.score.record
-    own = isinstance(config, Config)
+    n_published = len(config.train.checkpoint_epochs) if isinstance(config, Config) else 0
     eliminates = config.score.eliminate == "exact"
     n_measures = len(measures_of(config)) if isinstance(config, Config) else 1
     objects = {
@@ -63,14 +64,14 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
         "recorded": (len(recorded) * n_kept + sums) * n_blocks,
         "eligible": n_blocks,
         "scores": n_measures * n_blocks,
-        "checkpoints": 2 * n_rows if own else 0,
+        "checkpoints": 2 * n_published,
     }
     disk = {
         "assignments": n_rows * n_samples * itemsize,
         "recorded": (sum(recorded) * n_kept + sums * 4 * (n_classes + 2)) * n_samples,
         "eligible": n_samples,
         "scores": n_measures * n_samples * 4,
-        "checkpoints": n_rows * weights if own else 0,
+        "checkpoints": n_published * weights,
     }
     image_bytes = shape[0] * shape[1] * shape[2]
     read_bytes = 4 * min(MAX_CHUNK_BYTES, min(block_size, n_samples) * image_bytes)  # the next piece is read ahead

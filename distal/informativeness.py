@@ -205,7 +205,8 @@ def _all_measures(runs: Sequence[Scored]) -> tuple[str, ...]:
     n_rows = min(run.n_rows for run in runs)
     windows = [f"{REFERENCE}{each}" for each in WINDOWS]
     wide = [name for name in windows if len(Window.of_name(name)[1].rows(n_rows)) > 1]
-    return (*FROM_VOTES, *wide, *recorded, *SEEDED)
+    votes = [name for name in FROM_VOTES if name != "dispersion_authors" or all(run.augmented for run in runs)]
+    return (*votes, *wide, *recorded, *SEEDED)
 
 
 def _row(name: str, told: Sequence[_Told]) -> JsonObject:

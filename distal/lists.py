@@ -19,11 +19,12 @@ from distal.pool import Pool
 from distal.records import STRIPE_SAMPLES, split_blocks
 
 
-def read_ids(path: Path, key: str) -> list[str]:
-    """The ids of a text file with one per line, or of the column `sample_id` of a CSV or Parquet file.
+def read_ids(path: Path, key: str, *, once: bool = False) -> list[str]:
+    """The ids of a text file with one per line, or of the column `sample_id` of a CSV or Parquet file, each once.
 
     Args:
         key: what names the file, for errors.
+        once: whether an id that is there twice is an error.
 
     Raises:
         SourceError: no such file, no such column, or no id in it.
@@ -35,6 +36,8 @@ def read_ids(path: Path, key: str) -> list[str]:
     ids = [sample_id for sample_id in ids if sample_id]
     if not ids:
         raise SourceError(f"{key}: {path} names no sample")
+    if once:
+        _refuse_twice(path, key, ids)
     return list(dict.fromkeys(ids))
 
 
@@ -50,9 +53,7 @@ def read_labels(path: Path, key: str, classes: Sequence[str] | None, n_classes: 
     ids = table["sample_id"].to_pylist()
     if not ids:
         raise SourceError(f"{key}: {path} names no sample")
-    twice = next((sample_id for sample_id, n in Counter(ids).items() if n > 1), None)
-    if twice is not None:
-        raise SourceError(f"{key}: {path}: sample {twice} is there more than once; keep one line of it")
+    _refuse_twice(path, key, ids)
     named = {name: index for index, name in enumerate(classes or ())}
     labels = []
     for sample_id, given in zip(ids, table["label"].to_pylist(), strict=True):
@@ -61,6 +62,12 @@ def read_labels(path: Path, key: str, classes: Sequence[str] | None, n_classes: 
             raise SourceError(f"{key}: {path}: label {given!r} of {sample_id} is none of the {n_classes} classes")
         labels.append(label)
     return ids, labels
+
+
+def _refuse_twice(path: Path, key: str, ids: Sequence[str]) -> None:
+    twice = next((sample_id for sample_id, n in Counter(ids).items() if n > 1), None)
+    if twice is not None:
+        raise SourceError(f"{key}: {path}: sample {twice} is there more than once; keep one line of it")
 
 
 def class_index(given: Any, named: Mapping[Any, int], n_classes: int) -> int | None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from distal import plugins
 from distal.checkpoints import deserialize
 from distal.config import Architecture, ChannelStats, ForeignModel, ModelConfig
 from distal.errors import ModelError, one_line
@@ -156,7 +155,7 @@ class _Function(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Call it."""
-        inputs: Tensor = _import(self.name, "model.normalize")(images)
+        inputs: Tensor = plugins.load(self.name, "model.normalize")(images)
         return inputs
 
 
@@ -168,7 +167,7 @@ class _Logits:
 
     def __call__(self, _net: nn.Module, _inputs: object, output: object) -> object:
         if self.function is not None:
-            function = _import(self.function, "model.output")
+            function = plugins.load(self.function, "model.output")
             try:
                 return function(output)
             except Exception as error:
@@ -241,7 +240,7 @@ def _build(config: Architecture, n_classes: int, image_shape: tuple[int, int, in
             raise ModelError(f"model.args: {config.name} takes none, got {config.args}")
         return OWN[config.name](n_classes, image_shape[0])
     if ":" in config.name:
-        build = partial(_import(config.name, "model.name"), num_classes=n_classes, image_shape=image_shape)
+        build = partial(plugins.load(config.name, "model.name"), num_classes=n_classes, image_shape=image_shape)
         net = _called(build, config)
         if not isinstance(net, nn.Module):
             raise ModelError(f"model.name: {config.name} returned {type(net).__name__}; a torch.nn.Module is needed")
@@ -290,20 +289,6 @@ def _shrink_stem(net: nn.Module, name: str) -> None:
     conv = nn.Conv2d(3, net.conv1.out_channels, 3, stride=1, padding=1, bias=False)  # type: ignore[union-attr,arg-type]
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     net.conv1, net.maxpool = conv, nn.Identity()
-
-
-def _import(name: str, key: str) -> Callable[..., Any]:
-    module_name, _, function_name = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a model beside the configuration, as `python -m` would find it
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ModelError(f"{key}: module {module_name!r} cannot be imported ({error})") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ModelError(f"{key}: module {module_name!r} has no function {function_name!r}")
-    return function
 
 
 def _weights(config: ModelConfig | ForeignModel) -> StateDict:

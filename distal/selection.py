@@ -19,8 +19,9 @@ class Selection:
     """The chosen samples.
 
     Attributes:
-        table: rank, sample_index, sample_id, uri, one column per score, measure, and decided_by: whether the
-            score alone ("score") or a tie-break ("margin", "hash") put the sample into the batch.
+        table: rank, sample_index, sample_id, uri, one column per score, measure, and decided_by: what put the sample
+            into the batch, the score alone ("score"), a tie-break ("margin", "hash"), distances ("k_center"), a file
+            ("file") or the user's own strategy ("strategy").
     """
 
     table: pa.Table
@@ -58,5 +59,5 @@ class Selection:
     @property
     def tie_share(self) -> float:
         """The share of the batch that a tie-break decided, in [0, 1]."""
-        ties = sum(decided != "score" for decided in self.table["decided_by"].to_pylist())
+        ties = sum(decided in ("margin", "hash") for decided in self.table["decided_by"].to_pylist())
         return ties / max(1, len(self))

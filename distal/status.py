@@ -39,7 +39,8 @@ def _cycle(cycle: Cycle, last: bool) -> JsonObject:
     if Assignments.begun(cycle.assignments):
         assignments = Assignments.open(cycle.assignments)
         done = sum(len(assignments.committed(row)) for row in range(assignments.n_rows))
-        total = _n_checkpoints(cycle) * len(assignments.blocks)
+        n_rows = assignments.n_rows if isinstance(cycle.config, Config) else _n_checkpoints(cycle)
+        total = n_rows * len(assignments.blocks)
     return {
         "cycle": cycle.index,
         "complete": [stage for stage, marker in markers.items() if marker],

@@ -37,6 +37,7 @@ from distal.storage import (
     sha256,
     sweep,
 )
+from distal.strategies import scored_epochs
 
 T = TypeVar("T")
 
@@ -219,11 +220,15 @@ class _Inspection:
         """A cycle of `distal run`."""
         markers = self._markers(cycle, STAGES)
         refs = self._checkpoints(cycle, config, complete="train" in markers)
-        n_rows = len(config.train.checkpoint_epochs)
+        n_rows = len(scored_epochs(config))
         recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
         complete = range(n_rows) if "score" in markers else range(0)
-        self._assignments(cycle, "score", cycle.assignments, complete, recorded_from, refs)
-        self._assignments(cycle, "test", cycle.test_assignments, range(1 if "test" in markers else 0), 1, {})
+        first = len(config.train.checkpoint_epochs) - n_rows
+        weights = {index - first: sha256 for index, sha256 in refs.items() if index >= first}
+        self._assignments(cycle, "score", cycle.assignments, complete, recorded_from, weights)
+        self._assignments(
+            cycle, "test", cycle.test_assignments, range(1 if "test" in markers and config.pool.test else 0), 1, {}
+        )
         self._elimination(cycle, config, complete="score" in markers)
         if "reduce" in markers:
             self._scores(cycle.scores, (cycle, "reduce"))

@@ -70,7 +70,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["loop.budget=0"], "loop.budget must be greater than or equal to 1, got 0"),
         (["pool.block_size=x"], "pool.block_size must be .* or 'auto', got 'x'"),
         (["select.measure=foo"], "select.measure: 'foo' is unknown; known: dispersion, .*, random, got 'foo'"),
-        (["select.measure=margin@last=2"], "margin is of the last checkpoint; a window is for dispersion, "),
+        (["select.measure=margin@last=2"], "margin has no window; a window is for dispersion, "),
         (["select.measure=flips@first=2"], "'first=2' is no part of a window; those are from=N, last=N or a share"),
         (["select.measure=flips@last=-1"], "'last=-1' must be larger"),
         (

@@ -42,10 +42,12 @@ LADDER = [
         "kernels",
         "ledger",
         "lists",
+        "strategies",
+        "augment",
         "pool",
         "cluster",
     ],
-    ["config", "records", "storage", "hashing", "errors"],
+    ["config", "records", "storage", "hashing", "plugins", "errors"],
 ]
 STAGES = LADDER[2]
 MAY_IMPORT_RAY = {"cluster", "pool/build", "score/actors", "train/launch", "train/loop"}

@@ -18,6 +18,7 @@ from distal import kernels
 from distal.assignments import Sums
 from distal.config import Config
 from distal.hashing import mix64
+from distal.strategies import scored_epochs
 
 Floats = NDArray[np.float64]
 
@@ -56,6 +57,19 @@ def dispersion(votes: Votes) -> Floats:
     In [0, 1 - ceil(T / C) / T]. 0 when the network never changed its mind.
     """
     return 1 - votes.mode_count / votes.n_rows
+
+
+def dispersion_authors(votes: Votes) -> Floats:
+    """Dispersion as the first author's code of February 2021 computes it (Class-Balanced-AL, commit f2a460a).
+
+    1 - f / (T + 1), where f counts, over all checkpoints, the class that is most frequent in the last quarter of them;
+    of classes that tie there, the one with the larger f. That code predicts under the training transform; see
+    `score.transform`. In (0, 1].
+    """
+    T = votes.n_rows
+    weights = np.ones(T)
+    weights[T * 3 // 4 :] += T + 1  # a count in the tail outweighs any number of votes
+    return 1 - kernels.largest_weights(votes.assignments, votes.n_classes, weights) % (T + 1) / (T + 1)
 
 
 def vote_entropy(votes: Votes) -> Floats:
@@ -127,6 +141,7 @@ def random(seed: int, cycle: int, keys: NDArray[np.uint64]) -> Floats:
 
 FROM_VOTES: dict[str, Callable[[Votes], Floats]] = {
     "dispersion": dispersion,
+    "dispersion_authors": dispersion_authors,
     "vote_entropy": vote_entropy,
     "gini": gini,
     "vote_margin": vote_margin,
@@ -157,8 +172,14 @@ ANNOTATIONS: dict[str, Callable[[Votes], NDArray[np.int64]]] = {
 
 
 def measures_of(config: Config) -> tuple[str, ...]:
-    """What a cycle of a run is reduced to."""
+    """What a cycle of a run is reduced to: what it selects by, and what comes for little beside it."""
     if config.score.eliminate == "exact":
         return ("dispersion",)  # of the others only a part would be there
+    rows = scored_epochs(config)
+    if not rows or config.select.from_ is not None:
+        return ("random",)
+    if len(rows) < len(config.train.checkpoint_epochs):
+        recorded = [name for name in config.score.record if name in FROM_RECORDED]
+        return tuple(dict.fromkeys((*recorded, config.select.measure)))
     recorded = [name for name in config.score.record if name in FROM_RECORDED or name in FROM_SUMS]
     return tuple(dict.fromkeys(("dispersion", "vote_entropy", "flips", *recorded, config.select.measure)))

@@ -75,7 +75,7 @@ def reduce(
     annotations = tuple(ANNOTATIONS) if reduction.annotate else ()
     scores = Scores.create(dest, reduction.measures, n_samples, block_size, annotations)
     # A stripe is a whole number of blocks: each chunk is read once.
-    samples = min(STRIPE_SAMPLES, STRIPE_BYTES // (len(reduction.rows) * assignments.dtype.itemsize))
+    samples = min(STRIPE_SAMPLES, STRIPE_BYTES // max(1, len(reduction.rows) * assignments.dtype.itemsize))
     stripes = split_blocks(n_samples, max(1, samples // block_size) * block_size)
     done = 0
     for stripe in mapper(_Stripe(reduction, scores), stripes):

@@ -10,7 +10,7 @@ import resource
 import time
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -26,7 +26,9 @@ from ray.exceptions import RayError, RayTaskError
 
 from distal import checkpoints, cluster
 from distal.assignments import PROBABILITIES, Assignments, unassigned
+from distal.augment import crop_flip
 from distal.errors import DistalError, Diverged, ModelError, RunConflict, one_line
+from distal.hashing import mix64
 from distal.models import ModelSpec, be_deterministic
 from distal.pool import Pool
 from distal.records import Block, CheckpointRef, Progress
@@ -49,6 +51,7 @@ STUCK_S = 600.0
 WAITS_S = 60.0
 HAND_OUT_S = 120.0
 MAX_FAILED_STARTS = 3
+OUTPUT_BATCHES = 8
 
 WATCH = "watch"  # a thread of an actor beside the one that scores
 
@@ -62,6 +65,7 @@ class Job:
         pool_sha256: content hash of the pool.
         first_index: the checkpoint that row 0 belongs to.
         recorded_from: first row whose recorded arrays are kept. A block that lacks them there is scored again.
+        augment: seed and cycle of the random changes that images get as in training; None: they are as they are.
     """
 
     pool: Path
@@ -73,6 +77,7 @@ class Job:
     device: str
     first_index: int = 0
     recorded_from: int = 0
+    augment: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -276,6 +281,22 @@ class Scorer:
             raise Diverged(self._not_finite(ref, int(indices[error.args[0]]))) from error
         return prediction.labels
 
+    def outputs(
+        self, job: Job, indices: Sequence[int], ref: CheckpointRef, names: Collection[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        """What a checkpoint gives for some samples: "probabilities", (n, C), and "embeddings", (n, d)."""
+        torch.set_num_threads(self._threads)
+        if job != self._job:
+            self._begin(job)
+            self._job = None  # the assignments are not open
+        predictor, images = self._load(ref), self._pool.take(indices)
+        found = {}
+        if "probabilities" in names:
+            found["probabilities"] = predictor(images).probabilities()
+        if "embeddings" in names:
+            found["embeddings"] = predictor.embeddings(images)
+        return found
+
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def sign_of_life(self) -> int:
         """A number that changes with every batch; answered also while a block is scored."""
@@ -306,8 +327,9 @@ class Scorer:
         found: dict[int, dict[str, list[NDArray[Any]]]] = {ref.index: {name: [] for name in names} for ref in todo}
         for piece in _batched(_ahead(self._pieces_of(block, eligible)), scored, job.batch_size) if todo else ():
             for ref in todo:
+                images = self._augmented(piece, block, ref) if job.augment else piece.images
                 try:
-                    prediction = self._load(ref)(piece.images)
+                    prediction = self._load(ref)(images)
                 except NotFinite as error:
                     sample_index = block.start + int(piece.positions[error.args[0]])
                     raise Diverged(self._not_finite(ref, sample_index)) from error
@@ -327,6 +349,13 @@ class Scorer:
             votes = self._assignments.read(block.start, block.stop, range(order.count), complete=True)
             counts = histogram(votes, eligible, self._assignments.n_classes, self._assignments.n_rows)
         return _Done(len(todo) * int(scored.sum()), counts, peak_rss_bytes())
+
+    def _augmented(self, piece: _Piece, block: Block, ref: CheckpointRef) -> NDArray[np.uint8]:
+        """The images as training could show them: a function of seed, cycle, checkpoint and sample."""
+        assert self._job is not None
+        assert self._job.augment is not None
+        draws = mix64("augment pool", *self._job.augment, ref.index, block.start + piece.positions)
+        return crop_flip(torch.from_numpy(piece.images), draws).numpy()
 
     def _is_done(self, row: int, block: Block) -> bool:
         return self._assignments.has(row, block, recorded=bool(self._recorded(row)))
@@ -534,20 +563,49 @@ class Scorers:
         labels: NDArray[np.int64] = self._ask("predict", job, list(indices), ref)
         return labels
 
+    def outputs(
+        self, job: Job, indices: NDArray[np.int64], ref: CheckpointRef, names: Collection[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        """What a checkpoint gives for some samples, by all actors; see `Scorer.outputs`.
+
+        Args:
+            indices: (n,), ascending. They are cut into pieces of whole batches, however many actors there are.
+        """
+        size = OUTPUT_BATCHES * job.batch_size
+        pieces = [indices[start : start + size].tolist() for start in range(0, len(indices), size)]
+        found = self._ask_all("outputs", [(job, piece, ref, names) for piece in pieces])
+        return {name: np.concatenate([each[name] for each in found]) for name in names}
+
     def _ask(self, method: str, *arguments: object) -> Any:
         """Have any actor do something; another one when it dies."""
-        for attempt in range(MAX_FAILED_STARTS):
-            self.grow(1)
-            index, actor = next(iter(self.actors.items()))
-            try:
-                return ray.get(getattr(actor, method).remote(*arguments))
-            except RayTaskError as error:
-                raise error.cause from None
-            except RayError as error:
-                self.drop(index)
-                if attempt + 1 == MAX_FAILED_STARTS:
-                    raise DistalError(f"{MAX_FAILED_STARTS} scoring actors in a row died: {one_line(error)}") from None
-        raise AssertionError
+        return self._ask_all(method, [arguments])[0]
+
+    def _ask_all(self, method: str, calls: Sequence[tuple[object, ...]]) -> list[Any]:
+        """Have the actors do something with each of some arguments; what one had in hand that died is done again."""
+        answers: dict[int, Any] = {}
+        waiting = deque(range(len(calls)))
+        working: dict[Any, tuple[int, int]] = {}
+        n_died = 0
+        while len(answers) < len(calls):
+            self.grow(max(1, min(actors_allowed(self.asked, self.slots, 0), len(waiting) + len(working))))
+            busy = {actor for actor, _ in working.values()}
+            for index in [index for index in self.actors if index not in busy][: len(waiting)]:
+                call = waiting.popleft()
+                working[getattr(self.actors[index], method).remote(*calls[call])] = index, call
+            for ref in ray.wait(list(working), num_returns=1)[0]:
+                index, call = working.pop(ref)
+                try:
+                    answers[call] = ray.get(ref)
+                    n_died = 0
+                except RayTaskError as error:
+                    raise error.cause from None
+                except RayError as error:
+                    self.drop(index)
+                    waiting.appendleft(call)
+                    n_died += 1
+                    if n_died == MAX_FAILED_STARTS:
+                        raise DistalError(f"{n_died} scoring actors in a row died: {one_line(error)}") from None
+        return [answers[call] for call in range(len(calls))]
 
     def drop(self, actor: int) -> None:
         """Stop one actor, and free its slot, also when it does not listen to Ray any more."""

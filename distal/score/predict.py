@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from distal.errors import ModelError
 from distal.models import StateDict
 
 Precision = Literal["fp32", "bf16"]
@@ -104,6 +105,35 @@ class Predictor:
         if not finite.all():
             raise NotFinite(int((~finite.all(dim=1)).nonzero()[0]))
         return Prediction(logits.argmax(dim=1).numpy(), logits)
+
+    def embeddings(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What the last linear layer that ran was given for each of (n, C, H, W) uint8 images: (n, d) float32.
+
+        Raises:
+            ModelError: the network has no linear layer.
+        """
+        given: list[Tensor] = []
+        last: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            last[:] = [inputs[0].flatten(1)]
+
+        def end(*_: object) -> None:
+            given.extend(tensor.float().cpu() for tensor in last)
+
+        layers = [module for module in self.net.modules() if isinstance(module, nn.Linear)]
+        handles = [layer.register_forward_pre_hook(keep) for layer in layers]
+        handles.append(self.net.register_forward_hook(end))
+        try:
+            self.logits(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not given:
+            raise ModelError(
+                "model.name: the network has no linear layer, so there are no embeddings; use another select.batch"
+            )
+        return torch.cat(given)[: len(images)].numpy()
 
     def logits(self, images: NDArray[np.uint8]) -> Tensor:
         """The network's output for (n, C, H, W) uint8 images: (n, n_classes) float32 on the CPU."""

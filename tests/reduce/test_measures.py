@@ -17,7 +17,7 @@ from skactiveml.pool._query_by_committee import vote_entropy as skactiveml_vote_
 from distal.config import Measure
 from distal.hashing import sample_keys
 from distal.reduce import measures
-from distal.reduce.measures import ANNOTATIONS, DECAY, FROM_RECORDED, FROM_VOTES, SEEDED, Votes
+from distal.reduce.measures import ANNOTATIONS, DECAY, FROM_RECORDED, FROM_SUMS, FROM_VOTES, SEEDED, Votes
 
 HAND_WORKED = np.array([[0, 0, 2], [1, 0, 2], [2, 1, 2], [0, 0, 0]], dtype=np.uint8).T  # (T, N)
 
@@ -37,11 +37,13 @@ def votes(draw: st.DrawFn, complete: bool = True) -> tuple[np.ndarray, int]:
 def brute_force(column: np.ndarray) -> dict[str, float]:
     counts = Counter(column.tolist())
     T = len(column)
+    tail = Counter(column[T * 3 // 4 :].tolist())
     return {
         "dispersion": 1 - max(counts.values()) / T,
         "vote_entropy": -sum(n / T * math.log(n / T) for n in counts.values()),
         "gini": 1 - sum((n / T) ** 2 for n in counts.values()),
         "vote_margin": 1 - (sorted(counts.values())[-1] - sorted([0, *counts.values()])[-2]) / T,
+        "dispersion_authors": 1 - max((tail[c], n) for c, n in counts.items())[1] / (T + 1),
         "flips": int((column[1:] != column[:-1]).sum()),
         "last_flip": max([t + 1 for t in range(T) if column[t] != column[-1]], default=0),
         "decayed": 1
@@ -90,7 +92,7 @@ def test_permutations(case: tuple[np.ndarray, int], rng) -> None:
     for name, measure in FROM_VOTES.items():
         assert np.array_equal(measure(Votes(assignments[:, samples], n_classes)), scores[name][samples])
         assert np.array_equal(measure(Votes(names[assignments], n_classes)), scores[name])
-        if name not in ("flips", "last_flip", "decayed"):  # these depend on the order
+        if name not in ("flips", "last_flip", "decayed", "dispersion_authors"):  # these depend on the order
             assert np.array_equal(measure(Votes(assignments[rows], n_classes)), scores[name])
 
 
@@ -164,4 +166,4 @@ def test_random_is_seeded_and_uniform() -> None:
 
 
 def test_the_configuration_names_exactly_these_measures() -> None:
-    assert set(get_args(Measure)) == {*FROM_VOTES, *FROM_RECORDED, *SEEDED}
+    assert set(get_args(Measure)) == {*FROM_VOTES, *FROM_RECORDED, *FROM_SUMS, *SEEDED}

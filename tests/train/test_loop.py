@@ -6,9 +6,10 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
+from distal.augment import crop_flip
 from distal.config import TrainConfig
 from distal.hashing import mix64
-from distal.train.loop import batches, crop_flip, learning_rate
+from distal.train.loop import batches, learning_rate
 
 
 @pytest.mark.parametrize(
