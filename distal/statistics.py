@@ -123,9 +123,9 @@ def min_pairs(level: float) -> int:
 def signed_rank(differences: ArrayLike, rounding: float = 0.0) -> tuple[float, float]:
     """Wilcoxon's signed-rank test, two-sided and exact also with ties.
 
-    Differences of zero are left out (Wilcoxon 1945). Sizes that tie share their mean rank, and p comes from all 2^n ways
-    to give these very ranks a sign, counted by convolution. SciPy's exact method is for samples without ties and zeros,
-    which accuracies on a small test set always have.
+    Differences of zero are left out (Wilcoxon 1945). Sizes that tie share their mean rank, and p comes from all 2^n
+    ways to give these very ranks a sign, counted by convolution. SciPy's exact method is for samples without ties and
+    zeros, and accuracies on a small test set have both.
 
     Args:
         differences: (n,) one per pair.
@@ -168,8 +168,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def smallest_detectable(sd: float, n: int, level: float = 0.05, power: float = POWER) -> float:
     """The true mean difference that a two-sided paired t-test of n pairs would show with probability `power`.
 
-    Exact for normal differences, by the noncentral t distribution (Cohen 1988, section 2.5). For the signed-rank test it is
-    a little too small: its efficiency for normal differences is 3 / pi.
+    Exact for normal differences, by the noncentral t distribution (Cohen 1988). For the signed-rank test it is a little
+    too small: relative to the t-test its efficiency for normal differences is 3 / pi.
 
     Args:
         sd: standard deviation of the differences.
@@ -219,11 +219,14 @@ class Paired:
 
     def verdict(self, corrected_p: float) -> str:
         """In words; what was not shown is not said to be absent."""
-        if self.p is None or self.difference is None or self.interval is None:
-            return f"not tested: needs {self.needed} seeds, has {self.n}"
+        untested = f"not tested: needs {self.needed} seeds, has {self.n}"
+        if self.difference is None or self.interval is None:
+            return untested
         low, high = self.interval
         share = 100 * (1 - self.level)
         found = f"mean difference {self.difference:+.3g}, {share:g}% interval [{low:+.3g}, {high:+.3g}]"
+        if self.p is None:
+            return f"{untested}; so far {found}"
         if self.shown(corrected_p):
             return f"shown: {found}, corrected p {corrected_p:.2g} at {self.n} seeds"
         if self.detectable is None:
