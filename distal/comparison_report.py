@@ -449,7 +449,7 @@ def _told_first(told: JsonObject) -> list[str]:
         if rows:
             each = [f"{row['strategy']} seed {row['seed']} cycle {row['cycle']}" for row in rows]
             rest = "; its seed is in no AUBC, test or labels saved of that strategy" if name == told["metric"] else ""
-            lines.append(f"- No {name} in {len(each)} cycles ({', '.join(each)}): in no mean of that budget{rest}.")
+            lines.append(f"- No {name} in {len(each)} cycle(s) ({', '.join(each)}): in no mean of that budget{rest}.")
     if len(told["seeds"]) == 1:
         needed = told["tests"]["needed_seeds"]
         tests = f"; tests need {needed} seeds" if needed else ""
@@ -509,7 +509,7 @@ def _classes_text(classes: JsonObject | None, common: str) -> list[str]:
             ]
         )
     unknown = sum(row["unknown"] for row in classes["strategies"])
-    lost = f" {unknown:,} selected samples have no known class and are not counted." if unknown else ""
+    lost = f" {unknown:,} selected sample(s) have no known class and do not count." if unknown else ""
     return [
         "## Classes selected",
         "Shares over all cycles and seeds. Balance: entropy over its maximum, 1 when all classes are as frequent; mean "
@@ -583,7 +583,8 @@ def _plot_curves(told: JsonObject) -> Figure:
         axes.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=5, label=name)
         axes.fill_between(x, mean - sd, mean + sd, alpha=0.1, color=colour, linewidth=0)
     n_seeds = len(told["seeds"])
-    spread = f"mean and standard deviation over {n_seeds} seeds" if n_seeds > 1 else "one seed"
+    fewer = any(each["n"] < n_seeds for row in budgets for each in row["strategies"].values())
+    spread = f"mean and standard deviation over {'up to ' * fewer}{n_seeds} seeds" if n_seeds > 1 else "one seed"
     axes.set(xlabel="labels paid for", ylabel=told["metric"], title=spread)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
