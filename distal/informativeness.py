@@ -25,6 +25,7 @@ from distal.monitor import Display, Silent, figure_texts, share_names
 from distal.records import JsonObject, Window
 from distal.reduce.measures import FROM_RECORDED, FROM_SUMS, FROM_VOTES, SEEDED
 from distal.scores import Scores
+from distal.statistics import t_interval
 from distal.storage import write_bytes
 
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -135,12 +136,8 @@ def error_of_top(score: NDArray[np.floating[Any]], wrong: NDArray[np.bool_], sha
 def interval(values: Iterable[float]) -> JsonObject:
     """Mean, and where it lies with a confidence of 95% by Student's t; no interval for a single value."""
     each = list(values)
-    mean = float(np.mean(each))
-    half = None
-    if len(each) > 1:
-        half = float(stats.t.ppf((1 + LEVEL) / 2, len(each) - 1) * np.std(each, ddof=1) / np.sqrt(len(each)))
-    low, high = (None, None) if half is None else (mean - half, mean + half)
-    return {"mean": mean, "low": low, "high": high, "each": each}
+    low, high = t_interval(each, LEVEL) or (None, None)
+    return {"mean": float(np.mean(each)), "low": low, "high": high, "each": each}
 
 
 @dataclass(frozen=True)

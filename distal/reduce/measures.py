@@ -66,10 +66,11 @@ def dispersion_authors(votes: Votes) -> Floats:
     of classes that tie there, the one with the larger f. That code predicts under the training transform; see
     `score.transform`. In (0, 1].
     """
-    T = votes.n_rows
-    weights = np.ones(T)
-    weights[T * 3 // 4 :] += T + 1  # a count in the tail outweighs any number of votes
-    return 1 - kernels.largest_weights(votes.assignments, votes.n_classes, weights) % (T + 1) / (T + 1)
+    n_rows = votes.n_rows
+    weights = np.ones(n_rows)
+    weights[n_rows * 3 // 4 :] += n_rows + 1  # a count in the tail outweighs any number of votes
+    count = kernels.largest_weights(votes.assignments, votes.n_classes, weights) % (n_rows + 1)
+    return 1 - count / (n_rows + 1)
 
 
 def vote_entropy(votes: Votes) -> Floats:
