@@ -74,6 +74,10 @@ def init(
 def run(
     config: Annotated[Path, typer.Argument(help="YAML file; see docs/config.md.")],
     overrides: Overrides = None,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", help="Go on when images to evaluate on are in the pool (eval.allow_overlap)."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the whole loop. The same command again continues where it stopped."""
@@ -82,7 +86,7 @@ def run(
     from distal.monitor import Terminal, run_table
 
     def work() -> dict[str, Any]:
-        loaded = load(config, overrides or [])
+        loaded = load(config, [*(overrides or []), *(["eval.allow_overlap=true"] if allow_overlap else [])])
         cluster.secure(loaded.ray.address)
         with Terminal() as terminal:
             import distal.driver

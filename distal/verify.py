@@ -223,7 +223,9 @@ class _Inspection:
         recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
         complete = range(n_rows) if "score" in markers else range(0)
         self._assignments(cycle, "score", cycle.assignments, complete, recorded_from, refs)
-        self._assignments(cycle, "test", cycle.test_assignments, range(1 if "test" in markers else 0), 1, {})
+        for name in ("test", "val"):
+            evaluated = name in markers.get("test", {}).get("inputs", ())
+            self._assignments(cycle, "test", cycle.held_out(name), range(1 if evaluated else 0), 0, {})
         self._elimination(cycle, config, complete="score" in markers)
         if "reduce" in markers:
             self._scores(cycle.scores, (cycle, "reduce"))

@@ -40,6 +40,7 @@ LADDER = [
         "checkpoints",
         "foreign",
         "kernels",
+        "metrics",
         "ledger",
         "lists",
         "pool",
