@@ -170,8 +170,10 @@ class Array:
             return np.frombuffer(zstd.decompress(data[:-4]), self.dtype.newbyteorder("<")).reshape(self.chunks)
 
     def stored(self, row: int) -> set[int]:
-        """Second indices of the chunks of a row that are there."""
-        return {int(name) for name in names_in(self.chunk_path(row)) if name.isdigit()}
+        """Second indices of the chunks of a row that are there; further axes are not cut."""
+        indices = {int(name) for name in names_in(self.chunk_path(row)) if name.isdigit()}
+        further = (0,) * (len(self.shape) - 2)  # then a name is that of a folder, which outlives its chunk
+        return {i for i in indices if self.chunk_path(row, i, *further).exists()} if further else indices
 
     def chunk_path(self, *index: int) -> Path:
         """The file of one chunk."""

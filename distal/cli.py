@@ -74,6 +74,10 @@ def init(
 def run(
     config: Annotated[Path, typer.Argument(help="YAML file; see docs/config.md.")],
     overrides: Overrides = None,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", help="Go on when images to evaluate on are in the pool (eval.allow_overlap)."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the whole loop. The same command again continues where it stopped."""
@@ -82,7 +86,7 @@ def run(
     from distal.monitor import Terminal, run_table
 
     def work() -> dict[str, Any]:
-        loaded = load(config, overrides or [])
+        loaded = load(config, [*(overrides or []), *(["eval.allow_overlap=true"] if allow_overlap else [])])
         cluster.secure(loaded.ray.address)
         with Terminal() as terminal:
             import distal.driver
@@ -321,6 +325,28 @@ def informativeness(
             )
 
     _answer(work, as_json, informativeness_table)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML file with a section `compare`.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Run strategies x seeds and compare them. The same command again continues where it stopped."""
+    from distal import cluster
+    from distal.config import load_compare
+    from distal.monitor import Terminal, comparison_table
+
+    def work() -> dict[str, Any]:
+        loaded = load_compare(config, overrides or [])
+        cluster.secure(loaded.ray.address)
+        with Terminal() as terminal:
+            from distal.comparison import compare as compare_strategies
+
+            return compare_strategies(loaded, terminal)
+
+    _answer(work, as_json, comparison_table, resume=True)
 
 
 RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory, or folder of a pool.")]

@@ -28,6 +28,7 @@ VoteMeasure = Literal[
 ]
 Measure = Literal[VoteMeasure, "margin", "entropy", "least_confidence", "snapshot_bald", "random"]
 Recorded = Literal["margin", "entropy", "least_confidence", "probabilities", "snapshot_bald"]
+Metric = Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"]
 Auto = Literal["auto"]
 Integer = Annotated[int, Strict()]  # true is not 1
 Count = Annotated[int, Strict(), Field(ge=1)]
@@ -36,7 +37,8 @@ BUILTIN = "builtin:"
 SECTIONS = {  # in the order of the work; what is no section comes first
     name: place
     for place, name in enumerate(
-        ("pool", "ray", "model", "checkpoints", "loop", "train", "score", "select", "label"), start=1
+        ("pool", "ray", "model", "checkpoints", "loop", "train", "score", "eval", "select", "label", "compare"),
+        start=1,
     )
 }
 
@@ -111,14 +113,7 @@ class PoolSource(Section):
 
 
 class PoolConfig(PoolSource):
-    """All images, read-only, and others to test on."""
-
-    test: str | None = key(
-        None,
-        "Images and labels for the test accuracy: a packed pool, or a source, which is then packed beside the pool as "
-        "`<path>-test`. Classes are matched by name. null: no test accuracy.",
-        PLACE,
-    )
+    """All images, read-only."""
 
     classes: tuple[str, ...] | str | None = key(
         None,
@@ -232,6 +227,12 @@ class LoopConfig(Section):
         NEVER,
     )
     budget: Integer = key(300, "Samples to label per cycle.", ge=1)
+    balance: bool = key(
+        True,
+        "Whether a first set of so many is balanced over the classes, with label.oracle: pool: it reads labels that "
+        "have not been paid for. false: it is random.",
+        NEVER,
+    )
 
 
 class TrainConfig(Section):
@@ -341,6 +342,39 @@ class ForeignScore(ScoreConfig):
     """Predicting the class of every eligible sample at every checkpoint, and how many to select."""
 
     budget: Count = key(1000, "Samples to select.")
+
+
+class EvalConfig(Section):
+    """How good the last checkpoint of each cycle is. Nothing is chosen by it."""
+
+    test: str | None = key(
+        None,
+        "Images and labels to test on: a packed pool, or a source, which is then packed beside the pool as "
+        "`<path>-test`. Classes are matched by name. null: no test.",
+        PLACE,
+    )
+    val: str | None = key(
+        None,
+        "Others, for choices of your own: given in the same way, packed as `<path>-val`. Their labels are counted as "
+        "paid for. null: none.",
+        PLACE,
+    )
+    metrics: tuple[Metric, ...] = key(
+        ("accuracy",),
+        "What is computed of both. balanced_accuracy, macro_f1: mean recall and mean F1 over the classes that the "
+        "labels have; auroc: mean over all classes of the area under the ROC curve, the class against the rest; ece: "
+        "expected calibration error in 15 equal bins of confidence. What is not defined is null, with the reason.",
+    )
+    allow_overlap: bool = key(
+        False, "Go on when images to test or validate on are in the pool as well, pixel by pixel.", ANY_TIME
+    )
+
+    @field_validator("metrics")
+    @classmethod
+    def _some(cls, value: tuple[Metric, ...]) -> tuple[Metric, ...]:
+        if not value:
+            raise ValueError(f"name at least one of {', '.join(get_args(Metric))}")
+        return value
 
 
 class SelectConfig(Section):
@@ -518,6 +552,7 @@ class Config(Root):
     loop: LoopConfig = LoopConfig()
     train: TrainConfig = TrainConfig()
     score: RunScore = RunScore()
+    eval: EvalConfig = EvalConfig()
     label: LabelConfig = LabelConfig()
 
     @model_validator(mode="after")
@@ -542,8 +577,9 @@ class Config(Root):
     def places(self) -> dict[str, str]:
         """See `Root.places`."""
         named = super().places()
-        if self.pool.test is not None and not self.pool.test.startswith(BUILTIN):
-            named["pool.test"] = self.pool.test
+        for name, place in (("eval.test", self.eval.test), ("eval.val", self.eval.val)):
+            if place is not None and not place.startswith(BUILTIN):
+                named[name] = place
         if isinstance(self.loop.initial, str):
             named["loop.initial"] = self.loop.initial
         if isinstance(self.pool.classes, str):
@@ -552,6 +588,68 @@ class Config(Root):
         if weights is not None and (os.sep in weights or Path(weights).suffix):
             named["model.weights"] = weights
         return named
+
+
+class CompareSection(Section):
+    """Strategies x seeds."""
+
+    strategies: dict[Annotated[str, Field(pattern=r"^[\w.@=+-]+$")], SelectConfig] = key(
+        ...,
+        "Name of each strategy and its keys of the section `select`, as `entropy: {measure: entropy}`. A name is "
+        "letters, digits and `_.@=+-`.",
+        min_length=2,
+    )
+    seeds: Count = key(10, "How many, from `seed` on. A seed decides the first set, the weights and the order.", ge=1)
+    references: tuple[str, ...] = key(("random", "entropy"), "Strategies that the others are tested against.")
+    metric: Metric = key("accuracy", "What of eval.metrics is compared.")
+    level: float = key(0.05, "Chance of a false find over all tests together; intervals are at 1 - level.", gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for name, select in self.strategies.items():
+            if name == "first":
+                raise ValueError("compare.strategies: 'first' is the folder of what all share; take another name")
+            if select.from_ is not None:
+                raise ValueError(f"compare.strategies: {name}: a file is chosen for one run; leave out from")
+        unknown = [name for name in self.references if name not in self.strategies]
+        if unknown:
+            raise ValueError(
+                f"compare.references: {unknown[0]} is none of the strategies, {', '.join(self.strategies)}"
+            )
+        return self
+
+
+class CompareLoop(LoopConfig):
+    """Cycles and what is bought in each."""
+
+    balance: bool = key(
+        False,
+        "Whether the first set is balanced over the classes: it reads labels that have not been paid for. false: it is "
+        "random.",
+        NEVER,
+    )
+
+
+class CompareConfig(Config):
+    """Runs that differ by seed and by what selects. The sections are those of a run; `select` is given per strategy."""
+
+    loop: CompareLoop = CompareLoop()
+    compare: CompareSection
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        if self.compare.metric not in self.eval.metrics:
+            raise ValueError(
+                f"compare.metric: {self.compare.metric} is not in eval.metrics, {', '.join(self.eval.metrics)}"
+            )
+        if self.label.oracle != "pool":
+            raise ValueError("label.oracle must be pool: nobody labels the same images for every strategy")
+        return self
+
+    @property
+    def seeds(self) -> range:
+        """The seeds."""
+        return range(self.seed, self.seed + self.compare.seeds)
 
 
 class ForeignConfig(Root):
@@ -594,6 +692,11 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
 def load_foreign(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ForeignConfig:
     """The same for `distal score`."""
     return parse_foreign(_read(Path(path)), overrides)
+
+
+def load_compare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CompareConfig:
+    """The same for `distal compare`."""
+    return _validated(CompareConfig, _read(Path(path)), overrides)
 
 
 def load_any(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config | ForeignConfig:
@@ -744,7 +847,7 @@ def commented_yaml(run: str = "runs/quickstart") -> str:
         "run": run,
         "pool.path": "pools/fmnist",
         "pool.source": "builtin:fashion-mnist-12k",
-        "pool.test": "builtin:fashion-mnist-12k/test",
+        "eval.test": "builtin:fashion-mnist-12k/test",
     }
     lines = ["# One active-learning run: `distal run THIS_FILE`. Paths start at the working directory."]
     section = ""
@@ -767,7 +870,7 @@ def markdown() -> str:
         "Generated by `python -m distal.config > docs/config.md`; a test keeps it current.",
         "",
         "A run is described by one YAML file. Any key can be set on the command line as `key.sub=value`, where",
-        "the value is YAML (`train.lr=0.1`, `pool.test=null`, `score.record=[margin, entropy]`). Unknown keys are",
+        "the value is YAML (`train.lr=0.1`, `eval.test=null`, `score.record=[margin, entropy]`). Unknown keys are",
         "refused. Relative paths start at the working directory. `distal init` writes a file with every key.",
         "",
         "*May change* says what a run that exists accepts. **never**: the key is part of what the run is. **next",
@@ -778,6 +881,9 @@ def markdown() -> str:
     lines += ["", "# Scoring a directory of checkpoints", ""]
     lines += ["`distal score` takes a file of these sections; `ray` and `select` are those of a run."]
     lines += _tables(ForeignConfig, leave_out=("ray", "select"))
+    lines += ["", "# Comparing strategies", ""]
+    lines += ["`distal compare` takes a file of the sections of a run, and one more:"]
+    lines += _tables(CompareConfig, leave_out=[name for name in SECTIONS if name != "compare"])
     return "\n".join(lines) + "\n"
 
 
@@ -809,7 +915,7 @@ def _allowed(field: FieldInfo) -> str:
 
 
 def _kinds(kind: Any) -> list[str]:
-    words = {int: "integer", float: "number", str: "text", type(None): "null"}
+    words = {bool: "`true`, `false`", int: "integer", float: "number", str: "text", type(None): "null"}
     members = get_args(kind)
     if kind is ChannelStats:
         return ["`{mean, std}`"]

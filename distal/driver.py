@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from distal import __version__, checkpoints, cluster, inputs
 from distal.acquire.batch import listed_batch, random_batch, select
-from distal.assignments import Assignments
+from distal.assignments import PROBABILITIES, Assignments
 from distal.config import Config, ForeignConfig, Root, check_unchanged
 from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError, RunConflict
+from distal.evaluation import evaluate
 from distal.hashing import digest
 from distal.labelling import Waiting
 from distal.labels.oracle import choose_at_random, choose_initial, label_from_pool
@@ -84,15 +85,17 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
         with ExitStack() as stack:
             connect = cache(partial(stack.enter_context, cluster.connect(config.ray.address)))
             pool = inputs.with_classes(config, inputs.open_pool(config, connect, display))
-            test = inputs.open_test_pool(config, connect, display)
-            inputs.check(config, pool, test)
+            held_out = inputs.open_held_out(config, connect, display)
+            inputs.check(config, pool, held_out)
             waiting = _still_waiting(directory, config, pool)
             if waiting is not None:
                 return waiting
+            if directory.identity is None:  # it keeps the content of the pools, so once is enough
+                inputs.check_overlap(config, pool, held_out, display)
             lease = stack.enter_context(begin(directory, display))
             connect()
             directory.sweep()
-            waiting = _Driver(config, directory, pool, test, display, lease).run()
+            waiting = _Driver(config, directory, pool, held_out, display, lease).run()
     if waiting is not None:
         directory.write_summary()
         return waiting
@@ -146,9 +149,15 @@ class _Driver:
     """One attempt at a run."""
 
     def __init__(
-        self, config: Config, directory: Run, pool: Pool, test: Pool | None, display: Display, lease: Lease
+        self,
+        config: Config,
+        directory: Run,
+        pool: Pool,
+        held_out: Mapping[str, Pool],
+        display: Display,
+        lease: Lease,
     ) -> None:
-        self.directory, self.pool, self.test, self.display, self.lease = directory, pool, test, display, lease
+        self.directory, self.pool, self.held_out, self.display, self.lease = directory, pool, held_out, display, lease
         # What `auto` came to when the run began holds, also on a machine where it would come to something else.
         kept = directory.identity["constants"] if directory.identity else {}
         device = kept.get("device", config.device) if config.device == "auto" else config.device
@@ -156,7 +165,7 @@ class _Driver:
         constants = kept or inputs.constants(config, pool, self.slots)
         config = config.with_values({"pool.classes": pool.classes})
         self.config = inputs.resolved(config, constants)
-        fixed = inputs.fixed(self.config, pool, test)
+        fixed = inputs.fixed(self.config, pool, held_out)
         directory.check(fixed)
         self._check_changes()
         self._check_classes()
@@ -217,7 +226,8 @@ class _Driver:
         if isinstance(initial, str):
             self._take_initial(Path(initial))
         elif self.config.label.oracle == "pool":
-            chosen = self._enough(choose_initial(self.unlabeled, initial, seed))
+            draw = choose_initial if self.config.loop.balance else choose_at_random
+            chosen = self._enough(draw(self.unlabeled, initial, seed))
             label_from_pool(self.pool, chosen, self.directory.initial)
             self._tell_missing_classes(Ledger.read([self.directory.initial]))
         else:
@@ -418,36 +428,47 @@ class _Driver:
         self._stage(cycle, "score", made_from, work)
 
     def _test(self, cycle: Cycle) -> None:
-        """Predict the test images at the last checkpoint with the same actors, and count the right ones."""
-        config, test = _begun(cycle), self.test
-        if test is None:
-            self._stage(cycle, "test", dict, lambda: {"test_accuracy": None, "n_test": 0})
-            return
+        """Predict the images to test and validate on at the last checkpoint with the same actors, and evaluate it."""
+        config = _begun(cycle)
         last = len(config.train.checkpoint_epochs) - 1
-        expected = partial(_test_labels, test, self.pool)
 
         def work() -> JsonObject:
-            block_size = auto_block_size(test.n_samples)
-            assignments = self._assignments(
-                cycle, cycle.test_assignments, test, block_size, 1, lambda start, stop: expected(start, stop) >= 0
-            )
-            job = replace(self._job(cycle, test, cycle.test_assignments), first_index=last)
-            producer = Published([checkpoints.read(cycle.checkpoints, last)])
-            n_test = self._fill(job, assignments, producer, Progress(cycle.index, "test")).images
-            right = sum(
-                int((assignments.read(block.start, block.stop)[0] == expected(block.start, block.stop)).sum())
-                for block in assignments.blocks
-            )
-            return {"test_accuracy": right / n_test, "n_test": n_test}
+            came_to: JsonObject = {"n_test": 0, "n_val": 0, "test": None, "val": None, "undefined": {}}
+            for name, pool in self.held_out.items():
+                labels, assignments = self._predict(cycle, name, pool, last)
+                values, undefined = evaluate(config.eval.metrics, labels, *_predictions(assignments), self._classes)
+                came_to |= {f"n_{name}": len(labels), name: values}
+                came_to["undefined"] |= {f"{name}.{metric}": reason for metric, reason in undefined.items()}
+            return came_to
 
         def made_from() -> dict[str, str]:
+            if not self.held_out:
+                return {}
             return {
-                "test": test.content_sha256,
+                **{name: pool.content_sha256 for name, pool in self.held_out.items()},
                 "checkpoint": checkpoints.read(cycle.checkpoints, last).sha256,
-                "config": config.digest("device", "model.", "score.precision", "score.batch_size"),
+                "config": config.digest("device", "model.", "score.precision", "score.batch_size", "eval.metrics"),
             }
 
         self._stage(cycle, "test", made_from, work)
+
+    def _predict(self, cycle: Cycle, name: str, pool: Pool, index: int) -> tuple[NDArray[np.int64], Assignments]:
+        """Score the labelled images of another pool at a checkpoint: (n,) their labels, and what was predicted."""
+        labels = _labels_in(pool, self._classes)
+        path = cycle.held_out(name)
+        assignments = self._assignments(
+            cycle,
+            path,
+            pool,
+            auto_block_size(pool.n_samples),
+            1,
+            lambda start, stop: labels[start:stop] >= 0,
+            (PROBABILITIES,),
+        )
+        job = replace(self._job(cycle, pool, path), first_index=index)
+        producer = Published([checkpoints.read(cycle.checkpoints, index)])
+        self._fill(job, assignments, producer, Progress(cycle.index, name))
+        return labels[labels >= 0], assignments
 
     def _reduce(self, cycle: Cycle) -> None:
         config = _begun(cycle)
@@ -582,6 +603,11 @@ class _Driver:
             on_progress=self._progress,
             on_event=partial(self._event, cycle=progress.cycle),
         )
+
+    @property
+    def _classes(self) -> tuple[str, ...]:
+        assert self.pool.classes is not None
+        return self.pool.classes
 
     def _eligible(self, cycle: Cycle) -> Eligibility:
         eligible = self.unlabeled.without(self.directory.ledger(before=cycle.index))
@@ -785,13 +811,25 @@ def _elimination(cycle: Cycle) -> Elimination | None:
     return Elimination(cycle.elimination, config.loop.budget)
 
 
-def _test_labels(test: Pool, pool: Pool, start: int, stop: int) -> NDArray[np.int64]:
-    """Labels of the test samples [start, stop) in the pool's class order; -1 where unreadable or unlabelled."""
-    assert test.classes is not None
+def _labels_in(pool: Pool, classes: Sequence[str]) -> NDArray[np.int64]:
+    """Labels of the samples of a pool as indices into `classes`: (n_samples,); -1 where unreadable or unlabelled."""
     assert pool.classes is not None
-    to_pool = np.array([*(pool.classes.index(name) for name in test.classes), -1])
-    labels, status = test.columns(start, stop, "label", "status")
-    return np.where(status == OK, to_pool[labels], -1)
+    index_of = np.array([*(classes.index(name) for name in pool.classes), -1])
+    labels, status = pool.columns(0, pool.n_samples, "label", "status")
+    return np.where(status == OK, index_of[labels], -1)
+
+
+def _predictions(assignments: Assignments) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """What row 0 says of the samples that are scored: (n,) classes, and (n, C) probabilities."""
+    scored = assignments.eligible(0, assignments.n_samples)
+    labels = assignments.read(0, assignments.n_samples, complete=True)[0, scored].astype(np.int64)
+    probabilities = np.empty((len(labels), assignments.n_classes), np.float32)
+    done = 0
+    for block in assignments.blocks:
+        found = assignments.read_recorded(PROBABILITIES, 0, block.start, block.stop)[scored[block.start : block.stop]]
+        probabilities[done : done + len(found)] = found
+        done += len(found)
+    return labels, probabilities
 
 
 def _begun(cycle: Cycle) -> Config:

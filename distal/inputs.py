@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 
 from distal.assignments import dtype_for
@@ -17,7 +19,7 @@ from distal.models import ModelSpec
 from distal.monitor import Display
 from distal.pool import Pool
 from distal.pool.build import build
-from distal.pool.images import MANIFEST
+from distal.pool.images import MANIFEST, OK
 from distal.records import STRIPE_SAMPLES, JsonObject, Progress, auto_block_size, split_blocks
 from distal.train.command import check_command
 
@@ -31,15 +33,19 @@ def open_pool(config: Root, connect: Callable[[], None], display: Display) -> Po
     return _open(Path(config.pool.path), config.pool.source, "pool.source", "pool.source=null", connect, display)
 
 
-def open_test_pool(config: Config, connect: Callable[[], None], display: Display) -> Pool | None:
-    """The test pool, packed first when it does not exist yet; None without one."""
-    if config.pool.test is None:
-        return None
-    packed = Path(config.pool.test)
-    if not config.pool.test.startswith(BUILTIN) and (packed / MANIFEST).exists():
-        return Pool.open(packed)
-    beside = Path(f"{config.pool.path}-test")
-    return _open(beside, config.pool.test, "pool.test", f"pool.test={beside}", connect, display)
+def open_held_out(config: Config, connect: Callable[[], None], display: Display) -> dict[str, Pool]:
+    """The pools to evaluate on, `test` and `val`, as far as there are any; packed first when they do not exist yet."""
+    given = {"test": config.eval.test, "val": config.eval.val}
+    pools = {}
+    for name, place in given.items():
+        if place is None:
+            continue
+        if not place.startswith(BUILTIN) and (Path(place) / MANIFEST).exists():
+            pools[name] = Pool.open(place)
+        else:
+            beside = Path(f"{config.pool.path}-{name}")
+            pools[name] = _open(beside, place, f"eval.{name}", f"eval.{name}={beside}", connect, display)
+    return pools
 
 
 def _open(
@@ -99,7 +105,7 @@ def with_classes(config: Config, pool: Pool) -> Pool:
     return replace(pool, classes=classes, class_counts=(*pool.class_counts, *[0] * (len(classes) - len(own))))
 
 
-def check(config: Config, pool: Pool, test: Pool | None) -> None:
+def check(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> None:
     """Refuse at once what would fail later; `pool` is as `with_classes` gives it. Raises UserError."""
     assert pool.classes is not None
     if config.label.oracle == "pool":
@@ -116,8 +122,8 @@ def check(config: Config, pool: Pool, test: Pool | None) -> None:
             f"loop.initial: {config.loop.initial} labelled samples and at least one to select need "
             f"{config.loop.initial + 1} readable images, the pool has {n_usable}; lower it"
         )
-    if test is not None:
-        _check_test(test, pool, pool.classes)
+    for name, other in held_out.items():
+        _check_held_out(f"eval.{name}", other, pool, pool.classes)
     ModelSpec.of(config.model, pool).check()
 
 
@@ -150,31 +156,82 @@ def _check_labels(pool: Pool) -> None:
         raise PoolError(f"{pool.path}: one class only ({present[0]}); at least two are needed to classify")
 
 
-def _check_test(test: Pool, pool: Pool, classes: tuple[str, ...]) -> None:
-    if test.image_shape != pool.image_shape:
+def _check_held_out(key: str, other: Pool, pool: Pool, classes: tuple[str, ...]) -> None:
+    if other.image_shape != pool.image_shape:
         raise PoolError(
-            f"pool.test: its images have shape {test.image_shape}, those of the pool {pool.image_shape}; pack both "
+            f"{key}: its images have shape {other.image_shape}, those of the pool {pool.image_shape}; pack both "
             "with the same --size and --channels (`distal pool build`)"
         )
-    unknown = sorted(set(test.classes or ()) - set(classes))
+    unknown = sorted(set(other.classes or ()) - set(classes))
     if unknown:
-        raise PoolError(f"pool.test: class {unknown[0]!r} is not in the pool, which has {', '.join(classes)}")
-    if not test.n_labeled:
-        raise PoolError(f"pool.test: {test.path} has no labels; set pool.test=null to go without")
-    shared = _shared_groups(test, pool)
+        raise PoolError(f"{key}: class {unknown[0]!r} is not in the pool, which has {', '.join(classes)}")
+    if not other.n_labeled:
+        raise PoolError(f"{key}: {other.path} has no labels; set {key}=null to go without")
+    shared = _shared_groups(other, pool)
     if shared:
         raise PoolError(
-            f"pool.test: {len(shared)} of its groups are in the pool as well, such as {', '.join(shared[:3])}; images "
-            "of one group are alike, and the accuracy would be too good: pack a test set of other groups, or set "
-            "pool.test=null"
+            f"{key}: {len(shared)} of its groups are in the pool as well, such as {', '.join(shared[:3])}; images "
+            "of one group are alike, and the accuracy would be too good: pack a set of other groups, or set "
+            f"{key}=null"
         )
 
 
-def _shared_groups(test: Pool, pool: Pool) -> list[str]:
+def check_overlap(config: Config, pool: Pool, held_out: Mapping[str, Pool], display: Display) -> None:
+    """Refuse images to evaluate on whose pixels are in the pool as well, or say that there are some.
+
+    The pool is read once, a chunk at a time; what stays in memory is a hash for each image of `held_out`.
+
+    Raises:
+        PoolError: there are some, and `eval.allow_overlap` is not set.
+    """
+    if not held_out:
+        return
+    hashes = {name: dict(_pixel_hashes(other)) for name, other in held_out.items()}
+    wanted = {each for of_one in hashes.values() for each in of_one.values()}
+    found: dict[bytes, int] = {}
+    for index, each in _pixel_hashes(pool, display):
+        if each in wanted:
+            found.setdefault(each, index)
+    for name, other in held_out.items():
+        shared = {index: found[each] for index, each in hashes[name].items() if each in found}
+        if not shared:
+            continue
+        here = _sample_id(other, next(iter(shared)))
+        there = _sample_id(pool, next(iter(shared.values())))
+        text = (
+            f"eval.{name}: {len(shared)} of its {other.n_readable} images are in the pool as well, pixel by pixel, "
+            f"such as {here}, which is {there} there"
+        )
+        if not config.eval.allow_overlap:
+            raise PoolError(
+                f"{text}; what is measured on them would be too good: take them out of one of the two, or go on with "
+                "--allow-overlap (eval.allow_overlap=true)"
+            )
+        display.say(f"warning: {text}")
+
+
+def _pixel_hashes(pool: Pool, display: Display | None = None) -> Iterator[tuple[int, bytes]]:
+    """The `sample_index` and a 128-bit hash of the pixels of every readable image, in order."""
+    for part in split_blocks(pool.n_samples, pool.chunk_size):
+        images = np.ascontiguousarray(pool.read(part.start, part.stop).transpose(0, 2, 3, 1)).reshape(len(part), -1)
+        (status,) = pool.columns(part.start, part.stop, "status")
+        for offset in np.flatnonzero(status == OK).tolist():
+            yield part.start + offset, hashlib.blake2b(images[offset], digest_size=16).digest()
+        if display is not None:
+            done = Progress(-1, "looking for images to evaluate on", images_scored=part.stop, images=pool.n_samples)
+            display.progress(done)
+
+
+def _sample_id(pool: Pool, index: int) -> str:
+    sample_id: str = pool.take_samples([index], ["sample_id"])["sample_id"][0].as_py()
+    return sample_id
+
+
+def _shared_groups(other: Pool, pool: Pool) -> list[str]:
     """The `group_id`s that both pools have, sorted."""
-    if not (test.has_groups and pool.has_groups):
+    if not (other.has_groups and pool.has_groups):
         return []
-    wanted = pc.drop_null(pc.unique(test.samples(0, test.n_samples, ["group_id"])["group_id"]))
+    wanted = pc.drop_null(pc.unique(other.samples(0, other.n_samples, ["group_id"])["group_id"]))
     found: set[str] = set()
     for stripe in split_blocks(pool.n_samples, STRIPE_SAMPLES):
         groups = pool.samples(stripe.start, stripe.stop, ["group_id"])["group_id"]
@@ -199,9 +256,15 @@ def resolved(config: AnyRoot, constants: JsonObject) -> AnyRoot:
     return config.with_values({key: constants[key] for key in config.autos() if key in constants})
 
 
-def fixed(config: Config, pool: Pool, test: Pool | None) -> JsonObject:
+def fixed(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> JsonObject:
     """What must stay the same for as long as a run exists; `config` is resolved."""
-    return {**config.fixed(), **content(pool), "test content (pool.test)": test.content_sha256 if test else None}
+    contents = {name: pool.content_sha256 for name, pool in held_out.items()}
+    return {
+        **config.fixed(),
+        **content(pool),
+        "test content (eval.test)": contents.get("test"),
+        "validation content (eval.val)": contents.get("val"),
+    }
 
 
 def content(pool: Pool) -> JsonObject:

@@ -163,24 +163,33 @@ def import_table(result: JsonObject) -> str:
 
 def summary_table(summary: JsonObject) -> Table:
     """The closing table of a run: a row per cycle."""
-    stages = list(dict.fromkeys(stage for cycle in summary["cycles"] for stage in cycle["seconds"]))
+    cycles = summary["cycles"]
+    stages = list(dict.fromkeys(stage for cycle in cycles for stage in cycle["seconds"]))
+    validated = any(cycle["n_val"] for cycle in cycles)
+    evaluated = _evaluated(cycles)
+    notes = [f"{', '.join(stages)}: seconds. ties: share of the batch that a tie-break decided."]
+    if validated:
+        notes.append("labelled: what the network was trained on. paid: these and the labels to validate on.")
+    reasons = dict.fromkeys(f"{name}: {reason}." for cycle in cycles for name, reason in cycle["undefined"].items())
     table = Table(
         title=f"{summary['run']}: {summary['state']}",
-        caption=f"{', '.join(stages)}: seconds. ties: share of the batch that a tie-break decided.",
+        caption="\n".join([*notes, *reasons]),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=0,
         show_edge=False,
     )
-    for heading in ("cycle", "labelled", "accuracy", *stages, "scored", "batch", "ties"):
+    paid = ["paid"] if validated else []
+    figures = [metric if name == "test" else f"{name} {metric}" for name, metric in evaluated]
+    for heading in ("cycle", "labelled", *paid, *figures, *stages, "scored", "batch", "ties"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for cycle in summary["cycles"]:
-        accuracy = cycle["test_accuracy"]
+    for cycle in cycles:
         table.add_row(
             str(cycle["cycle"]),
             f"{cycle['n_labeled']:,}",
-            "-" if accuracy is None else f"{accuracy:.4f}",
+            *(_count(cycle["n_paid"]) for _ in paid),
+            *(_value(cycle[name], metric) for name, metric in evaluated),
             *(f"{cycle['seconds'][s]:.1f}" if s in cycle["seconds"] else "-" for s in stages),
             f"{cycle['images_scored']:,}",
             f"{cycle['n_selected']:,}",
@@ -191,23 +200,42 @@ def summary_table(summary: JsonObject) -> Table:
 
 def status_table(status: JsonObject) -> Table:
     """How far each cycle is."""
+    cycles = status["cycles"]
     table = Table(
         title=f"{status['run']}: {status['state']}", title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False
     )
-    for heading in ("cycle", "complete", "next", "checkpoints", "blocks scored", "labelled", "test accuracy"):
+    paid = ["paid"] if any(cycle["n_val"] for cycle in cycles) else []
+    evaluated = _evaluated(cycles)
+    figures = [f"{name} {metric}" for name, metric in evaluated]
+    for heading in ("cycle", "complete", "next", "checkpoints", "blocks scored", "labelled", *paid, *figures):
         table.add_column(heading)
-    for cycle in status["cycles"]:
-        accuracy = cycle["test_accuracy"]
+    for cycle in cycles:
         table.add_row(
             str(cycle["cycle"]),
             " ".join(cycle["complete"]) or "-",
             cycle["next"] or "-",
             f"{cycle['checkpoints_published']}/{cycle['checkpoints']}",
             f"{cycle['blocks_scored']:,}/{cycle['blocks']:,}",
-            "-" if cycle["n_labeled"] is None else f"{cycle['n_labeled']:,}",
-            "-" if accuracy is None else f"{accuracy:.4f}",
+            _count(cycle["n_labeled"]),
+            *(_count(cycle["n_paid"]) for _ in paid),
+            *(_value(cycle[name], metric) for name, metric in evaluated),
         )
     return table
+
+
+def _evaluated(cycles: list[JsonObject]) -> list[tuple[str, str]]:
+    """What any of the cycles was evaluated by, in order: ("test", "accuracy"), ..."""
+    found = [(name, metric) for name in ("test", "val") for cycle in cycles for metric in cycle[name] or ()]
+    return list(dict.fromkeys(found))
+
+
+def _value(values: JsonObject | None, metric: str) -> str:
+    value = (values or {}).get(metric)
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _count(n: int | None) -> str:
+    return "-" if n is None else f"{n:,}"
 
 
 def score_table(result: JsonObject) -> Table:
@@ -231,6 +259,26 @@ def reduce_table(result: JsonObject) -> Table:
 def select_table(result: JsonObject) -> Table:
     """What `distal select` chose."""
     return _facts({name: value for name, value in result.items() if name != "state" and value != ""})
+
+
+def comparison_table(result: JsonObject) -> Table:
+    """The closing table of a comparison."""
+    table = Table(
+        title=f"{result['run']}: {result['state']}",
+        caption="\n".join(f"{t['strategy']} against {t['reference']}: {t['verdict']}" for t in result["tests"]["each"])
+        + f"\nreport: {result['out']}/report.md",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    for heading in ("strategy", f"AUBC of {result['metric']}", f"{1 - result['level']:.0%} interval", "seeds"):
+        table.add_column(heading, no_wrap=True)
+    for row in result["aubc"]:
+        mean, low, high = (None if row[name] is None else f"{row[name]:.4f}" for name in ("mean", "low", "high"))
+        table.add_row(row["strategy"], mean or "-", f"{low} to {high}" if low else "-", str(row["n"]))
+    return table
 
 
 def informativeness_table(result: JsonObject) -> Table:

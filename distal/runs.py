@@ -12,7 +12,7 @@
       driver/             who drives the run; see `lease`
       cycles/003/
         cycle.yaml        the resolved configuration of the cycle
-        checkpoints/  assignments.zarr  test.zarr  scores.zarr  selection.parquet  labels.parquet
+        checkpoints/  assignments.zarr  test.zarr  val.zarr  scores.zarr  selection.parquet  labels.parquet
         <stage>.json      the stage is complete: what it was made from, and what it came to
         expected.json     after a repair: the selection that must come out again
 
@@ -172,10 +172,9 @@ class Cycle(Staged):
         """Assignments of the pool at every checkpoint."""
         return self.folder / "assignments.zarr"
 
-    @property
-    def test_assignments(self) -> Path:
-        """Assignments of the test images at the last checkpoint."""
-        return self.folder / "test.zarr"
+    def held_out(self, name: str) -> Path:
+        """Assignments of the images to evaluate on, `test` or `val`, at the last checkpoint."""
+        return self.folder / f"{name}.zarr"
 
     @property
     def elimination(self) -> Path:
@@ -235,6 +234,23 @@ class Cycle(Staged):
     def foreign(self) -> Path:
         """The indices of checkpoints that something else writes."""
         return self.folder / "checkpoints.json"
+
+    def evaluation(self) -> JsonObject:
+        """What the labels of the cycle are, and what its last checkpoint came to; None where that is not known yet.
+
+        It was trained on `n_labeled` samples, `n_val` more are labelled to validate on, and `n_paid` are both. `test`
+        and `val` have a value for each of `eval.metrics`, or are None; `undefined` tells why a value is None.
+        """
+        train, test = self.marker("train") or {}, self.marker("test") or {}
+        n_labeled, n_val = train.get("n_labeled"), test.get("n_val")
+        return {
+            "n_labeled": n_labeled,
+            "n_val": n_val,
+            "n_paid": None if n_labeled is None or n_val is None else n_labeled + n_val,
+            "test": test.get("test"),
+            "val": test.get("val"),
+            "undefined": test.get("undefined", {}),
+        }
 
     def took_all(self) -> bool:
         """Whether the cycle selected everything that was left, so that there is no next one."""
@@ -426,8 +442,7 @@ def _summarize(cycle: Cycle) -> JsonObject:
     markers = {stage: cycle.marker(stage) or {} for stage in STAGES}
     return {
         "cycle": cycle.index,
-        "n_labeled": markers["train"]["n_labeled"],
-        "test_accuracy": markers["test"].get("test_accuracy"),
+        **cycle.evaluation(),
         "seconds": {stage: marker["seconds"] for stage, marker in markers.items() if marker},
         "images_scored": markers["score"]["images_scored"],
         "left_out": markers["score"]["left_out"],

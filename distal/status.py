@@ -49,8 +49,7 @@ def _cycle(cycle: Cycle, last: bool) -> JsonObject:
         "checkpoints": _n_checkpoints(cycle),
         "blocks_scored": done,
         "blocks": total,
-        "n_labeled": (markers["train"] or {}).get("n_labeled"),
-        "test_accuracy": (markers["test"] or {}).get("test_accuracy"),
+        **cycle.evaluation(),
         "selection_sha256": (markers["select"] or {}).get("selection_sha256"),
     }
 

@@ -84,6 +84,13 @@ def needs_of(select: SelectConfig) -> frozenset[str]:
     return frozenset(own.needs) if own else frozenset()
 
 
+def recorded(select: SelectConfig) -> tuple[str, ...]:
+    """What must be recorded beside the assignments, for a way of selecting."""
+    measure, _ = Window.of_name(select.measure)
+    names = [measure] if measure in get_args(Recorded) and select.from_ is None else []
+    return tuple(dict.fromkeys(["margin", *names] if select.breaks_ties_by_margin else names))
+
+
 def scored_epochs(config: Config) -> list[int]:
     """The epochs whose checkpoints a cycle scores: those that its selection needs, all if `score.checkpoints` says so.
 

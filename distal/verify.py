@@ -226,9 +226,9 @@ class _Inspection:
         first = len(config.train.checkpoint_epochs) - n_rows
         weights = {index - first: sha256 for index, sha256 in refs.items() if index >= first}
         self._assignments(cycle, "score", cycle.assignments, complete, recorded_from, weights)
-        self._assignments(
-            cycle, "test", cycle.test_assignments, range(1 if "test" in markers and config.pool.test else 0), 1, {}
-        )
+        for name in ("test", "val"):
+            evaluated = name in markers.get("test", {}).get("inputs", ())
+            self._assignments(cycle, "test", cycle.held_out(name), range(1 if evaluated else 0), 0, {})
         self._elimination(cycle, config, complete="score" in markers)
         if "reduce" in markers:
             self._scores(cycle.scores, (cycle, "reduce"))

@@ -69,7 +69,7 @@ SMALL_RUN = {
 def small_config(run: Path, pool: Pool, test: Pool | None, *overrides: str) -> Config:
     """Two cycles of three checkpoints, in seconds."""
     tree = {**SMALL_RUN, "run": str(run), "pool": {**SMALL_RUN["pool"], "path": str(pool.path)}}
-    paths = [f"pool.test={test.path}"] if test else []
+    paths = [f"eval.test={test.path}"] if test else []
     return parse(tree, [*paths, *overrides])
 
 
@@ -78,7 +78,7 @@ def small_overrides(run: Path, pool: Pool, test: Pool | None) -> list[str]:
     test_path = "null" if test is None else str(test.path)
     sections = {section: keys for section, keys in SMALL_RUN.items() if isinstance(keys, dict)}
     keys = [f"{section}.{key}={value}" for section, values in sections.items() for key, value in values.items()]
-    return [f"run={run}", "device=cpu", f"pool.path={pool.path}", "pool.source=null", f"pool.test={test_path}", *keys]
+    return [f"run={run}", "device=cpu", f"pool.path={pool.path}", "pool.source=null", f"eval.test={test_path}", *keys]
 
 
 def descendants(title: str) -> list[int]:

@@ -46,7 +46,7 @@ def test_a_whole_run_on_its_own_ray(tmp_path: Path) -> None:
     source = write_source(tmp_path / "train.parquet", 200, seed=1)
     command = [
         "run", CONFIG, "--json", f"run={tmp_path / 'run'}", f"pool.path={tmp_path / 'pool'}", f"pool.source={source}",
-        f"pool.test={write_source(tmp_path / 'test.parquet', 60, seed=2)}", "loop.cycles=1", "loop.initial=20",
+        f"eval.test={write_source(tmp_path / 'test.parquet', 60, seed=2)}", "loop.cycles=1", "loop.initial=20",
         "loop.budget=10", "train.epochs=2", "train.batch_size=10", "train.threads=1",
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -145,12 +145,13 @@ def test_init_writes_a_configuration_that_loads(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["run", "missing.yaml"], "missing.yaml: no such file; `distal init missing.yaml` writes one for `distal run`"),
-        (["run", CONFIG, "trian.lr=1"], "unknown key trian; known keys: device, durable, label, loop"),
+        (["run", CONFIG, "trian.lr=1"], "unknown key trian; known keys: device, durable, eval, label, loop"),
         (["run", CONFIG, "loop.budget=0"], "loop.budget must be greater than or equal to 1, got 0"),
         (["run", CONFIG, "pool.source=null", "pool.path=/no/pool"], "/no/pool: no such pool; make it with"),
         (["run", CONFIG, "pool.path=s3://bucket/pool"], "only local and shared file systems"),
         (["run", CONFIG, f"run={CONFIG}"], "quickstart.yaml"),
-        (["score", CONFIG], "unknown key pool.test; known keys: pool.block_size, pool.exclude"),
+        (["score", CONFIG], "model.num_classes is missing; set it in the file or as model.num_classes=..."),
+        (["score", SCORE, "pool.classes=[a]"], "unknown key pool.classes; known keys: pool.block_size, pool.exclude"),
         (["score", SCORE, "--expect-accuracy=0.5"], "--expect-accuracy needs --check FILE"),
         (["score", SCORE, "pool.path=/no/pool"], "/no/pool: no such pool"),
         (["init", f"{CONFIG}/mine.yaml"], "quickstart.yaml: file exists; give a path that can be used"),

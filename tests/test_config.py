@@ -39,19 +39,19 @@ def test_every_key_is_described_and_says_when_it_may_change() -> None:
 
 
 def test_overrides_are_yaml() -> None:
-    loaded = parse(MINIMAL, ["train.lr=1e-3", "pool.test=null", "score.record=[margin, entropy]", "seed=7"])
+    loaded = parse(MINIMAL, ["train.lr=1e-3", "eval.test=null", "score.record=[margin, entropy]", "seed=7"])
     assert loaded.train.lr == 1e-3
-    assert loaded.pool.test is None
+    assert loaded.eval.test is None
     assert loaded.score.record == ("margin", "entropy")
     assert loaded.seed == 7
 
 
 def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loaded = parse(MINIMAL, ["pool.source=data/x.parquet", "pool.test=builtin:x", "model.weights=w.pt"])
+    loaded = parse(MINIMAL, ["pool.source=data/x.parquet", "eval.test=builtin:x", "eval.val=v", "model.weights=w.pt"])
     assert loaded.run == str(tmp_path / "r")
     assert loaded.pool.source == str(tmp_path / "data/x.parquet")
-    assert loaded.pool.test == "builtin:x"
+    assert (loaded.eval.test, loaded.eval.val) == ("builtin:x", str(tmp_path / "v"))
     assert loaded.model.weights == str(tmp_path / "w.pt")
     assert parse(MINIMAL, ["model.weights=IMAGENET1K_V1"]).model.weights == "IMAGENET1K_V1"
     assert loaded.absolute() == loaded
@@ -61,7 +61,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ("overrides", "message"),
     [
         (["pool.pth=x"], "unknown key pool.pth; known keys: pool.block_size, pool.classes, pool.limit"),
-        (["trian.lr=1"], "unknown key trian; known keys: device, durable, label, loop"),
+        (["trian.lr=1"], "unknown key trian; known keys: device, durable, eval, label, loop"),
         (["loop.budget=true"], "loop.budget must be a valid integer, got True"),
         (["pool.limit=10.0"], "pool.limit must be .*, got 10.0"),
         (["train.lr=.inf"], "train.lr must be a finite number, got inf"),
@@ -80,6 +80,8 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["train.batch_size=64", "train.workers=3"], "train: batch_size 64 must be a multiple of workers 3"),
         (["train.schedule=milestones"], "train: schedule: milestones and a list of milestones go together"),
         (["ray.address=ray://head:10001"], "ray.address: must be local, auto or host:port, got 'ray://head:10001'"),
+        (["eval.metrics=[f1]"], "eval.metrics.0 must be 'accuracy', 'balanced_accuracy', .* or 'ece', got 'f1'"),
+        (["eval.metrics=[]"], "eval.metrics: name at least one of accuracy, balanced_accuracy, "),
         (["pool.path=s3://bucket/p"], "pool.path: 's3://bucket/p' is a s3:// URL; only local"),
         (["select.measure=entropy"], "select.measure: entropy needs score.record to contain it"),
         (["score.record=[]"], "select.tie_break: margin needs score.record to contain it"),

@@ -107,7 +107,7 @@ def test_summary(finished: Path, test_pool: Pool, pool: Pool) -> None:
         ref = checkpoints.read(Run.open(finished).cycle(index).checkpoints, ROWS - 1)
         predictor.net.load_state_dict(checkpoints.load(ref))
         labels = test_pool.columns(0, 100, "label")[0]
-        assert cycle["test_accuracy"] == (predictor(test_pool.read(0, 100)).labels == labels).mean()
+        assert cycle["test"] == {"accuracy": (predictor(test_pool.read(0, 100)).labels == labels).mean()}
 
 
 def test_what_a_run_is_and_what_its_autos_came_to(finished: Path, pool: Pool, test_pool: Pool) -> None:
@@ -117,7 +117,8 @@ def test_what_a_run_is_and_what_its_autos_came_to(finished: Path, pool: Pool, te
     }  # fmt: skip
     assert run.identity["fixed"] == {
         "seed": 0, "pool.limit": None, "pool.block_size": 64, "loop.initial": INITIAL,
-        "pool content (pool.path)": pool.content_sha256, "test content (pool.test)": test_pool.content_sha256,
+        "pool content (pool.path)": pool.content_sha256, "test content (eval.test)": test_pool.content_sha256,
+        "validation content (eval.val)": None,
     }  # fmt: skip
     assert run.cycle(0).config.autos() == []
 
@@ -383,13 +384,13 @@ class TestMistakes:
     def test_a_test_pool_of_another_shape_or_with_other_classes(self, pool: Pool, tmp_path: Path) -> None:
         path = write_source(tmp_path / "a.parquet", 40, seed=4)
         other_shape = build(str(path), tmp_path / "shape", size=(9, 9))
-        message = r"pool.test: its images have shape \(1, 9, 9\), those of the pool \(1, 12, 12\)"
+        message = r"eval.test: its images have shape \(1, 9, 9\), those of the pool \(1, 12, 12\)"
         self.refuse(PoolError, message, tmp_path / "run", pool, other_shape)
         table = pq.read_table(path)
         names = ["bird" if name == "dot" else name for name in table["class_name"].to_pylist()]
         pq.write_table(table.set_column(3, "class_name", pa.array(names)), path)
         other_class = build(str(path), tmp_path / "class")
-        self.refuse(PoolError, "pool.test: class 'bird' is not in the pool", tmp_path / "run", pool, other_class)
+        self.refuse(PoolError, "eval.test: class 'bird' is not in the pool", tmp_path / "run", pool, other_class)
 
     def test_a_model_that_does_not_fit(self, pool: Pool, tmp_path: Path) -> None:
         self.refuse(ModelError, "'resnet19' is unknown", tmp_path / "run", pool, None, "model.name=resnet19")

@@ -119,8 +119,10 @@ def test_mistakes(grouped: Pool, pool: Pool, cluster: str, tmp_path: Path) -> No
     shared = sorted({group_of(i) for i in range(60)} - {None})
     with pytest.raises(
         PoolError,
-        match=f"pool.test: {len(shared)} of its groups are in the pool as well, such as {', '.join(shared[:3])};",
+        match=f"eval.test: {len(shared)} of its groups are in the pool as well, such as {', '.join(shared[:3])};",
     ):
         driver.run(small_config(tmp_path / "run", grouped, test))
     apart = write_source(tmp_path / "c.parquet", 60, seed=3, group_id=[f"t{i}" for i in range(60)])
-    inputs.check(small_config(tmp_path / "run", grouped, None), grouped, build(str(apart), tmp_path / "apart"))
+    inputs.check(
+        small_config(tmp_path / "run", grouped, None), grouped, {"test": build(str(apart), tmp_path / "apart")}
+    )

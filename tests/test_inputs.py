@@ -43,8 +43,8 @@ def test_what_auto_came_to_holds_on_another_machine(pool: Pool, tmp_path: Path) 
 
 def test_a_pool_is_known_by_its_content(pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", pool, test_pool)
-    fixed = inputs.fixed(config, pool, test_pool)
+    fixed = inputs.fixed(config, pool, {"test": test_pool})
     assert inputs.content(pool).items() <= fixed.items()
     moved = small_config(tmp_path / "elsewhere", test_pool, None)
-    assert inputs.fixed(moved, pool, test_pool) == fixed
-    assert inputs.fixed(config, test_pool, test_pool) != fixed
+    assert inputs.fixed(moved, pool, {"test": test_pool}) == fixed
+    assert inputs.fixed(config, test_pool, {"test": test_pool}) != fixed

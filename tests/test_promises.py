@@ -66,7 +66,7 @@ def answer(path: Path) -> dict[str, object]:
         assignments, scores = Assignments.open(cycle.assignments), Scores.open(cycle.scores)
         told[f"{index} assignments"] = assignments.read(0, N).tolist()
         told[f"{index} margin"] = assignments.read_recorded("margin", ROWS - 1, 0, N).tobytes()
-        told[f"{index} test"] = Assignments.open(cycle.test_assignments).read(0, 100).tolist()
+        told[f"{index} test"] = Assignments.open(cycle.held_out("test")).read(0, 100).tolist()
         told[f"{index} scores"] = {name: scores.read(name, 0, N).tobytes() for name in scores.measures}
         weights = [checkpoints.read(cycle.checkpoints, row) for row in checkpoints.committed(cycle.checkpoints)]
         told[f"{index} weights"] = [(ref.epoch, ref.sha256, ref.metrics) for ref in weights]

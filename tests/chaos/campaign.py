@@ -137,7 +137,7 @@ class Lab:
         """A small run, on two ranks and as many actors as there is room for."""
         return [
             f"run={run}", "device=cpu", f"ray.address={self.cluster.address}", "seed=0",
-            f"pool.path={self.pool.path}", "pool.source=null", f"pool.test={self.test.path}", f"pool.block_size={BLOCK}",
+            f"pool.path={self.pool.path}", "pool.source=null", f"eval.test={self.test.path}", f"pool.block_size={BLOCK}",
             f"loop.cycles={self.cycles}", "loop.initial=40", f"loop.budget={BUDGET}",
             f"train.epochs={self.rows}", "train.batch_size=20", "train.threads=1", "train.workers=2", "train.max_failures=10",
             "score.batch_size=32", "score.precision=fp32", "score.cache_gb=0.01", f"score.stuck_after={STUCK_S}",
