@@ -166,22 +166,22 @@ def _link(source: Path, dest: Path) -> None:
 
 
 def _row(config: CompareConfig, seed: int, name: str, cycle: Cycle, told: JsonObject) -> JsonObject:
-    """What a cycle came to. The first one was shared: it is counted as what this strategy needs of it."""
-    seconds = sum(told["seconds"].values())
-    images = told["images_scored"]
-    if cycle.index == 0:
-        scored = cycle.marker("score")
-        assert scored is not None
-        needed = len(scored_epochs(strategy_config(config, name, seed, Path(config.run))))
-        images = needed * scored["n_eligible"]
-        seconds -= scored["seconds"] * (1 - needed / max(1, scored["n_rows"])) if told["images_scored"] else 0
+    """What a cycle came to. The first one is shared: its images are counted as what this strategy needs of them."""
+    took = told["seconds"]
+    scored = cycle.marker("score")
+    assert scored is not None
+    needed = len(scored_epochs(strategy_config(config, name, seed, Path(config.run))))
+    images = needed * scored["n_eligible"]
+    # Scoring goes on beside training; without anything to score it only waits for it.
+    stages = [max(took["train"], took["score"]) if images else took["train"]]
+    stages += [took.get(stage, 0.0) for stage in ("test", "reduce", "select", "label")]
     return {
         "seed": seed,
         "strategy": name,
         "cycle": cycle.index,
         "n_labeled": told["n_paid"],
         **{metric: told["test"][metric] for metric in config.eval.metrics},
-        "seconds": float(seconds),
+        "seconds": float(sum(stages)),
         "images_scored": images,
     }
 

@@ -608,14 +608,12 @@ class CompareSection(Section):
     def _known(self) -> Self:
         for name, select in self.strategies.items():
             if name == "first":
-                raise ValueError("compare.strategies: 'first' is the folder of what all share; take another name")
+                raise ValueError("strategies: 'first' is the folder of what all share; take another name")
             if select.from_ is not None:
-                raise ValueError(f"compare.strategies: {name}: a file is chosen for one run; leave out from")
+                raise ValueError(f"strategies: {name}: a file is chosen for one run; leave out from")
         unknown = [name for name in self.references if name not in self.strategies]
         if unknown:
-            raise ValueError(
-                f"compare.references: {unknown[0]} is none of the strategies, {', '.join(self.strategies)}"
-            )
+            raise ValueError(f"references: {unknown[0]} is none of the strategies, {', '.join(self.strategies)}")
         return self
 
 
