@@ -407,7 +407,11 @@ class _Driver:
                 augment=(config.seed, cycle.index) if augmented else None,
             )
             progress = Progress(cycle.index, "train + score", epochs=config.train.epochs)
-            scored = self._fill(job, assignments, training, progress, _elimination(cycle))
+            if n_rows:
+                scored = self._fill(job, assignments, training, progress, _elimination(cycle))
+            else:
+                scored = Scored(images=0, n_rows=0)
+                self._follow(cycle, training)
             return {
                 "images_scored": scored.images,
                 "left_out": scored.left_out,
@@ -608,6 +612,14 @@ class _Driver:
     def _classes(self) -> tuple[str, ...]:
         assert self.pool.classes is not None
         return self.pool.classes
+
+    def _follow(self, cycle: Cycle, training: _Training) -> None:
+        """Show how far training is, when there is nothing to score."""
+        epochs = _begun(cycle).train.checkpoint_epochs
+        while not training.finished():
+            n_published = len(training.published())
+            self._progress(Progress(cycle.index, "train", images_scored=n_published, images=len(epochs)))
+            time.sleep(0.2)
 
     def _eligible(self, cycle: Cycle) -> Eligibility:
         eligible = self.unlabeled.without(self.directory.ledger(before=cycle.index))
