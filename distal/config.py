@@ -698,8 +698,10 @@ def load_compare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
 
 def load_any(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config | ForeignConfig:
-    """Either kind: one with a section `checkpoints` is for `distal score`."""
+    """Any kind: one with a section `checkpoints` is for `distal score`, one with `compare` for `distal compare`."""
     tree = _read(Path(path))
+    if "compare" in tree:
+        return _validated(CompareConfig, tree, overrides)
     return parse_foreign(tree, overrides) if "checkpoints" in tree else parse(tree, overrides)
 
 

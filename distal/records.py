@@ -92,6 +92,8 @@ class Window:
             values[field_name] = kind(value)
             if values[field_name] < least or (key == "last" and values[field_name] <= 0):
                 raise ValueError(f"{part!r} must be larger")
+            if key == "last" and values[field_name] > 1 and values[field_name] % 1:
+                raise ValueError(f"{part!r} must be a whole number of checkpoints, or a share of them below 1")
         return measure, cls(**values)
 
 
