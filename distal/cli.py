@@ -439,7 +439,9 @@ def labels_import(
 
 @pool_app.command("build")
 def pool_build(
-    source: Annotated[str, typer.Argument(help="Parquet file or folder, image folder, or builtin:NAME.")],
+    source: Annotated[
+        str, typer.Argument(help="Parquet file or folder, image folder, builtin:NAME, torchvision:NAME.")
+    ],
     dest: Annotated[Path, typer.Argument(help="Folder of the pool.")],
     size: Annotated[str | None, typer.Option(help="Resize all images to WIDTHxHEIGHT pixels.")] = None,
     channels: Annotated[Channels, typer.Option(help="auto: grey when the first images are.")] = "auto",
@@ -456,10 +458,10 @@ def pool_build(
     from distal.monitor import Terminal, pool_table
 
     def work() -> dict[str, Any]:
-        from distal.config import BUILTIN
+        from distal.config import NAMED
         from distal.storage import local_path
 
-        where = source if source.startswith(BUILTIN) else str(local_path(source, "SOURCE"))
+        where = source if source.startswith(NAMED) else str(local_path(source, "SOURCE"))
         folder = local_path(dest, "DEST")
         shape = _size(size)
         cluster.secure(ray_address)

@@ -33,7 +33,8 @@ Auto = Literal["auto"]
 Integer = Annotated[int, Strict()]  # true is not 1
 Count = Annotated[int, Strict(), Field(ge=1)]
 
-BUILTIN = "builtin:"
+BUILTIN, TORCHVISION = "builtin:", "torchvision:"
+NAMED = (BUILTIN, TORCHVISION)  # sources that have a name, which is no path
 SECTIONS = {  # in the order of the work; what is no section comes first
     name: place
     for place, name in enumerate(
@@ -98,8 +99,9 @@ class PoolSource(Section):
     source: str | None = key(
         None,
         "What the pool is packed from when `path` does not exist yet: a Parquet file or a folder of them, an image "
-        "folder, or `builtin:fashion-mnist-12k`. A pool that exists must have been packed from it. null: the pool must "
-        "exist, whatever it was packed from.",
+        "folder, `builtin:fashion-mnist-12k`, or a dataset that torchvision downloads, such as "
+        "`torchvision:CIFAR10` or `torchvision:CIFAR10/test`. A pool that exists must have been packed from it. null: "
+        "the pool must exist, whatever it was packed from.",
         PLACE,
     )
     limit: Count | None = key(
@@ -494,7 +496,7 @@ class Root(Section):
     def places(self) -> dict[str, str]:
         """The keys that name a file or folder, with their values; none that is a name of something else."""
         named = {"run": self.run, "pool.path": self.pool.path}
-        if self.pool.source is not None and not self.pool.source.startswith(BUILTIN):
+        if self.pool.source is not None and not self.pool.source.startswith(NAMED):
             named["pool.source"] = self.pool.source
         if self.select.from_ is not None:
             named["select.from"] = self.select.from_
@@ -578,7 +580,7 @@ class Config(Root):
         """See `Root.places`."""
         named = super().places()
         for name, place in (("eval.test", self.eval.test), ("eval.val", self.eval.val)):
-            if place is not None and not place.startswith(BUILTIN):
+            if place is not None and not place.startswith(NAMED):
                 named[name] = place
         if isinstance(self.loop.initial, str):
             named["loop.initial"] = self.loop.initial

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distal.assignments import SNAPSHOT_BALD, dtype_for
-from distal.config import Config, ForeignConfig
+from distal.config import TORCHVISION, Config, ForeignConfig
 from distal.errors import PoolError
 from distal.foreign import matching
 from distal.lists import read_ids
@@ -13,7 +13,7 @@ from distal.models import ModelSpec
 from distal.pool import Pool
 from distal.pool.build import MAX_CHUNK_BYTES, learn_layout
 from distal.pool.images import MANIFEST
-from distal.pool.sources import open_source
+from distal.pool.sources import find_download, open_source
 from distal.records import STRIPE_SAMPLES, JsonObject, auto_block_size
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import STRIPE_BYTES
@@ -152,6 +152,9 @@ def _pool(config: Config | ForeignConfig) -> tuple[int, int, tuple[int, int, int
     if (folder / MANIFEST).exists() or source is None:
         pool = Pool.open(folder)
         return pool.n_samples, pool.n_readable, pool.image_shape, len(pool.classes or ()) or 2
+    if source.startswith(TORCHVISION):  # nothing is downloaded for a plan
+        known = find_download(source)
+        return known.n_samples, known.n_samples, known.image_shape, known.n_classes
     opened = open_source(source)
     height, width, channels = learn_layout(opened, source).shape
     return len(opened), len(opened), (channels, height, width), len(opened.classes or ()) or 2

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from distal.assignments import dtype_for
 from distal.cluster import Slots
-from distal.config import BUILTIN, AnyRoot, Config, Root
+from distal.config import NAMED, AnyRoot, Config, Root
 from distal.errors import ConfigError, PoolError, UserError
 from distal.lists import read_text
 from distal.models import ModelSpec
@@ -40,7 +40,7 @@ def open_held_out(config: Config, connect: Callable[[], None], display: Display)
     for name, place in given.items():
         if place is None:
             continue
-        if not place.startswith(BUILTIN) and (Path(place) / MANIFEST).exists():
+        if not place.startswith(NAMED) and (Path(place) / MANIFEST).exists():
             pools[name] = Pool.open(place)
         else:
             beside = Path(f"{config.pool.path}-{name}")

@@ -19,9 +19,10 @@ import pytest
 import ray
 import torch
 
+from distal import driver
 from distal.pool import Pool
 from distal.pool.build import build
-from tests.helpers import write_source
+from tests.helpers import small_config, write_source
 
 torch.set_num_threads(1)
 
@@ -65,3 +66,11 @@ def test_pool(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     """100 other images, packed."""
     folder = tmp_path_factory.mktemp("test-pool")
     return build(str(write_source(folder / "test.parquet", 100, seed=2)), folder / "packed")
+
+
+@pytest.fixture(scope="session")
+def small_run(pool: Pool, test_pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two cycles of three checkpoints, by as many actors as there is room for. Not to be changed."""
+    path = tmp_path_factory.mktemp("runs") / "small"
+    driver.run(small_config(path, pool, test_pool, "score.actors=auto"))
+    return path

@@ -62,7 +62,7 @@ SMALL_RUN = {
     "pool": {"block_size": 64},
     "loop": {"cycles": 2, "initial": 24, "budget": 16},
     "train": {"epochs": 3, "batch_size": 16, "threads": 1},
-    "score": {"batch_size": 32, "precision": "fp32"},
+    "score": {"batch_size": 32, "precision": "fp32", "actors": 1},  # one process less to start, or two
 }
 
 
@@ -124,7 +124,7 @@ def foreign_config(run: Path, pool: Pool, checkpoints: Path, *overrides: str) ->
         "pool": {"path": str(pool.path), "block_size": 64},
         "model": {"num_classes": 4, "normalize": "pool"},
         "checkpoints": {"path": str(checkpoints)},
-        "score": {"precision": "fp32", "batch_size": 32, "budget": 20},
+        "score": {"precision": "fp32", "batch_size": 32, "budget": 20, "actors": 1},
     }
     return parse_foreign(tree, overrides)
 

@@ -85,7 +85,7 @@ def test_what_cannot_be_computed(run: Path) -> None:
     for options, message in (
         ({"measures": ("surprise",)}, "--measure: 'surprise' is unknown; known: dispersion, "),
         ({"measures": ("entropy",)}, r"--measure: entropy was not recorded; score.record was \['margin'\]"),
-        ({"measures": ("margin",), "window": Window(last=2)}, "margin is of the last checkpoint; a window is for"),
+        ({"measures": ("margin",), "window": Window(last=2)}, "margin has no window; a window is for"),
         ({"window": Window(first=5)}, "window from=5 selects no checkpoint: there are 5"),
         ({"window": Window(last=1)}, "dispersion of one checkpoint is always 0"),
         ({"window": Window(last=0.01)}, "dispersion of one checkpoint is always 0"),

@@ -100,7 +100,11 @@ def test_training_and_scoring_on_nodes_of_their_own(
     try:
         nodes.add_node(num_cpus=1, labels={"distal-role": "train"})
         nodes.add_node(num_cpus=2, labels=score_labels)
-        overrides = [*small_overrides(tmp_path / "run", pool, test_pool), f"ray.address={nodes.address}"]
+        overrides = [
+            *small_overrides(tmp_path / "run", pool, test_pool),
+            f"ray.address={nodes.address}",
+            "score.actors=auto",
+        ]
         command = [sys.executable, "-m", "distal", "run", CONFIG, *overrides]
         result = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
         assert result.returncode == 0, result.stderr

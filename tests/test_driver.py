@@ -29,11 +29,9 @@ N_READABLE, INITIAL, BUDGET, ROWS = 238, 24, 16, 3
 
 
 @pytest.fixture(scope="module")
-def finished(pool: Pool, test_pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(small_run: Path) -> Path:
     """A finished run of two cycles."""
-    path = tmp_path_factory.mktemp("runs") / "small"
-    driver.run(small_config(path, pool, test_pool))
-    return path
+    return small_run
 
 
 def test_layout_on_disk(finished: Path) -> None:
@@ -174,7 +172,7 @@ def test_a_begun_cycle_keeps_its_configuration(finished: Path, pool: Pool, test_
     (cut_off / "cycles/001/select.json").unlink()
     with pytest.raises(RunConflict, match=r"train.lr: 0.05 -> 0.1: cycle 1 has begun .* may apply from cycle 2"):
         driver.run(small_config(cut_off, pool, test_pool, "train.lr=0.1"))
-    result = driver.run(small_config(cut_off, pool, test_pool, "score.actors=1", "score.cache_gb=0.5"))
+    result = driver.run(small_config(cut_off, pool, test_pool, "score.actors=2", "score.cache_gb=0.5"))
     assert hashes(result) == hashes(json.loads((finished / "summary.json").read_text()))
 
 

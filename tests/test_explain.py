@@ -16,10 +16,8 @@ from tests.helpers import small_config
 
 
 @pytest.fixture(scope="module")
-def run(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("explained") / "run"
-    driver.run(small_config(path, pool, None))
-    return path
+def run(small_run: Path) -> Path:
+    return small_run
 
 
 def test_the_timeline_of_every_sample(run: Path, pool: Pool) -> None:

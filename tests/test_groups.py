@@ -91,14 +91,15 @@ def test_whole_groups_of_one_class_are_balanced(cluster: str, tmp_path: Path) ->
 
 
 def test_a_run_with_groups(grouped: Pool, tmp_path: Path) -> None:
-    made = small_config(tmp_path / "run", grouped, None, "select.max_per_group=1", "loop.initial=30")
+    made = small_config(tmp_path / "run", grouped, None, "select.max_per_group=1", "loop.initial=30", "loop.cycles=1")
     driver.run(made)
     run = Run.open(tmp_path / "run")
-    batch = run.cycle(1).chosen()
+    batch = run.cycle(0).chosen()
     groups = [group_of(i) for i in batch.indices.tolist() if group_of(i) is not None]
     assert len(groups) == len(set(groups))
-    told = [explain(tmp_path / "run", name)["cycles"][1] for name in grouped.samples(0, 40)["sample_id"].to_pylist()]
+    told = [explain(tmp_path / "run", name)["cycles"][0] for name in grouped.samples(0, 40)["sample_id"].to_pylist()]
     full = [each for each in told if "as many of group" in each["why"]]
+    assert full
     assert all(each["group_id"] in groups and not each["chosen"] for each in full)
 
 

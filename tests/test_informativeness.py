@@ -85,13 +85,16 @@ def test_a_run(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared(pool: Pool, cluster: str, tmp_path: Path) -> None:
-    driver.run(small_config(tmp_path / "run", pool, None, "loop.cycles=1", "score.eliminate=exact"))
+    write_checkpoints(tmp_path / "known", pool, range(8))
+    score_directory(
+        foreign_config(tmp_path / "run", pool, tmp_path / "known", "score.eliminate=exact", "score.budget=4")
+    )
     with pytest.raises(ConfigError, match="samples were left out .* score again with score.eliminate=none"):
         informativeness([tmp_path / "run"])
     source = write_source(tmp_path / "a.parquet", 60, seed=1)
     pq.write_table(pq.read_table(source).drop_columns(["label", "class_name"]), tmp_path / "b.parquet")
     bare = build(str(tmp_path / "b.parquet"), tmp_path / "bare")
-    write_checkpoints(tmp_path / "ck", bare, range(5))
+    write_checkpoints(tmp_path / "ck", bare, range(2))
     score_directory(foreign_config(tmp_path / "scored", bare, tmp_path / "ck"))
     with pytest.raises(PoolError, match="no label is known of what was scored"):
         informativeness([tmp_path / "scored"])

@@ -77,12 +77,9 @@ def answer(path: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    cluster: str, pool: Pool, test_pool: Pool, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, object]:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(start(run, pool, test_pool, cluster), run)
-    return answer(run)
+def undisturbed(small_run: Path) -> dict[str, object]:
+    """What the same run comes to in a process of the caller, with other actors."""
+    return answer(small_run)
 
 
 def assert_same(found: dict[str, object], expected: dict[str, object]) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-
-from distal import driver
-from distal.pool import Pool
-from tests.helpers import small_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,8 +19,8 @@ def test_the_two_commands_do_all_the_setup() -> None:
     assert "pip install --quiet -e '.[dev]'" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_python_in_the_readme_runs(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver.run(small_config(tmp_path / "runs" / "quickstart", pool, None, "loop.cycles=1"))
+def test_the_python_in_the_readme_runs(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(small_run, tmp_path / "runs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names: dict[str, object] = {}

@@ -50,7 +50,7 @@ def folder(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scored(cluster: str, pool: Pool, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     run = tmp_path_factory.mktemp("scored") / "run"
-    return run, score_directory(foreign_config(run, pool, folder))
+    return run, score_directory(foreign_config(run, pool, folder, "score.actors=auto"))
 
 
 def assignments(run: Path) -> np.ndarray:
@@ -127,7 +127,7 @@ def test_watch_scores_checkpoints_as_they_come(
     def publish() -> None:
         for row in range(T):
             shutil.copy2(folder / f"epoch{row + 1}.pt", early)
-            time.sleep(0.3)
+            time.sleep(0.1)
 
     thread = threading.Thread(target=publish)
     thread.start()
@@ -141,9 +141,9 @@ def test_watch_scores_checkpoints_as_they_come(
 def test_watch_ends_when_nothing_comes_any_more(pool: Pool, tmp_path: Path) -> None:
     write_checkpoints(tmp_path / "ck", pool, range(2))
     lines = Lines()
-    config = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "checkpoints.idle=2")
+    config = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "checkpoints.idle=1")
     assert score_directory(config, lines, watch=True)["checkpoints"] == 2
-    assert "no new checkpoint for 2 s: going on with the 2 that are there" in lines.said
+    assert "no new checkpoint for 1 s: going on with the 2 that are there" in lines.said
 
 
 @pytest.mark.parametrize("eliminate", ["none", "exact"])
@@ -151,7 +151,7 @@ def test_watch_when_fewer_come_than_were_expected(
     scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path, eliminate: str
 ) -> None:
     """The margin, which breaks ties, is wanted of the row that turned out to be the last one."""
-    overrides = (f"checkpoints.expect={T + 1}", "checkpoints.idle=3", f"score.eliminate={eliminate}", "score.budget=4")
+    overrides = (f"checkpoints.expect={T + 1}", "checkpoints.idle=1", f"score.eliminate={eliminate}", "score.budget=4")
     result = score_directory(foreign_config(tmp_path / "run", pool, folder, *overrides), watch=True)
     assert result["checkpoints"] == T
     assert result["selection_sha256"] == analysis.select_run(scored[0], budget=4)["selection_sha256"]

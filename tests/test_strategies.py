@@ -93,7 +93,7 @@ def test_the_authors_dispersion_under_the_training_transform(pool: Pool, tmp_pat
     votes = {}
     for name, more in {
         "one": ("score.actors=1",),
-        "many": ("pool.block_size=32",),
+        "many": ("pool.block_size=32", "score.actors=auto"),
         "clean": ("score.transform=clean",),
     }.items():
         measure = ("select.measure=dispersion",) if name == "clean" else ()

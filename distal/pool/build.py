@@ -100,7 +100,7 @@ def build(
     """Pack `source` into a pool at `dest`. Ray must be running.
 
     Args:
-        source: a Parquet file or a folder of them, an image folder, or `builtin:...`.
+        source: a Parquet file or a folder of them, an image folder, `builtin:...`, or `torchvision:...`.
         dest: a folder that does not exist, is empty, or holds an interrupted build, which is started over.
         columns: names of the columns in Parquet.
         size: (H, W) to resize to. None: all images must have one size.

@@ -5,21 +5,28 @@ A source is picklable: the driver opens it once, and every build task reads its 
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
+from numpy.typing import NDArray
+from PIL import Image
 
-from distal.config import BUILTIN
-from distal.errors import SourceError
+from distal.config import BUILTIN, TORCHVISION
+from distal.errors import SourceError, one_line
 from distal.hashing import sample_keys
+from distal.records import JsonObject
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 READ_ROWS = 1024
@@ -70,7 +77,7 @@ class Source(Protocol):
 
 
 def open_source(location: str, columns: Columns | None = None) -> Source:
-    """Open `builtin:...`, a Parquet file, a folder of Parquet files, or a folder of images.
+    """Open `builtin:...`, `torchvision:...`, a Parquet file, a folder of Parquet files, or a folder of images.
 
     Raises:
         SourceError: nothing there, not a known kind, or contents that contradict themselves.
@@ -78,11 +85,14 @@ def open_source(location: str, columns: Columns | None = None) -> Source:
     columns = columns or Columns()
     if location.startswith(BUILTIN):
         return ParquetSource([_builtin(location)], columns)
+    if location.startswith(TORCHVISION):
+        return TorchvisionSource.open(location)
     path = Path(location)
     if path.is_file():
         return ParquetSource([path], columns)
     if not path.is_dir():
-        raise SourceError(f"{location}: no such source; give a Parquet file, a folder or {'; '.join(_BUILTINS)}")
+        names = "; ".join([*_BUILTINS, f"{TORCHVISION}CIFAR10"])
+        raise SourceError(f"{location}: no such source; give a Parquet file, a folder or {names}")
     files = sorted(path.rglob("*.parquet"))
     return ParquetSource(files, columns) if files else FolderSource(path)
 
@@ -98,6 +108,117 @@ def _builtin(name: str) -> Path:
         return BUILTIN_FOLDER / _BUILTINS[name]
     except KeyError:
         raise SourceError(f"{name}: unknown built-in source; known: {', '.join(_BUILTINS)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What is known of a part of a dataset that torchvision downloads, before it is there.
+
+    Attributes:
+        name: of torchvision's class.
+        is_test: the part to test on, or the one to train on.
+        image_shape: (C, H, W).
+    """
+
+    name: str
+    is_test: bool
+    n_samples: int
+    image_shape: tuple[int, int, int]
+    n_classes: int
+
+    @property
+    def arguments(self) -> JsonObject:
+        """What its class takes to give this part."""
+        return {"split": "test" if self.is_test else "train"} if self.name == "SVHN" else {"train": not self.is_test}
+
+
+# Those with a part to test on, whose images have one size and fit in memory (240 MB at most).
+_DOWNLOADS = {
+    f"{TORCHVISION}{name}{'/test' if is_test else ''}": Download(name, is_test, sizes[is_test], shape, n_classes)
+    for name, sizes, shape, n_classes in (
+        ("MNIST", (60_000, 10_000), (1, 28, 28), 10),
+        ("FashionMNIST", (60_000, 10_000), (1, 28, 28), 10),
+        ("KMNIST", (60_000, 10_000), (1, 28, 28), 10),
+        ("CIFAR10", (50_000, 10_000), (3, 32, 32), 10),
+        ("CIFAR100", (50_000, 10_000), (3, 32, 32), 100),
+        ("SVHN", (73_257, 26_032), (3, 32, 32), 10),
+    )
+    for is_test in (False, True)
+}
+
+
+def find_download(location: str) -> Download:
+    """What is known of `torchvision:NAME` or `torchvision:NAME/test`; nothing is downloaded.
+
+    Raises:
+        SourceError: not one of those that can be had.
+    """
+    try:
+        return _DOWNLOADS[location]
+    except KeyError:
+        names = ", ".join(name for name, part in _DOWNLOADS.items() if not part.is_test)
+        raise SourceError(f"{location}: unknown dataset; known: {names}; and each with /test") from None
+
+
+@dataclass(eq=False)
+class TorchvisionSource:
+    """A dataset that torchvision downloads, whole in memory.
+
+    The process that opens it is the only one that downloads and reads files: a task gets the arrays through Ray, on
+    whatever node it runs.
+
+    Attributes:
+        location: `torchvision:NAME`, its part to train on, or `torchvision:NAME/test`.
+        images: (n, H, W) or (n, H, W, 3) uint8, as torchvision gives them.
+        labels: (n,) int64.
+    """
+
+    location: str
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...] | None
+
+    @classmethod
+    def open(cls, location: str) -> Self:
+        """Read the dataset, downloaded first when it is not there yet.
+
+        Its place is torchvision's own, `$TORCH_HOME/datasets/vision`, by default in `~/.cache/torch`.
+
+        Raises:
+            SourceError: no such dataset, no network, or files that are damaged.
+        """
+        part = find_download(location)
+        import torch
+        import torchvision
+
+        root = Path(torch.hub.get_dir()).parent / "datasets" / "vision"
+        dataset_class = getattr(torchvision.datasets, part.name)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            # Two runs that start together download once. What cannot be written needs no lock.
+            lock = FileLock(root / f"{part.name}.lock") if os.access(root, os.W_OK) else nullcontext()
+            with lock, redirect_stdout(sys.stderr):
+                dataset = dataset_class(root, download=True, **part.arguments)
+        except Exception as error:  # torchvision raises anything on files that are damaged, and each reason is told
+            raise SourceError(
+                f"{location}: torchvision can neither read it in {root} nor download it there ({one_line(error)}); run "
+                "this once with a network, or copy its files there (TORCH_HOME moves the folder); remove damaged ones"
+            ) from error
+        images, labels = zip(*dataset, strict=True)
+        classes = getattr(dataset, "classes", range(part.n_classes))  # SVHN: the digits
+        return cls(location, np.stack(images), np.array(labels, np.int64), tuple(map(str, classes)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, start: int, stop: int) -> Iterator[Row]:
+        """The samples [start, stop), in order, as PNG."""
+        part = "test" if find_download(self.location).is_test else "train"
+        for index in range(start, min(stop, len(self))):
+            encoded = io.BytesIO()
+            Image.fromarray(self.images[index]).save(encoded, "PNG", compress_level=1)
+            uri = f"{self.location}#{index}"
+            yield Row(f"{part}-{index:05d}", uri, encoded.getvalue(), int(self.labels[index]))
 
 
 @dataclass

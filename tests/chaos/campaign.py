@@ -81,11 +81,14 @@ class Lab:
         folder: for everything.
         n_samples: of the pool.
         cycles, rows: of each run; checkpoints of each cycle.
+        actors: at most so many score; auto: as many as there is room for, which is four.
     """
 
-    def __init__(self, folder: Path, n_samples: int, *, cycles: int = 2, rows: int = 8) -> None:
+    def __init__(
+        self, folder: Path, n_samples: int, *, cycles: int = 2, rows: int = 8, actors: int | str = "auto"
+    ) -> None:
         self.folder = folder
-        self.n_samples, self.cycles, self.rows = n_samples, cycles, rows
+        self.n_samples, self.cycles, self.rows, self.actors = n_samples, cycles, rows, actors
         self.cluster: Cluster
         self.nodes: list[Any] = []
 
@@ -134,13 +137,13 @@ class Lab:
         return found
 
     def overrides(self, run: Path, eliminate: bool) -> list[str]:
-        """A small run, on two ranks and as many actors as there is room for."""
+        """A small run, on two ranks."""
         return [
             f"run={run}", "device=cpu", f"ray.address={self.cluster.address}", "seed=0",
             f"pool.path={self.pool.path}", "pool.source=null", f"eval.test={self.test.path}", f"pool.block_size={BLOCK}",
             f"loop.cycles={self.cycles}", "loop.initial=40", f"loop.budget={BUDGET}",
             f"train.epochs={self.rows}", "train.batch_size=20", "train.threads=1", "train.workers=2", "train.max_failures=10",
-            "score.batch_size=32", "score.precision=fp32", "score.cache_gb=0.01", f"score.stuck_after={STUCK_S}",
+            f"score.actors={self.actors}", "score.batch_size=32", "score.precision=fp32", "score.cache_gb=0.01", f"score.stuck_after={STUCK_S}",
             f"score.eliminate={'exact' if eliminate else 'none'}",
         ]  # fmt: skip
 

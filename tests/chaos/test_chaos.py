@@ -15,7 +15,7 @@ def check(strikes: list[Strike]) -> None:
 
 
 def test_a_run_under_fire_ends_with_the_same_answer(tmp_path: Path) -> None:
-    with Lab(tmp_path, 1000, cycles=1, rows=5) as lab:
+    with Lab(tmp_path, 1000, cycles=1, rows=5, actors=2) as lab:
         expected, _ = undisturbed(lab, eliminate=False)
         faults = ["actor killed", "driver killed", "finished file damaged"]
         check(disturb(lab, 0, faults, False, expected, seed=3))

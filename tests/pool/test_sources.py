@@ -1,15 +1,27 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import tarfile
+import threading
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.io
+from torchvision import datasets
 
 from distal.errors import SourceError
+from distal.pool.build import build
+from distal.pool.decode import decode
 from distal.pool.sources import Columns, FolderSource, ParquetSource, open_source
 from tests.helpers import png, write_source
 
@@ -190,3 +202,155 @@ def test_a_column_that_was_named_and_is_not_there(tmp_path: Path) -> None:
         SourceError, match="no column 'patientt' for group_id; it has sample_id, image, label, class_name"
     ):
         open_source(str(path), Columns(group_id="patientt"))
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+class TestTorchvision:
+    """Small datasets in the format of the real ones. Only their addresses and checksums stand in for the real ones."""
+
+    @pytest.fixture(autouse=True)
+    def root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+        return tmp_path / "torch" / "datasets" / "vision"
+
+    @pytest.fixture
+    def cifar10(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, np.ndarray]]:
+        """70 images to train on, 20 to test on, served as CIFAR-10 is; gives the pixels as they stand in the files."""
+        rng = np.random.default_rng(0)
+        kind = datasets.CIFAR10
+        folder = tmp_path / "www" / kind.base_folder
+        folder.mkdir(parents=True)
+        written = {}
+        for files, n in ((kind.train_list, 14), (kind.test_list, 20)):
+            for name, _ in files:
+                written[name] = rng.integers(0, 256, (n, 3 * 32 * 32), dtype=np.uint8)
+                batch = {"data": written[name], "labels": rng.integers(0, 10, n).tolist()}
+                (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}, protocol=2))
+        with tarfile.open(tmp_path / "www" / kind.filename, "w:gz") as archive:
+            archive.add(folder, kind.base_folder)
+        for part in ("train_list", "test_list"):
+            monkeypatch.setattr(kind, part, [[name, md5(folder / name)] for name, _ in getattr(kind, part)])
+        monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5(folder / "batches.meta")})
+        monkeypatch.setattr(kind, "tgz_md5", md5(tmp_path / "www" / kind.filename))
+
+        class Handler(SimpleHTTPRequestHandler):
+            def log_message(self, *_: object) -> None: ...
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "www"))) as server:
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            monkeypatch.setattr(kind, "url", f"http://127.0.0.1:{server.server_port}/{kind.filename}")
+            yield written
+            server.shutdown()
+
+    def test_a_pool_of_it_is_what_torchvision_reads(
+        self, cifar10: dict[str, np.ndarray], root: Path, cluster: str, tmp_path: Path
+    ) -> None:
+        for location, train, n in (("torchvision:CIFAR10", True, 70), ("torchvision:CIFAR10/test", False, 20)):
+            pool = build(location, tmp_path / f"pool-{n}")
+            theirs = datasets.CIFAR10(root, train=train)
+            assert pool.classes == tuple(theirs.classes)
+            assert (pool.source, pool.n_samples, pool.image_shape) == (location, n, (3, 32, 32))
+            samples = pool.samples(0, n, ["sample_id", "uri", "label"]).to_pydict()
+            part = "train" if train else "test"
+            assert samples["sample_id"] == [f"{part}-{i:05d}" for i in range(n)]
+            assert samples["uri"][3] == f"{location}#3"
+            assert samples["label"] == [label for _, label in theirs]
+            images = pool.take(np.arange(n))
+            assert np.array_equal(images, [np.moveaxis(np.asarray(image), -1, 0) for image, _ in theirs])
+            files = [pixels for name, pixels in cifar10.items() if name.startswith("data") == train]
+            assert np.array_equal(images.reshape(n, -1), np.concatenate(files))
+
+    def test_it_is_downloaded_once(
+        self, cifar10: dict[str, np.ndarray], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        """Also when several begin at once, and when the test part follows. Nothing goes to stdout."""
+        downloads = []
+        monkeypatch.setattr(
+            datasets.cifar,
+            "download_and_extract_archive",
+            lambda *args, original=datasets.cifar.download_and_extract_archive, **more: (
+                downloads.append(args),
+                original(*args, **more),
+            ),
+        )
+        with ThreadPoolExecutor(3) as threads:
+            sources = list(threads.map(open_source, ["torchvision:CIFAR10"] * 3))
+        assert [len(source) for source in sources] == [70] * 3
+        assert len(open_source("torchvision:CIFAR10/test")) == 20
+        assert len(downloads) == 1
+        assert capsys.readouterr().out == ""
+        # Without a network, what is there is enough, also where it cannot be written.
+        monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/")
+        assert len(open_source("torchvision:CIFAR10")) == 70
+        (root / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"half")
+        (root / datasets.CIFAR10.filename).unlink()
+        with pytest.raises(
+            SourceError, match=r"can neither read it in .*/datasets/vision nor download it there \(<url"
+        ):
+            open_source("torchvision:CIFAR10")
+
+    def test_it_can_be_sent_to_a_task(self, cifar10: dict[str, np.ndarray], root: Path) -> None:
+        """Where it arrives there may be no such files."""
+        source = open_source("torchvision:CIFAR10/test")
+        rows = list(source.rows(0, 20))
+        for path in sorted(root.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        copy = pickle.loads(pickle.dumps(source))
+        assert list(copy.rows(0, 20)) == rows
+        assert list(copy.rows(18, 30)) == rows[18:]
+        assert copy.classes == source.classes
+
+    def test_grey_images(self, root: Path) -> None:
+        """The format of MNIST, whose files have no checksum of their own."""
+        rng = np.random.default_rng(1)
+        images, labels = rng.integers(0, 256, (30, 28, 28), dtype=np.uint8), rng.integers(0, 10, 30, dtype=np.uint8)
+        raw = root / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for part in ("train", "t10k"):
+            header = np.array([0x803, 30, 28, 28], ">i4").tobytes()
+            (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+            (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([0x801, 30], ">i4").tobytes() + labels.tobytes())
+        source = open_source("torchvision:FashionMNIST")
+        rows = list(source.rows(0, 30))
+        assert [row.label for row in rows] == labels.tolist()
+        assert [row.data for row in rows[:2]] != [None, None]
+        decoded = [decode(row.data) for row in rows if row.data]
+        assert {image.mode for image in decoded} == {"L"}
+        assert np.array_equal(np.stack(decoded), images)
+        assert source.classes == open_source("builtin:fashion-mnist-12k").classes
+
+    def test_one_that_has_no_class_names(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """SVHN writes 10 for the digit 0, and its images last."""
+        images = np.random.default_rng(2).integers(0, 256, (32, 32, 3, 12), dtype=np.uint8)
+        root.mkdir(parents=True)
+        scipy.io.savemat(root / "test_32x32.mat", {"X": images, "y": np.arange(12)[:, None] % 10 + 1})
+        part = [*datasets.SVHN.split_list["test"][:2], md5(root / "test_32x32.mat")]
+        monkeypatch.setitem(datasets.SVHN.split_list, "test", part)
+        source = open_source("torchvision:SVHN/test")
+        rows = list(source.rows(0, 12))
+        assert source.classes == tuple("0123456789")
+        assert [row.label for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
+        assert np.array_equal(np.stack([decode(row.data) for row in rows if row.data]), np.moveaxis(images, -1, 0))
+
+    def test_without_a_network(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setattr(urllib.request, "_opener", None)  # it has read the environment before
+        for name in ("CIFAR100", "MNIST"):
+            with pytest.raises(SourceError, match="once with a network, or copy its files there") as caught:
+                open_source(f"torchvision:{name}")
+            assert "Connection refused" in str(caught.value)
+            assert str(root) in str(caught.value)
+            assert "\n" not in str(caught.value)
+            assert caught.value.exit_code == 2
+
+    @pytest.mark.parametrize("name", ["ImageNet", "CIFAR10/train", "CIFAR10/", "cifar10", ""])
+    def test_unknown_ones_list_those_there_are(self, name: str) -> None:
+        with pytest.raises(SourceError, match="unknown dataset; known: torchvision:MNIST, .*; and each with /test"):
+            open_source(f"torchvision:{name}")
