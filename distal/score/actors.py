@@ -246,6 +246,7 @@ class Scorer:
         self._pieces: dict[int, list[_Piece]] = {}
         self._room = cache_bytes
         self._predictors: OrderedDict[str, Predictor] = OrderedDict()
+        self._ever: tuple[Predictor, ...] = ()  # the same, for a thread that may look while they change places
 
     def __repr__(self) -> str:
         return f"Scorer({self._name})"
@@ -300,7 +301,7 @@ class Scorer:
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def sign_of_life(self) -> int:
         """A number that changes with every batch; answered also while a block is scored."""
-        return sum(predictor.n_batches for predictor in list(self._predictors.values()))
+        return sum(predictor.n_batches for predictor in self._ever)
 
     def score(self, job: Job, order: Order) -> _Done:
         """Score one block at some checkpoints and commit each.
@@ -383,6 +384,7 @@ class Scorer:
         self._pieces.clear()
         self._room = self._cache_bytes
         self._predictors.clear()
+        self._ever = ()
         self._pool = Pool.open(job.pool).require(job.pool_sha256)
         be_deterministic(torch.device(job.device))
         self._template = Predictor(
@@ -422,6 +424,7 @@ class Scorer:
         if predictor is None:
             full = len(self._predictors) == MAX_ROWS
             predictor = self._predictors.popitem(last=False)[1] if full else deepcopy(self._template)
+            self._ever = self._ever if full else (*self._ever, predictor)
             try:
                 predictor.load(checkpoints.load(ref))
             except RuntimeError as error:
