@@ -85,10 +85,13 @@ def parse_ray(command: str) -> dict[str, Any]:
     return parameters
 
 
-def commands(text: str, program: str) -> list[str]:
-    """The commands of a program in the fenced blocks of a page."""
-    blocks = re.findall(r"^ *```\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
+def commands(program: str) -> list[str]:
+    """The commands of a program in the fenced blocks of the README and at the head of the other files."""
+    page = (CLUSTER / "README.md").read_text()
+    blocks = re.findall(r"^ *```\n(.*?)^ *```", page, flags=re.DOTALL | re.MULTILINE)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for path in FILES:
+        lines += re.findall(r"^#   (\w.*)", path.read_text(), flags=re.MULTILINE)
     return [re.sub(r" +(#|> /dev).*", "", line) for line in lines if line.startswith(f"{program} ")]
 
 
@@ -502,25 +505,21 @@ class TestAllFiles:
         assert not re.search(r"RAY_AUTH_MODE=disabled|mode: disabled|NodePort|LoadBalancer|kind: Ingress", text)
 
     def test_commands_of_the_pages_are_those_of_the_command_lines(self) -> None:
-        comments = "\n".join(re.sub(r"^# ?", "", line) for path in FILES for line in path.read_text().splitlines())
-        assert len(re.findall(r"^ +sbatch .* configs/quickstart.yaml", comments, flags=re.MULTILINE)) == 2
-        page = (CLUSTER / "README.md").read_text()
-        ours = commands(page, "distal")
+        ours, theirs, batches = commands("distal"), commands("ray"), commands("sbatch")
         if "submit" not in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
             ours = [re.sub(r"submit (.*?) +--address.*", r"run \1", command) for command in ours]
-        for batch in commands(page, "sbatch"):
+        for batch in batches:
             script, *arguments = shlex.split(batch)[1:]
             assert (ROOT / script).is_file()
             ours.append(shlex.join(["distal", "run", *arguments]))
-        submitted = [command.split(" -- ")[1] for command in commands(page, "ray") if " -- " in command]
+        submitted = [command.split(" -- ")[1] for command in theirs if " -- " in command]
         ours += [command.replace("/shared/quickstart.yaml", "configs/quickstart.yaml") for command in submitted]
-        assert len(ours) == 4
+        assert (len(batches), len(ours)) == (3, 6)
         for command in ours:
             config = load_entrypoint(command)
             assert Path(config.run).is_relative_to("/shared")
             assert Path(config.pool.path).is_relative_to("/shared")
-        theirs = commands(page, "ray") + commands(comments, "ray")
-        assert {shlex.split(command)[1] for command in theirs} >= {"start", "up", "dashboard", "get-auth-token"}
+        assert {shlex.split(command)[1] for command in theirs} >= {"start", "up", "down", "dashboard", "get-auth-token"}
         for command in theirs:
             parse_ray(command)
 
