@@ -428,14 +428,16 @@ class Run:
         storage.write_json(self.path / "summary.json", summary)
         return summary
 
-    def event(self, name: str, **values: Any) -> None:
-        """Add a line to this attempt's event file. A log grows, so it is the one file that is appended to."""
-        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **values})
+    def event(self, name: str, **values: Any) -> JsonObject:
+        """Add a line to this attempt's event file, and return it. A log grows: it is the one file appended to."""
+        record = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **values}
+        line = json.dumps(record)
         with self._lock, storage.disk_errors(self.path):
             folder = self.path / "events"
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"{self.attempt}.jsonl").open("a") as log:
                 log.write(line + "\n")
+        return record
 
 
 def _summarize(cycle: Cycle) -> JsonObject:

@@ -50,11 +50,12 @@ LADDER = [
         "augment",
         "pool",
         "cluster",
+        "metrics",
     ],
     ["config", "records", "storage", "hashing", "plugins", "errors"],
 ]
 STAGES = LADDER[2]
-MAY_IMPORT_RAY = {"cluster", "pool/build", "score/actors", "train/launch", "train/loop"}
+MAY_IMPORT_RAY = {"cluster", "metrics", "pool/build", "score/actors", "train/launch", "train/loop"}
 MAY_IMPORT_ZARR = {"arrays"}
 MAY_IMPORT_DISTRIBUTED = {"train/loop"}
 
