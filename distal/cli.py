@@ -276,6 +276,22 @@ def status(
 
 
 @app.command()
+def tensorboard(
+    run_directory: RunDirectory,
+    out: Annotated[Path, typer.Option("--out", help="Folder for TensorBoard; a new or an empty one.")],
+    as_json: Json = False,
+) -> None:
+    """Write what a run has measured so far for TensorBoard: losses, accuracies, seconds, faults."""
+
+    def work() -> dict[str, Any]:
+        from distal.tensorboard import export
+
+        return export(run_directory, out)
+
+    _answer(work, as_json, lambda result: f"{result['scalars']} values; next: tensorboard --logdir {result['out']}")
+
+
+@app.command()
 def explain(
     run_directory: RunDirectory,
     sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="The name of a sample.")],

@@ -52,7 +52,7 @@ def _gauge(name: str, what: str) -> Metric:
     return Metric(f"distal_{name}", "gauge", what)
 
 
-IMAGES_SCORED = _counter("images_scored", "images predicted, once per checkpoint")
+IMAGES_SCORED = _counter("images_scored", "images predicted, once per checkpoint; test images included")
 LABELS_WRITTEN = _counter("labels_written", "assignments committed to storage")
 FORWARD_SECONDS = _counter("forward_seconds", "predicting, the loading of weights included")
 READ_SECONDS = _counter("read_seconds", "reading and decoding images, beside the predicting")

@@ -256,7 +256,7 @@ def _watched(look: JsonObject) -> dict[str, str]:
     if look["cycle"] is None:
         return {}
     told = {
-        "checkpoints": f"{look['scored']} scored of {look['published']} published of {look['checkpoints']}",
+        "checkpoints": f"{look['scored']} scored of {look['published']} published of {look['checkpoints']} checkpoints",
         "blocks": f"{look['blocks_scored']:,}/{look['blocks']:,} blocks",
         "images": f"{look['images_scored']:,}/{look['images']:,} images",
     }

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distal import checkpoints, foreign
@@ -146,7 +144,9 @@ class Watch:
                 told["state"] = "complete"
         if told["stage"] in ("begin", "label") and Waiting.read(self._run) is not None:
             told["state"] = "waiting_for_labels"
-        faults = [(event["event"], line) for event in self._new_events() if (line := spoken(event)) is not None]
+        faults = [
+            (event["event"], line) for event in self._run.new_events(self._read) if (line := spoken(event)) is not None
+        ]
         self._faults.update(name for name, _ in faults)
         return {**told, "faults": dict(self._faults), "new_faults": [line for _, line in faults]}
 
@@ -159,17 +159,6 @@ class Watch:
             if (cycle := self._run.cycle(index)).config is not None:
                 return cycle
         return None
-
-    def _new_events(self) -> Iterator[JsonObject]:
-        folder = self._run.path / "events"
-        for name in names_in(folder):
-            with (folder / name).open("rb") as log:
-                log.seek(self._read.get(name, 0))
-                lines, end, _ = log.read().rpartition(b"\n")  # the last one may be cut off
-            self._read[name] = self._read.get(name, 0) + len(lines) + len(end)
-            for line in lines.splitlines():
-                with suppress(ValueError):  # of a full disk; no decision reads a log
-                    yield json.loads(line)
 
 
 class _Rows:
@@ -186,8 +175,9 @@ class _Rows:
 
     def look(self, now: float) -> JsonObject:
         n_rows = self._count_checkpoints()
-        told = {"published": self._n_published, "scored": 0, "checkpoints": n_rows, "blocks_scored": 0, "blocks": 0}
-        told |= {"images_scored": 0, "images": 0, "images_per_s": None, "seconds_left": None}
+        told: JsonObject = {"published": self._n_published, "scored": 0, "checkpoints": n_rows}
+        told |= dict.fromkeys(("blocks_scored", "blocks", "images_scored", "images"), 0)
+        told |= dict.fromkeys(("images_per_s", "seconds_left"))
         if self._assignments is None and not self._open():
             return told
         assert self._assignments is not None

@@ -25,6 +25,7 @@ LADDER = [
         "explain",
         "labelling",
         "status",
+        "tensorboard",
         "verify",
         "inputs",
         "monitor",
