@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -302,28 +301,3 @@ def test_a_scraped_page_has_every_metric_of_the_board(pool: Pool, test_pool: Poo
     events = [line for line in lines if line["event"] not in ("progress", "say")]
     assert events == [json.loads(line) for line in log.read_text().splitlines()]
     assert any(line["event"] == "progress" and line["images"] for line in lines)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_real_run_is_watched(cluster: str, pool: Pool, tmp_path: Path) -> None:
-    """`distal status --watch` beside `distal run`, from its first file to its last."""
-    run = tmp_path / "run"
-    overrides = [*small_overrides(run, pool, None), f"ray.address={cluster}", "loop.cycles=2", "train.epochs=6"]
-    config = str(ROOT / "configs" / "quickstart.yaml")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = subprocess.Popen([sys.executable, "-m", "distal", "run", config, *overrides], **pipes)
-    deadline = time.monotonic() + 120
-    while not (run / "run.yaml").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    command = [sys.executable, "-m", "distal", "status", str(run), "--watch", "--interval=0.2", "--json"]
-    watching = subprocess.Popen(command, **pipes)
-    output, errors = watching.communicate(timeout=300)
-    assert watching.returncode == 0, errors
-    assert json.loads(output)["state"] == "complete"
-    stages = [line.split("  ")[1:3] for line in errors.splitlines()]
-    assert ["cycle 0", "train + score"] in stages
-    assert stages[-1] == ["cycle 1", "done"]
-    assert running.communicate(timeout=60)[1] is not None
-    assert running.returncode == 0

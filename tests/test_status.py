@@ -1,4 +1,4 @@
-"""How far a run is, from a real run directory that grows under the eyes of the watcher. Nothing here needs Ray."""
+"""How far a run is, from a real run directory that grows under the eyes of the watcher. But for the last test without Ray."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from distal.arrays import Array
 from distal.assignments import Assignments
 from distal.config import parse
 from distal.monitor import WatchScreen
+from distal.pool import Pool
 from distal.runs import STAGES, Cycle, Run
 from distal.status import Watch, status
 from distal.storage import write_json
-from tests.helpers import SMALL_RUN
+from tests.helpers import SMALL_RUN, small_overrides
 
+ROOT = Path(__file__).parents[1]
 ROWS, N, BLOCK = 3, 240, 64
 ELIGIBLE = np.arange(N) % 5 != 0
 PER_BLOCK = [int(ELIGIBLE[start : start + BLOCK].sum()) for start in range(0, N, BLOCK)]
@@ -227,3 +229,28 @@ def test_the_command_ends_with_ctrl_c(growing: Growing) -> None:
     assert process.returncode == 130
     assert json.loads(output)["exit_code"] == 130
     assert errors.splitlines()[-1] == "distal: stopped by SIGINT"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_real_run_is_watched(cluster: str, pool: Pool, tmp_path: Path) -> None:
+    """`distal status --watch` beside `distal run`, from its first file to its last."""
+    run = tmp_path / "run"
+    overrides = [*small_overrides(run, pool, None), f"ray.address={cluster}", "loop.cycles=2", "train.epochs=6"]
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen([sys.executable, "-m", "distal", "run", config, *overrides], **pipes)
+    deadline = time.monotonic() + 120
+    while not (run / "run.yaml").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    command = [sys.executable, "-m", "distal", "status", str(run), "--watch", "--interval=0.2", "--json"]
+    watching = subprocess.Popen(command, **pipes)
+    output, errors = watching.communicate(timeout=300)
+    assert watching.returncode == 0, errors
+    assert json.loads(output)["state"] == "complete"
+    stages = [line.split("  ")[1:3] for line in errors.splitlines()]
+    assert ["cycle 0", "train + score"] in stages
+    assert stages[-1] == ["cycle 1", "done"]
+    assert running.communicate(timeout=60)[1] is not None
+    assert running.returncode == 0
