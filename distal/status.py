@@ -169,7 +169,8 @@ class _Rows:
         self._assignments: Assignments | None = None
         self._eligible: Sequence[int] = ()  # samples per block
         self._n_published = 0
-        self._counts: dict[int, Sequence[int]] = {}  # of the rows that are begun: samples scored per block
+        self._counts: dict[int, Sequence[int]] = {}  # of the rows that are begun: samples scored per block,
+        self._images: dict[int, int] = {}  # and in all
         self._complete: set[int] = set()
         self._seen: deque[tuple[float, int]] = deque()  # when, and the images that there were
 
@@ -183,19 +184,20 @@ class _Rows:
         assert self._assignments is not None
         n_blocks = len(self._eligible)
         blocks = n_blocks * len(self._complete)
-        images = sum(sum(self._counts[row]) for row in self._complete)
+        images = sum(self._images[row] for row in self._complete)
         for row in range(min(self._n_published, self._assignments.n_rows)):
             if row in self._complete:
                 continue
             there = self._assignments.committed(row)
             if there and row not in self._counts:  # what is left out of a row is decided before it is begun
                 self._counts[row] = self.cycle.remaining(row + 1) or self._eligible
+                self._images[row] = sum(self._counts[row])
             blocks += len(there)
             images += sum(self._counts[row][block] for block in there)
             if len(there) == n_blocks:
                 self._complete.add(row)
-        last = self._counts[max(self._counts)] if self._counts else self._eligible
-        total = sum(sum(self._counts.get(row, last)) for row in range(n_rows))
+        last = self._images[max(self._images)] if self._images else sum(self._eligible)
+        total = sum(self._images.get(row, last) for row in range(n_rows))
         rate = self._rate(now, images)
         return told | {
             "scored": len(self._complete),

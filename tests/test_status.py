@@ -185,7 +185,7 @@ def test_on_a_terminal_it_is_redrawn_and_elsewhere_a_line_now_and_then(growing: 
             for look in looks:
                 screen.show(look)
         shown[terminal] = Text.from_ansi(out.getvalue()).plain
-    for told in ("0 scored of 1 published of 3 checkpoints", "1/12 blocks", "26 images/s", "0:00:20 left"):
+    for told in ("0 scored of 1 published of 3 checkpoints", "1/12 blocks", "26 images/s", "0:00:21 left"):
         assert told in shown[True]
     assert "block failed (1)" in shown[True]
     assert "cycle 0: block failed: ValueError: [bold]" in shown[True]
