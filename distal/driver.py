@@ -552,6 +552,7 @@ class _Driver:
         marker = cycle.run_stage(stage, made_from, work)
         if marker.get("test_accuracy") is not None:
             self.meter.set(metrics.TEST_ACCURACY, marker["test_accuracy"])
+        self.meter.tell(now=True)
         if not complete:
             self._event("stage", cycle=cycle.index, stage=stage, seconds=marker["seconds"])
 
