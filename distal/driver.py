@@ -550,8 +550,8 @@ class _Driver:
         self.lease.check()
         complete = cycle.marker(stage) is not None
         marker = cycle.run_stage(stage, made_from, work)
-        if marker.get("test_accuracy") is not None:
-            self.meter.set(metrics.TEST_ACCURACY, marker["test_accuracy"])
+        if (accuracy := (marker.get("test") or {}).get("accuracy")) is not None:
+            self.meter.set(metrics.TEST_ACCURACY, accuracy)
         self.meter.tell(now=True)
         if not complete:
             self._event("stage", cycle=cycle.index, stage=stage, seconds=marker["seconds"])

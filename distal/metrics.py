@@ -67,7 +67,9 @@ CACHE_MISSES = _counter("cache_misses", "blocks whose images it had to read")
 CYCLE = _gauge("cycle", "the present cycle, from 0")
 LABELLED = _gauge("labelled_samples", "samples that the network is trained on")
 TRAIN_LOSS = _gauge("train_loss", "mean loss of the epoch of the newest checkpoint")
-TEST_ACCURACY = _gauge("test_accuracy", "of the last checkpoint of the last cycle that was tested, in [0, 1]")
+TEST_ACCURACY = _gauge(
+    "test_accuracy", "of the last checkpoint of the last cycle that was tested, in [0, 1]; with eval.metrics: accuracy"
+)
 CHECKPOINTS_PUBLISHED = _gauge("checkpoints_published", "checkpoints of the cycle that can be scored")
 CHECKPOINTS_SCORED = _gauge("checkpoints_scored", "of those, the ones at which every block is committed")
 SCORING_LAG = _gauge("scoring_lag_checkpoints", "published and not scored yet")

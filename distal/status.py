@@ -175,17 +175,20 @@ class _Rows:
         self._seen: deque[tuple[float, int]] = deque()  # when, and the images that there were
 
     def look(self, now: float) -> JsonObject:
-        n_rows = self._count_checkpoints()
-        told: JsonObject = {"published": self._n_published, "scored": 0, "checkpoints": n_rows}
+        n_checkpoints = self._count_checkpoints()
+        told: JsonObject = {"published": self._n_published, "scored": 0, "checkpoints": n_checkpoints}
         told |= dict.fromkeys(("blocks_scored", "blocks", "images_scored", "images"), 0)
         told |= dict.fromkeys(("images_per_s", "seconds_left"))
         if self._assignments is None and not self._open():
             return told
         assert self._assignments is not None
+        ours = isinstance(self.cycle.config, Config)
+        n_rows = self._assignments.n_rows if ours else n_checkpoints
+        first = n_checkpoints - n_rows  # the checkpoint of row 0: not every selection needs all of them
         n_blocks = len(self._eligible)
         blocks = n_blocks * len(self._complete)
         images = sum(self._images[row] for row in self._complete)
-        for row in range(min(self._n_published, self._assignments.n_rows)):
+        for row in range(min(self._n_published - first, n_rows)):
             if row in self._complete:
                 continue
             there = self._assignments.committed(row)

@@ -19,8 +19,9 @@ from distal.storage import names_in
 def export(path: Path, out: Path) -> JsonObject:
     """Write an event file of TensorBoard.
 
-    What checkpoints tell of training goes over epochs, a curve per cycle; `test_accuracy` over labelled samples;
-    `seconds/<stage>` over cycles; `faults/<event>`, how many so far, over seconds since the run began.
+    What checkpoints tell of training goes over epochs, a curve per cycle; `test/<metric>` and `val/<metric>` over
+    labelled samples; `seconds/<stage>` over cycles; `faults/<event>`, how many so far, over seconds since the run
+    began.
 
     Args:
         path: the run directory.
@@ -46,9 +47,11 @@ def export(path: Path, out: Path) -> JsonObject:
                 ref = checkpoints.read(cycle.checkpoints, index)
                 for name, value in ref.metrics.items():
                     add(f"{name}/cycle {cycle.index}", value, ref.epoch, ref.path.stat().st_mtime)
-            train, test = cycle.marker("train"), cycle.marker("test")
-            if train and test and test["test_accuracy"] is not None:
-                add("test_accuracy", test["test_accuracy"], train["n_labeled"])
+            told = cycle.evaluation()
+            for name in ("test", "val"):
+                for metric, value in (told[name] or {}).items():
+                    if value is not None:
+                        add(f"{name}/{metric}", value, told["n_labeled"])
         began: float | None = None
         faults: Counter[str] = Counter()
         for event in run.new_events({}):

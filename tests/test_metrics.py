@@ -287,7 +287,7 @@ def test_a_scraped_page_has_every_metric_of_the_board(pool: Pool, test_pool: Poo
     first, second = told["result"]["cycles"]
     assert values["ray_distal_cycle"] == 1
     assert values["ray_distal_labelled_samples"] == second["n_labeled"] == 40
-    assert values["ray_distal_test_accuracy"] == second["test_accuracy"]
+    assert values["ray_distal_test_accuracy"] == second["test"]["accuracy"]
     assert values["ray_distal_quarantined_samples"] == 2
     assert values["ray_distal_checkpoints_scored"] == values["ray_distal_checkpoints_published"] == 6
     assert (values["ray_distal_blocks_done"], values["ray_distal_blocks_pending"]) == (6 * 4, 0)

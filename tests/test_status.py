@@ -46,9 +46,9 @@ class Growing:
         tree = {**SMALL_RUN, "run": str(self.run.path), "loop": {"cycles": 1}, "pool": {"path": "/nowhere"}}
         self.cycle.begin(parse(tree, []))
 
-    def lay_out(self) -> None:
+    def lay_out(self, n_rows: int = ROWS) -> None:
         flags = [ELIGIBLE[start : start + BLOCK] for start in range(0, N, BLOCK)]
-        shape = {"n_rows": ROWS, "n_samples": N, "block_size": BLOCK, "n_classes": 4}
+        shape = {"n_rows": n_rows, "n_samples": N, "block_size": BLOCK, "n_classes": 4}
         self.assignments = Assignments.create(self.cycle.assignments, **shape, eligible=flags)
 
     def publish(self, row: int) -> None:
@@ -61,7 +61,7 @@ class Growing:
 
     def complete(self, *stages: str) -> None:
         for stage in stages:
-            self.cycle.complete(stage, {}, {"n_labeled": 24, "test_accuracy": 0.5, "selection_sha256": "0" * 64}, 1.0)
+            self.cycle.complete(stage, {}, {"n_labeled": 24, "selection_sha256": "0" * 64}, 1.0)
 
 
 @pytest.fixture
@@ -130,6 +130,21 @@ def test_what_a_watcher_sees_of_a_run_that_grows(growing: Growing, monkeypatch: 
     assert (told["stage"], told["images_scored"], told["seconds_left"]) == ("reduce", told["images"], 0)
     growing.complete("reduce", "select")
     assert look()["state"] == "complete"
+
+
+def test_a_cycle_that_scores_only_its_last_checkpoint(growing: Growing) -> None:
+    growing.begin_cycle()
+    growing.lay_out(n_rows=1)
+    watch = Watch(growing.run.path)
+    for row in range(ROWS - 1):
+        growing.publish(row)
+        told = watch.look()
+        assert (told["published"], told["scored"], told["blocks"]) == (row + 1, 0, 4)
+    growing.publish(ROWS - 1)
+    growing.score(0, 1)
+    told = watch.look()
+    assert (told["published"], told["checkpoints"]) == (ROWS, ROWS)
+    assert (told["blocks_scored"], told["images_scored"], told["images"]) == (1, PER_BLOCK[1], ELIGIBLE.sum())
 
 
 def test_what_is_left_out_of_later_rows_is_not_expected(growing: Growing) -> None:

@@ -40,13 +40,14 @@ def test_what_was_measured_comes_out(tmp_path: Path) -> None:
         cycle.complete("train", {}, {"n_labeled": 24 + 16 * index}, 2.5)
         run.event("stage", cycle=index, stage="train", seconds=2.5 + index)
         run.event("actor_lost", cycle=index, reason="killed")
-    run.cycle(0).complete("test", {}, {"test_accuracy": 0.75}, 0.1)
-    run.cycle(1).complete("test", {}, {"test_accuracy": None}, 0.1)
-    assert export(run.path, tmp_path / "out")["scalars"] == 9
+    run.cycle(0).complete("test", {}, {"test": {"accuracy": 0.75, "auroc": None}, "val": {"accuracy": 0.5}}, 0.1)
+    run.cycle(1).complete("test", {}, {"test": None, "val": None}, 0.1)
+    assert export(run.path, tmp_path / "out")["scalars"] == 10
     assert scalars(tmp_path / "out") == {
         "train_loss/cycle_0": [(3, 1.5), (6, 1.25)],
         "train_loss/cycle_1": [(3, 0.5), (6, 0.25)],
-        "test_accuracy": [(24, 0.75)],
+        "test/accuracy": [(24, 0.75)],
+        "val/accuracy": [(24, 0.5)],
         "seconds/train": [(0, 2.5), (1, 3.5)],
         "faults/actor_lost": [(0, 1.0), (0, 2.0)],
     }
