@@ -82,7 +82,13 @@ def read(folder: Path, index: int) -> CheckpointRef:
 
 def committed(folder: Path) -> list[int]:
     """Indices of the committed checkpoints, in order."""
-    return [int(name) for name in names_in(folder) if NAME.fullmatch(name) and (folder / name / MANIFEST).exists()]
+    indices = [int(name) for name in names_in(folder) if NAME.fullmatch(name)]
+    return [index for index in indices if is_committed(folder, index)]
+
+
+def is_committed(folder: Path, index: int) -> bool:
+    """Whether there is a checkpoint with this index."""
+    return (folder / f"{index:04d}" / MANIFEST).exists()
 
 
 class Queue:

@@ -37,6 +37,9 @@ labels_app = typer.Typer(help="Out to annotators, and back.", no_args_is_help=Tr
 app.add_typer(labels_app, name="labels")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+LogJson = Annotated[
+    bool, typer.Option("--log-json", help="Log to stderr as JSON, a line per event, instead of showing progress.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", metavar="[KEY=VALUE]...")]
 Channels = Literal["auto", "grey", "rgb"]
 
@@ -78,20 +81,21 @@ def run(
         bool,
         typer.Option("--allow-overlap", help="Go on when images to evaluate on are in the pool (eval.allow_overlap)."),
     ] = False,
+    log_json: LogJson = False,
     as_json: Json = False,
 ) -> None:
     """Run the whole loop. The same command again continues where it stopped."""
     from distal import cluster
     from distal.config import load
-    from distal.monitor import Terminal, run_table
+    from distal.monitor import JsonLines, Terminal, run_table
 
     def work() -> dict[str, Any]:
         loaded = load(config, [*(overrides or []), *(["eval.allow_overlap=true"] if allow_overlap else [])])
         cluster.secure(loaded.ray.address)
-        with Terminal() as terminal:
+        with JsonLines() if log_json else Terminal() as display:
             import distal.driver
 
-            return distal.driver.run(loaded, terminal)
+            return distal.driver.run(loaded, display)
 
     _answer(work, as_json, run_table, resume=True)
 
@@ -113,12 +117,13 @@ def score(
         float | None, typer.Option(help="With --check: refuse to go on below it.", min=0, max=1)
     ] = None,
     check_precision: Annotated[int | None, typer.Option(help="Blocks to score in fp32, too.", min=1)] = None,
+    log_json: LogJson = False,
     as_json: Json = False,
 ) -> None:
     """Score a pool at the checkpoints of a directory, then reduce and select. Again, it does what is missing."""
     from distal import cluster
     from distal.config import load_foreign
-    from distal.monitor import Terminal, score_table
+    from distal.monitor import JsonLines, Terminal, score_table
 
     def work() -> dict[str, Any]:
         if expect_accuracy is not None and check is None:
@@ -126,12 +131,12 @@ def score(
         extra = [f"pool.exclude={exclude}"] if exclude else []
         loaded = load_foreign(config, [*(overrides or []), *extra])
         cluster.secure(loaded.ray.address)
-        with Terminal() as terminal:
+        with JsonLines() if log_json else Terminal() as display:
             from distal.scoring import score_directory
 
             return score_directory(
                 loaded,
-                terminal,
+                display,
                 watch=watch,
                 select=not no_select,
                 check=check,
@@ -252,13 +257,38 @@ def plan(
 @app.command()
 def status(
     run_directory: RunDirectory,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until the run is complete.")] = False,
+    interval: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=0.1)] = 2.0,
     as_json: Json = False,
 ) -> None:
     """Tell from storage alone how far a run is."""
-    from distal.monitor import status_table
+    from distal.monitor import WatchScreen, status_table
     from distal.status import status as status_of
+    from distal.status import watch as watch_run
 
-    _answer(lambda: status_of(run_directory), as_json, status_table)
+    def work() -> dict[str, Any]:
+        if not watch:
+            return status_of(run_directory)
+        with WatchScreen() as screen:
+            return watch_run(run_directory, screen.show, interval)
+
+    _answer(work, as_json, status_table)
+
+
+@app.command()
+def tensorboard(
+    run_directory: RunDirectory,
+    out: Annotated[Path, typer.Option("--out", help="Folder for TensorBoard; a new or an empty one.")],
+    as_json: Json = False,
+) -> None:
+    """Write what a run has measured so far for TensorBoard: losses, accuracies, seconds, faults."""
+
+    def work() -> dict[str, Any]:
+        from distal.tensorboard import export
+
+        return export(run_directory, out)
+
+    _answer(work, as_json, lambda result: f"{result['scalars']} values; next: tensorboard --logdir {result['out']}")
 
 
 @app.command()

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distal import __version__, checkpoints, cluster, inputs
+from distal import __version__, checkpoints, cluster, inputs, metrics
 from distal.acquire.batch import listed_batch, random_batch, select
 from distal.assignments import PROBABILITIES, Assignments
 from distal.config import Config, ForeignConfig, Root, check_unchanged
@@ -33,6 +33,7 @@ from distal.labels.oracle import choose_at_random, choose_initial, label_from_po
 from distal.lease import Lease
 from distal.ledger import Ledger, write_labels
 from distal.lists import find, read_labels
+from distal.metrics import Meter
 from distal.models import ModelSpec
 from distal.monitor import Display, Silent
 from distal.pool import Pool
@@ -51,16 +52,6 @@ from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob
 
 SCORER_THREADS = 1
-SPOKEN = {
-    "training_waits",
-    "training_failed",
-    "scoring_waits",
-    "actor_lost",
-    "actor_asked_for_again",
-    "actor_refused",
-    "block_failed",
-    "damaged_block",
-}
 
 
 def run(config: Config, display: Display | None = None) -> JsonObject:
@@ -158,6 +149,8 @@ class _Driver:
         lease: Lease,
     ) -> None:
         self.directory, self.pool, self.held_out, self.display, self.lease = directory, pool, held_out, display, lease
+        self.meter = Meter(directory.path.name)
+        self.meter.set(metrics.QUARANTINED, pool.n_unreadable)
         # What `auto` came to when the run began holds, also on a machine where it would come to something else.
         kept = directory.identity["constants"] if directory.identity else {}
         device = kept.get("device", config.device) if config.device == "auto" else config.device
@@ -327,6 +320,8 @@ class _Driver:
         config = _begun(cycle)
         label_files = tuple(self.directory.label_files(before=cycle.index))
         ledger = Ledger.read(label_files)
+        self.meter.set(metrics.CYCLE, cycle.index)
+        self.meter.set(metrics.LABELLED, len(ledger))
         warm_from = None
         if config.train.init == "warm" and cycle.index:
             warm_from = _checkpoints(self.directory.cycle(cycle.index - 1))[-1]
@@ -555,6 +550,9 @@ class _Driver:
         self.lease.check()
         complete = cycle.marker(stage) is not None
         marker = cycle.run_stage(stage, made_from, work)
+        if (accuracy := (marker.get("test") or {}).get("accuracy")) is not None:
+            self.meter.set(metrics.TEST_ACCURACY, accuracy)
+        self.meter.tell(now=True)
         if not complete:
             self._event("stage", cycle=cycle.index, stage=stage, seconds=marker["seconds"])
 
@@ -673,14 +671,13 @@ class _Driver:
 
     def _progress(self, progress: Progress) -> None:
         self.lease.check()
+        if progress.epochs:  # not of the test images
+            self.meter.progress(progress)
         self.display.progress(progress)
 
     def _event(self, name: str, **values: Any) -> None:
-        """Log what happened, and say it if a person should know."""
-        self.directory.event(name, **values)
-        if name in SPOKEN:
-            where = f"cycle {values['cycle']}: " if "cycle" in values else ""
-            self.display.say(f"{where}{name.replace('_', ' ')}: {values['reason']}")
+        """Log what happened."""
+        self.display.event(self.directory.event(name, **values))
 
 
 class _Training:
@@ -775,6 +772,7 @@ def new_scorers(config: Root, slots: cluster.Slots, attempt: str) -> Scorers:
         slots=partial(cluster.scoring_slots, slots.device),
         cache_bytes=int(config.score.cache_gb * 2**30),
         threads=SCORER_THREADS,
+        run=Path(config.run).name,
     )
 
 

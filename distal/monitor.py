@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -17,6 +23,17 @@ from rich.text import Text
 from distal.records import JsonObject, Progress
 
 LINE_EVERY_S = 10.0
+SHOWN_FAULTS = 5
+SPOKEN = (  # events that a person should know of; each has a `reason`
+    "training_waits",
+    "training_failed",
+    "scoring_waits",
+    "actor_lost",
+    "actor_asked_for_again",
+    "actor_refused",
+    "block_failed",
+    "damaged_block",
+)
 
 
 class Display(Protocol):
@@ -30,6 +47,10 @@ class Display(Protocol):
         """One line that stays."""
         ...
 
+    def event(self, record: JsonObject) -> None:
+        """What was logged."""
+        ...
+
 
 class Silent:
     """Shows nothing."""
@@ -39,6 +60,53 @@ class Silent:
 
     def say(self, line: str) -> None:
         """Ignore it."""
+
+    def event(self, record: JsonObject) -> None:
+        """Ignore it."""
+
+
+class JsonLines:
+    """Writes everything to stderr for programs: events as they are logged, and what else is said in the same form."""
+
+    def __init__(self) -> None:
+        self._pace = _Pace()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def progress(self, state: Progress) -> None:
+        """`progress` when the stage changes, and every ten seconds."""
+        if self._pace.due((state.cycle, state.stage)):
+            self._write("progress", asdict(state))
+
+    def say(self, line: str) -> None:
+        """`say`, with the line."""
+        self._write("say", {"line": line})
+
+    def event(self, record: JsonObject) -> None:
+        """The event."""
+        print(json.dumps(record), file=sys.stderr, flush=True)
+
+    def _write(self, name: str, values: JsonObject) -> None:
+        self.event({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **values})
+
+
+class _Pace:
+    """When to show something again: at once when it is about something else, and every ten seconds."""
+
+    def __init__(self) -> None:
+        self._at = 0.0
+        self._of: object = None
+
+    def due(self, of: object) -> bool:
+        """Whether it is time to show what is known `of` something."""
+        if of == self._of and time.monotonic() - self._at < LINE_EVERY_S:
+            return False
+        self._at, self._of = time.monotonic(), of
+        return True
 
 
 class _Bars(Bars):
@@ -57,7 +125,7 @@ class Terminal:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self._shown_at = 0.0
+        self._pace = _Pace()
         self._shown: tuple[int, str] | None = None
         self._task: TaskID | None = None
         self._bars = _Bars(
@@ -83,14 +151,17 @@ class Terminal:
         """Print a line above the bars."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)  # a path may look like markup
 
+    def event(self, record: JsonObject) -> None:
+        """Say it if a person should know."""
+        if line := spoken(record):
+            self.say(line)
+
     def progress(self, state: Progress) -> None:
         """Redraw the bar; without a terminal, print a line when the stage changes and every ten seconds."""
         if self.console.is_terminal:
             self._draw(state)
             return
-        now = time.monotonic()
-        if (state.cycle, state.stage) != self._shown or now - self._shown_at >= LINE_EVERY_S:
-            self._shown, self._shown_at = (state.cycle, state.stage), now
+        if self._pace.due((state.cycle, state.stage)):
             self.say(f"{_title(state)}  {state.images_scored:,}/{state.images:,}  {_detail(state)}".rstrip())
 
     def _draw(self, state: Progress) -> None:
@@ -104,6 +175,14 @@ class Terminal:
         self._bars.update(
             self._task, description=_title(state), completed=state.images_scored, total=state.images or None
         )
+
+
+def spoken(record: JsonObject) -> str | None:
+    """An event in words; None when nobody need know of it."""
+    if record["event"] not in SPOKEN:
+        return None
+    where = f"cycle {record['cycle']}: " if "cycle" in record else ""
+    return f"{where}{record['event'].replace('_', ' ')}: {record['reason']}"
 
 
 def _title(state: Progress) -> str:
@@ -124,6 +203,67 @@ def _detail(state: Progress) -> str:
     if state.epochs and not state.actors:
         parts.append("scoring actors are starting" if state.actors_starting else "scoring waits for a free slot")
     return "  ".join(parts)
+
+
+class WatchScreen:
+    """Shows what a run looks like, again and again: redrawn on a terminal, a line now and then elsewhere.
+
+    It writes to stderr, or to another console; use as a context manager.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._pace = _Pace()
+        self._faults: deque[str] = deque(maxlen=SHOWN_FAULTS)
+        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, look: JsonObject) -> None:
+        """One look; see `distal.status.Watch.look`."""
+        self._faults.extend(look["new_faults"])
+        if self.console.is_terminal:
+            self._live.update(watch_table(look, self._faults), refresh=True)
+            return
+        for line in look["new_faults"]:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if self._pace.due((look["cycle"], look["stage"], look["state"])):
+            line = f"{look['state']}  {_watched_stage(look)}  {'  '.join(_watched(look).values())}"
+            self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def watch_table(look: JsonObject, faults: Iterable[str]) -> Table:
+    """A look at a run, and what went wrong last."""
+    counts = ", ".join(f"{name.replace('_', ' ')} ({n})" for name, n in look["faults"].items())
+    table = _facts({"run": look["run"], "state": look["state"], "stage": _watched_stage(look), **_watched(look)})
+    table.add_row("faults", counts or "none")
+    for line in faults:
+        table.add_row("", Text(line))
+    return table
+
+
+def _watched_stage(look: JsonObject) -> str:
+    return str(look["stage"]) if look["cycle"] is None else f"cycle {look['cycle']}  {look['stage']}"
+
+
+def _watched(look: JsonObject) -> dict[str, str]:
+    if look["cycle"] is None:
+        return {}
+    told = {
+        "checkpoints": f"{look['scored']} scored of {look['published']} published of {look['checkpoints']} checkpoints",
+        "blocks": f"{look['blocks_scored']:,}/{look['blocks']:,} blocks",
+        "images": f"{look['images_scored']:,}/{look['images']:,} images",
+    }
+    if look["images_per_s"]:
+        told["rate"] = f"{look['images_per_s']:,.0f} images/s"
+        told["left"] = f"{timedelta(seconds=round(look['seconds_left']))} left"
+    return told
 
 
 def run_table(result: JsonObject) -> Table | str:

@@ -131,6 +131,10 @@ class Progress:
         images_scored, images: predictions committed so far, and expected in all.
         images_per_s: predictions per second over the last seconds.
         actors, actors_starting: scoring actors at work, and on their way.
+        blocks_done, blocks_pending: committed, and still to do, summed over the published checkpoints.
+        blocks_retried: given back by actors that were lost or failed.
+        eliminated: samples that are not scored any more.
+        train_loss: that of the newest checkpoint, where its trainer told it.
     """
 
     cycle: int
@@ -144,6 +148,11 @@ class Progress:
     images_per_s: float = 0.0
     actors: int = 0
     actors_starting: int = 0
+    blocks_done: int = 0
+    blocks_pending: int = 0
+    blocks_retried: int = 0
+    eliminated: int = 0
+    train_loss: float | None = None
 
     @property
     def seconds_left(self) -> float | None:

@@ -26,7 +26,8 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -428,14 +429,31 @@ class Run:
         storage.write_json(self.path / "summary.json", summary)
         return summary
 
-    def event(self, name: str, **values: Any) -> None:
-        """Add a line to this attempt's event file. A log grows, so it is the one file that is appended to."""
-        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **values})
+    def event(self, name: str, **values: Any) -> JsonObject:
+        """Add a line to this attempt's event file, and return it. A log grows: it is the one file appended to."""
+        record = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **values}
+        line = json.dumps(record)
         with self._lock, storage.disk_errors(self.path):
             folder = self.path / "events"
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"{self.attempt}.jsonl").open("a") as log:
                 log.write(line + "\n")
+        return record
+
+    def new_events(self, read: dict[str, int]) -> Iterator[JsonObject]:
+        """What all attempts have logged, attempt by attempt.
+
+        Args:
+            read: how many bytes of each file are known already; brought up to date.
+        """
+        for name in storage.names_in(self.path / "events"):
+            with (self.path / "events" / name).open("rb") as log:
+                log.seek(read.get(name, 0))
+                lines, end, _ = log.read().rpartition(b"\n")  # the last one may be cut off
+            read[name] = read.get(name, 0) + len(lines) + len(end)
+            for line in lines.splitlines():
+                with suppress(ValueError):  # of a full disk; no decision reads a log
+                    yield json.loads(line)
 
 
 def _summarize(cycle: Cycle) -> JsonObject:

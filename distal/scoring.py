@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from distal import analysis, cluster, inputs
+from distal import analysis, cluster, inputs, metrics
 from distal.acquire.topk import Candidates, TopK
 from distal.assignments import Assignments, dtype_for
 from distal.checkpoints import KEEP_ALL, LIGHTNING
 from distal.config import ForeignConfig
-from distal.driver import SPOKEN, begin, choose, new_job, new_scorers, short_batch
+from distal.driver import begin, choose, new_job, new_scorers, short_batch
 from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError, UserError
 from distal.foreign import ForeignCheckpoints, Layout, matching, versions
@@ -30,6 +30,7 @@ from distal.hashing import digest
 from distal.lease import Lease
 from distal.ledger import Ledger
 from distal.lists import find, read_ids, read_labels
+from distal.metrics import Meter
 from distal.models import ModelSpec
 from distal.monitor import Display, Silent
 from distal.pool import Pool
@@ -43,6 +44,7 @@ from distal.storage import be_durable
 SPARE_ROWS = 1000  # for checkpoints that are not there yet; a row that never comes costs nothing
 FEW_CHECKPOINTS = 5
 LOOK_S = 1.0
+STAGE = "score"
 
 
 def score_directory(
@@ -116,6 +118,8 @@ class _Scoring:
         self, config: ForeignConfig, directory: Run, pool: Pool, display: Display, watch: bool, lease: Lease
     ) -> None:
         self.directory, self.pool, self.display, self.watch, self.lease = directory, pool, display, watch, lease
+        self.meter = Meter(directory.path.name)
+        self.meter.set(metrics.QUARANTINED, pool.n_unreadable)
         self.constants: JsonObject = directory.identity["constants"] if directory.identity else {}
         self.config = inputs.resolved(config, self.constants)
         self.excluded = self._excluded()
@@ -400,7 +404,7 @@ class _Scoring:
         assignments: Assignments,
         producer: Producer,
         elimination: Elimination | None,
-        title: str = "score",
+        title: str = STAGE,
     ) -> Scored:
         return score(
             job,
@@ -418,12 +422,12 @@ class _Scoring:
 
     def _progress(self, progress: Progress) -> None:
         self.lease.check()
+        if progress.stage == STAGE:  # not of what is scored again
+            self.meter.progress(progress)
         self.display.progress(progress)
 
     def _event(self, name: str, **values: Any) -> None:
-        self.directory.event(name, **values)
-        if name in SPOKEN:
-            self.display.say(f"{name.replace('_', ' ')}: {values['reason']}")
+        self.display.event(self.directory.event(name, **values))
 
 
 class _Watched:

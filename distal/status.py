@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distal import checkpoints, foreign
 from distal.assignments import Assignments
 from distal.config import Config, ForeignConfig
 from distal.labelling import Waiting
+from distal.monitor import spoken
 from distal.records import JsonObject
 from distal.runs import STAGES, Cycle, Run
+from distal.storage import names_in
+
+RATE_WINDOW_S = 60.0
 
 
 def status(path: Path) -> JsonObject:
@@ -31,9 +38,6 @@ def status(path: Path) -> JsonObject:
 
 def _cycle(cycle: Cycle, last: bool) -> JsonObject:
     assert cycle.config is not None
-    due = [stage for stage in STAGES if not (last and stage == "label")]  # the last cycle does not label
-    if isinstance(cycle.config, ForeignConfig):
-        due = ["score"]
     markers = {stage: cycle.marker(stage) for stage in STAGES}
     done = total = 0
     if Assignments.begun(cycle.assignments):
@@ -44,7 +48,7 @@ def _cycle(cycle: Cycle, last: bool) -> JsonObject:
     return {
         "cycle": cycle.index,
         "complete": [stage for stage, marker in markers.items() if marker],
-        "next": next((stage for stage in due if not markers[stage]), None),
+        "next": next((stage for stage in _due(cycle, last) if not markers[stage]), None),
         "checkpoints_published": _n_published(cycle),
         "checkpoints": _n_checkpoints(cycle),
         "blocks_scored": done,
@@ -52,6 +56,13 @@ def _cycle(cycle: Cycle, last: bool) -> JsonObject:
         **cycle.evaluation(),
         "selection_sha256": (markers["select"] or {}).get("selection_sha256"),
     }
+
+
+def _due(cycle: Cycle, last: bool) -> Sequence[str]:
+    """The stages of a cycle, in order."""
+    if isinstance(cycle.config, ForeignConfig):
+        return ("score",)
+    return [stage for stage in STAGES if not (last and stage == "label")]  # the last cycle does not label
 
 
 def _n_cycles(cycle: Cycle) -> int:
@@ -70,3 +81,157 @@ def _n_checkpoints(cycle: Cycle) -> int:
         return len(cycle.config.train.checkpoint_epochs)
     assert cycle.config is not None
     return cycle.config.checkpoints.expect or _n_published(cycle)
+
+
+def watch(path: Path, show: Callable[[JsonObject], None], interval: float = 2.0) -> JsonObject:
+    """Look at a run until it is complete, and return its `status`.
+
+    Args:
+        show: called with every `Watch.look`.
+        interval: seconds between two looks.
+
+    Raises:
+        RunConflict: there is no run.
+    """
+    watching = Watch(path)
+    while True:
+        look = watching.look()
+        show(look)
+        if look["state"] == "complete":
+            return status(path)
+        time.sleep(interval)
+
+
+class Watch:
+    """A run that is looked at again and again.
+
+    A look costs what can have changed: the last cycle, its rows that are not complete, what was added to the events.
+
+    Args:
+        clock: tells seconds.
+
+    Raises:
+        RunConflict: there is no run.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run = Run.open(path)
+        self._clock = clock
+        self._rows: _Rows | None = None
+        self._read: dict[str, int] = {}  # bytes of each event file
+        self._faults: Counter[str] = Counter()
+
+    def look(self) -> JsonObject:
+        """How far the last cycle is.
+
+        Returns:
+            `state` as in `status`; `stage`, what is being done; `checkpoints`, how many there will be, and those
+            `published` and `scored`; `blocks_scored` of `blocks` and `images_scored` of `images`, over all checkpoints;
+            `images_per_s` over the last minute of looks and the `seconds_left` at that rate, None where unknown;
+            `faults`, how many of each kind since the run began, and `new_faults`, those since the last look in words.
+        """
+        told: JsonObject = {"run": str(self._run.path), "state": "unfinished", "cycle": None, "stage": "begin"}
+        cycle = self._last_cycle()
+        if cycle is not None:
+            if self._rows is None or self._rows.cycle is not cycle:
+                self._rows = _Rows(cycle)
+            told |= {"cycle": cycle.index, **self._rows.look(self._clock())}
+            n_cycles = _n_cycles(cycle)
+            due = _due(cycle, last=cycle.index + 1 >= n_cycles)
+            stage = next((stage for stage in due if cycle.marker(stage) is None), None)
+            told["stage"] = "train + score" if stage == "train" else stage or "done"
+            if stage is None and self._run.is_complete(n_cycles):
+                told["state"] = "complete"
+        if told["stage"] in ("begin", "label") and Waiting.read(self._run) is not None:
+            told["state"] = "waiting_for_labels"
+        faults = [
+            (event["event"], line) for event in self._run.new_events(self._read) if (line := spoken(event)) is not None
+        ]
+        self._faults.update(name for name, _ in faults)
+        return {**told, "faults": dict(self._faults), "new_faults": [line for _, line in faults]}
+
+    def _last_cycle(self) -> Cycle | None:
+        """The last one that has begun; always the same object, which keeps its configuration."""
+        names = [name for name in names_in(self._run.path / "cycles") if name.isdigit()]
+        for index in sorted(map(int, names), reverse=True):
+            if self._rows is not None and self._rows.cycle.index == index:
+                return self._rows.cycle
+            if (cycle := self._run.cycle(index)).config is not None:
+                return cycle
+        return None
+
+
+class _Rows:
+    """What there is of the assignments of a cycle, counted by listing folders; rows that are complete stay so."""
+
+    def __init__(self, cycle: Cycle) -> None:
+        self.cycle = cycle
+        self._assignments: Assignments | None = None
+        self._eligible: Sequence[int] = ()  # samples per block
+        self._n_published = 0
+        self._counts: dict[int, Sequence[int]] = {}  # of the rows that are begun: samples scored per block,
+        self._images: dict[int, int] = {}  # and in all
+        self._complete: set[int] = set()
+        self._seen: deque[tuple[float, int]] = deque()  # when, and the images that there were
+
+    def look(self, now: float) -> JsonObject:
+        n_checkpoints = self._count_checkpoints()
+        told: JsonObject = {"published": self._n_published, "scored": 0, "checkpoints": n_checkpoints}
+        told |= dict.fromkeys(("blocks_scored", "blocks", "images_scored", "images"), 0)
+        told |= dict.fromkeys(("images_per_s", "seconds_left"))
+        if self._assignments is None and not self._open():
+            return told
+        assert self._assignments is not None
+        ours = isinstance(self.cycle.config, Config)
+        n_rows = self._assignments.n_rows if ours else n_checkpoints
+        first = n_checkpoints - n_rows  # the checkpoint of row 0: not every selection needs all of them
+        n_blocks = len(self._eligible)
+        blocks = n_blocks * len(self._complete)
+        images = sum(self._images[row] for row in self._complete)
+        for row in range(min(self._n_published - first, n_rows)):
+            if row in self._complete:
+                continue
+            there = self._assignments.committed(row)
+            if there and row not in self._counts:  # what is left out of a row is decided before it is begun
+                self._counts[row] = self.cycle.remaining(row + 1) or self._eligible
+                self._images[row] = sum(self._counts[row])
+            blocks += len(there)
+            images += sum(self._counts[row][block] for block in there)
+            if len(there) == n_blocks:
+                self._complete.add(row)
+        last = self._images[max(self._images)] if self._images else sum(self._eligible)
+        total = sum(self._images.get(row, last) for row in range(n_rows))
+        rate = self._rate(now, images)
+        return told | {
+            "scored": len(self._complete),
+            "blocks_scored": blocks,
+            "blocks": n_rows * n_blocks,
+            "images_scored": images,
+            "images": total,
+            "images_per_s": rate,
+            "seconds_left": (total - images) / rate if rate else None,
+        }
+
+    def _count_checkpoints(self) -> int:
+        """Count those that are published; returns how many there will be."""
+        if isinstance(self.cycle.config, Config):
+            while checkpoints.is_committed(self.cycle.checkpoints, self._n_published):
+                self._n_published += 1
+        else:
+            self._n_published = _n_published(self.cycle)
+        return _n_checkpoints(self.cycle)
+
+    def _open(self) -> bool:
+        if not Assignments.begun(self.cycle.assignments):
+            return False
+        self._assignments = assignments = Assignments.open(self.cycle.assignments)
+        self._eligible = [int(assignments.eligible(b.start, b.stop).sum()) for b in assignments.blocks]
+        return True
+
+    def _rate(self, now: float, images: int) -> float | None:
+        """Images per second since the first look of the last minute; None at the first look."""
+        self._seen.append((now, images))
+        while len(self._seen) > 2 and self._seen[1][0] <= now - RATE_WINDOW_S:
+            self._seen.popleft()
+        since, before = self._seen[0]
+        return (images - before) / (now - since) if now > since else None

@@ -66,8 +66,9 @@ def test_a_whole_run_on_its_own_ray(tmp_path: Path) -> None:
     assert "cycle 0" in first.stderr
     assert (tmp_path / ".ray" / "auth_token").exists()
 
-    again = distal(*command)
+    again = distal(*command, "--log-json")
     assert again.returncode == 0
+    assert json.loads(again.stderr)["line"].endswith(": complete")
     assert json.loads(again.stdout) == result
 
     told = distal("status", str(tmp_path / "run"), "--json")

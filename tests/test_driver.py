@@ -17,6 +17,7 @@ from distal import checkpoints, driver
 from distal.errors import ConfigError, Damage, DistalError, ModelError, PoolError, RunConflict, UserError
 from distal.ledger import Ledger
 from distal.models import ModelSpec
+from distal.monitor import spoken
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.records import Progress
@@ -316,6 +317,10 @@ class Lines:
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+    def event(self, record: dict) -> None:
+        if line := spoken(record):
+            self.say(line)
 
     def progress(self, state: Progress) -> None:
         pass

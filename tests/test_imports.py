@@ -25,6 +25,7 @@ LADDER = [
         "explain",
         "labelling",
         "status",
+        "tensorboard",
         "verify",
         "inputs",
         "monitor",
@@ -50,11 +51,12 @@ LADDER = [
         "augment",
         "pool",
         "cluster",
+        "metrics",
     ],
     ["config", "records", "storage", "hashing", "plugins", "errors"],
 ]
 STAGES = LADDER[2]
-MAY_IMPORT_RAY = {"cluster", "pool/build", "score/actors", "train/launch", "train/loop"}
+MAY_IMPORT_RAY = {"cluster", "metrics", "pool/build", "score/actors", "train/launch", "train/loop"}
 MAY_IMPORT_ZARR = {"arrays"}
 MAY_IMPORT_DISTRIBUTED = {"train/loop"}
 

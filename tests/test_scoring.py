@@ -17,6 +17,7 @@ from distal.assignments import Assignments
 from distal.config import ModelConfig
 from distal.errors import ConfigError, ModelError, RunConflict, SourceError, UserError
 from distal.models import ModelSpec
+from distal.monitor import spoken
 from distal.pool import Pool
 from distal.records import Progress
 from distal.runs import Run
@@ -35,6 +36,10 @@ class Lines:
 
     def say(self, line: str) -> None:
         self.said.append(line)
+
+    def event(self, record: dict) -> None:
+        if line := spoken(record):
+            self.say(line)
 
     def progress(self, state: Progress) -> None:
         pass

@@ -6,6 +6,7 @@ The driver only ever sees numbers: images scored, seconds.
 
 from __future__ import annotations
 
+import itertools
 import resource
 import time
 from bisect import bisect_right
@@ -24,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
-from distal import checkpoints, cluster
+from distal import checkpoints, cluster, metrics
 from distal.assignments import PROBABILITIES, Assignments, unassigned
 from distal.augment import crop_flip
 from distal.errors import DistalError, Diverged, ModelError, RunConflict, one_line
@@ -232,10 +233,13 @@ class Scorer:
         name: shown in the dashboard and in logs.
         cache_bytes: decoded images to keep.
         threads: torch threads.
+        run, shard: what its metrics are tagged with.
     """
 
-    def __init__(self, name: str, cache_bytes: int, threads: int) -> None:
+    def __init__(self, name: str, cache_bytes: int, threads: int, run: str = "", shard: int = 0) -> None:
         self._name = name
+        self._meter = metrics.Meter(run, shard)
+        self._idle_since: float | None = None
         self._threads = threads
         torch.set_num_threads(threads)
         self._cache_bytes = cache_bytes
@@ -313,6 +317,8 @@ class Scorer:
             Damage: images or weights are not what was written.
         """
         torch.set_num_threads(self._threads)  # a setting of the thread, and Ray may use another one
+        if self._idle_since is not None:
+            self._meter.add(metrics.IDLE_SECONDS, time.perf_counter() - self._idle_since)
         if job != self._job:
             self._begin(job)
             self._assignments = Assignments.open(job.assignments)
@@ -326,7 +332,8 @@ class Scorer:
         sums = self._assignments.sums(block) if self._assignments.sums_up and todo else None
         names = ("labels", *self._assignments.recorded)
         found: dict[int, dict[str, list[NDArray[Any]]]] = {ref.index: {name: [] for name in names} for ref in todo}
-        for piece in _batched(_ahead(self._pieces_of(block, eligible)), scored, job.batch_size) if todo else ():
+        for piece in _batched(self._images_of(block, eligible), scored, job.batch_size) if todo else ():
+            started = time.perf_counter()
             for ref in todo:
                 images = self._augmented(piece, block, ref) if job.augment else piece.images
                 try:
@@ -340,16 +347,25 @@ class Scorer:
                     found[ref.index][name].append(getattr(prediction, name)())
                 if sums is not None:
                     sums.add(row, piece.positions, prediction.probabilities(), prediction.entropy())
+            self._meter.add(metrics.FORWARD_SECONDS, time.perf_counter() - started)
+            self._meter.add(metrics.IMAGES_SCORED, len(todo) * len(piece))
+            self._meter.tell()
+        started = time.perf_counter()
         if sums is not None:
             sums.end(todo[-1].index - job.first_index)
             self._assignments.write_sums(block, sums)
         for ref in todo:
             self._commit(ref.index - job.first_index, block, scored, found[ref.index])
+        self._meter.add(metrics.WRITE_SECONDS, time.perf_counter() - started)
+        n_predicted = len(todo) * int(scored.sum())
+        self._meter.add(metrics.LABELS_WRITTEN, n_predicted)
         counts = None
         if order.count is not None:
             votes = self._assignments.read(block.start, block.stop, range(order.count), complete=True)
             counts = histogram(votes, eligible, self._assignments.n_classes, self._assignments.n_rows)
-        return _Done(len(todo) * int(scored.sum()), counts, peak_rss_bytes())
+        self._meter.tell(now=True)
+        self._idle_since = time.perf_counter()
+        return _Done(n_predicted, counts, peak_rss_bytes())
 
     def _augmented(self, piece: _Piece, block: Block, ref: CheckpointRef) -> NDArray[np.uint8]:
         """The images as training could show them: a function of seed, cycle, checkpoint and sample."""
@@ -378,6 +394,8 @@ class Scorer:
             if found[name]:
                 recorded[name][scored] = np.concatenate(found[name])
         self._assignments.write(row, block, labels, recorded)
+        n_bytes = labels.nbytes + sum(values.size * 2 for values in recorded.values())  # stored as float16
+        self._meter.add(metrics.WRITTEN_BYTES, n_bytes)
 
     def _begin(self, job: Job) -> None:
         self._job = None  # until everything below has worked
@@ -395,6 +413,17 @@ class Scorer:
             device=job.device,
         )
         self._job = job
+
+    def _images_of(self, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_Piece]:
+        """The eligible images of a block, in pieces, each read while the one before it is predicted."""
+        kept = block.index in self._pieces
+        self._meter.add(metrics.CACHE_HITS if kept else metrics.CACHE_MISSES, 1)
+        for piece, read_s, wait_s in _ahead(self._pieces_of(block, eligible)):
+            self._meter.add(metrics.WAIT_SECONDS, wait_s)
+            if not kept:
+                self._meter.add(metrics.READ_SECONDS, read_s)
+                self._meter.add(metrics.READ_BYTES, piece.images.nbytes)
+            yield piece
 
     def _pieces_of(self, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_Piece]:
         """The eligible images of a block, in index order, in pieces of a chunk.
@@ -457,13 +486,26 @@ def _batched(pieces: Iterator[_Piece], scored: NDArray[np.bool_], batch_size: in
         yield rest
 
 
-def _ahead(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
-    """The same pieces, each read and decoded in a thread while the one before it is predicted."""
+def _ahead(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, float, float]]:
+    """The same pieces, each read and decoded in a thread while the one before it is predicted.
+
+    With each come the seconds that reading it took, and those that were waited for it.
+    """
+
+    def read() -> tuple[_Piece | None, float]:
+        started = time.perf_counter()
+        return next(pieces, None), time.perf_counter() - started
+
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, pieces, None)
-        while (piece := coming.result()) is not None:
-            coming = thread.submit(next, pieces, None)
-            yield piece
+        coming = thread.submit(read)
+        while True:
+            started = time.perf_counter()
+            piece, read_s = coming.result()
+            if piece is None:
+                return
+            wait_s = time.perf_counter() - started
+            coming = thread.submit(read)
+            yield piece, read_s, wait_s
 
 
 def peak_rss_bytes() -> int:
@@ -494,7 +536,7 @@ class Scorers:
         asked: `score.actors`, None for auto.
         slots: counts the CPU slots, or GPUs, of the cluster. When nodes are lost the actors that they had wait for
             others to come.
-        cache_bytes, threads: see `Scorer`.
+        cache_bytes, threads, run: see `Scorer`.
     """
 
     def __init__(
@@ -506,11 +548,13 @@ class Scorers:
         slots: Callable[[], int],
         cache_bytes: int,
         threads: int,
+        run: str = "",
     ) -> None:
         self._prefix = prefix
         self._options = options
-        self._arguments = (cache_bytes, threads)
+        self._arguments = (cache_bytes, threads, run)
         self._next = 0
+        self._shards: dict[int, int] = {}
         self._find_slots = slots
         self.asked = asked
         self.slots = slots()
@@ -550,7 +594,9 @@ class Scorers:
             actor = ray.remote(concurrency_groups={WATCH: 1})(Scorer).options(
                 name=name, namespace="distal", **self._options
             )
-            self.actors[self._next] = actor.remote(name, *self._arguments)
+            # The number of one that has gone is used again: series that are never written to are kept all the same.
+            self._shards[self._next] = next(n for n in itertools.count() if n not in self._shards.values())
+            self.actors[self._next] = actor.remote(name, *self._arguments, self._shards[self._next])
             self._placing[self.actors[self._next].process.remote()] = self._next
             started.append(self._next)
             self._next += 1
@@ -613,6 +659,7 @@ class Scorers:
     def drop(self, actor: int) -> None:
         """Stop one actor, and free its slot, also when it does not listen to Ray any more."""
         ray.kill(self.actors.pop(actor))
+        del self._shards[actor]
         if actor in self.processes:
             cluster.kill(self.processes.pop(actor))
 
@@ -730,6 +777,7 @@ class _Pass:
         self.recent: deque[tuple[float, int]] = deque()
         self.images_predicted = 0
         self.hand_outs = 0
+        self.retried = 0
         self.idle_s = 0.0
         self.actor_rss_bytes = 0
         self.began = time.monotonic()
@@ -956,6 +1004,7 @@ class _Pass:
     def _lost(self, actor: int, reason: str) -> None:
         """An actor died, or is stuck; what it had in hand is done again."""
         in_hand = sum(len(work.rows) for work in self.working.values() if work.actor == actor)
+        self.retried += in_hand
         self.on_event("actor_lost", actor=actor, reason=reason, blocks_in_hand=in_hand)
         if self._forget(actor):
             self.plan.actor_lost(actor)
@@ -971,6 +1020,7 @@ class _Pass:
         if isinstance(error.cause, DistalError) or ref in self.joining:
             raise error.cause from None
         work = self.working.pop(ref)
+        self.retried += len(work.rows)
         reason = f"{type(error.cause).__name__}: {error.cause}"
         self.on_event("block_failed", block=work.block, rows=list(work.rows), reason=reason)
         self.plan.failed(work, reason)
@@ -982,6 +1032,7 @@ class _Pass:
         # What the oldest commit brought was predicted before the window began.
         since, n_before = self.recent[0] if self.recent else (now, 0)
         rate = (sum(n for _, n in self.recent) - n_before) / max(now - since, POLL_S)
+        newest = self.refs[max(self.refs)] if self.refs else None
         self.on_progress(
             replace(
                 self.progress,
@@ -993,6 +1044,11 @@ class _Pass:
                 images_per_s=rate,
                 actors=len(self.scorers.actors) - len(self.joining),
                 actors_starting=len(self.joining),
+                blocks_done=self.plan.n_blocks_done,
+                blocks_pending=self.plan.n_blocks_pending,
+                blocks_retried=self.retried,
+                eliminated=self.totals[0] - self.totals[-1],
+                train_loss=newest.metrics.get("train_loss") if newest else None,
             )
         )
 

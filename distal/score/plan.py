@@ -90,6 +90,16 @@ class Plan:
         return self._missing.count(0)
 
     @property
+    def n_blocks_done(self) -> int:
+        """Blocks that are committed, summed over all rows."""
+        return len(self._done)
+
+    @property
+    def n_blocks_pending(self) -> int:
+        """Blocks that are not committed, summed over the published rows."""
+        return sum(self._missing[row] for row in self._published if row < self._n_rows)
+
+    @property
     def n_unfinished_blocks(self) -> int:
         """Blocks that lack a row, published or not, or that only have to count votes: more actors are of no use."""
         return sum(left > 0 for left in self._left) or (0 if self.finished else len(self._left) - len(self._counted))
