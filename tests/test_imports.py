@@ -28,6 +28,8 @@ LADDER = [
         "verify",
         "inputs",
         "monitor",
+        "submit",
+        "preflight",
     ],
     ["score", "reduce", "acquire", "labels", "train"],
     [
@@ -54,7 +56,7 @@ LADDER = [
     ["config", "records", "storage", "hashing", "plugins", "errors"],
 ]
 STAGES = LADDER[2]
-MAY_IMPORT_RAY = {"cluster", "pool/build", "score/actors", "train/launch", "train/loop"}
+MAY_IMPORT_RAY = {"cluster", "submit", "pool/build", "score/actors", "train/launch", "train/loop"}
 MAY_IMPORT_ZARR = {"arrays"}
 MAY_IMPORT_DISTRIBUTED = {"train/loop"}
 
