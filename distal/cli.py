@@ -378,7 +378,7 @@ def compare(
 
             return compare_strategies(loaded, terminal)
 
-    _answer(work, as_json, comparison_table, resume=True)
+    _answer(work, as_json, comparison_table, _same_command)
 
 
 RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory, or folder of a pool.")]

@@ -720,8 +720,9 @@ def load_portable(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         ConfigError: as `load`, and for a relative path.
     """
     tree = _read(Path(path))
-    kind = ForeignConfig if "checkpoints" in tree else Config
-    given: Config | ForeignConfig = _validated(kind, tree, overrides)
+    given: Config | ForeignConfig = (
+        _validated(ForeignConfig, tree, overrides) if "checkpoints" in tree else _validated(Config, tree, overrides)
+    )
     config = given.absolute()  # which refuses what is no path
     for name, place in given.places().items():
         if is_relative(place):

@@ -19,6 +19,7 @@ from distal.config import Root
 from distal.errors import DistalError, UserError, one_line
 from distal.monitor import Display
 from distal.pool import Pool
+from distal.pool.images import MANIFEST
 from distal.storage import write_bytes
 
 PACKAGES = ("torch", "ray", "zarr", "numpy")
@@ -82,9 +83,8 @@ def check(config: Root, run: Path, pools: Sequence[Pool], display: Display) -> N
         display.say(f"{node}: {line}")
     if lacking:
         raise UserError(
-            f"{len(lacking)} of {len(answers)} nodes cannot take part, for the reasons above: {', '.join(lacking)}; every "
-            "node needs the same files at the same paths and the same software; mend them, or leave them out of the "
-            "cluster"
+            f"{len(lacking)} of {len(answers)} nodes cannot take part, for the reasons above: {', '.join(lacking)}; "
+            "every node needs the same files at the same paths, and the same software; mend them, or take them out"
         )
 
 
@@ -92,10 +92,13 @@ def look(wanted: Wanted) -> Found:
     """What this node can do."""
     problems = []
     for pool in wanted.pools:
+        if not (pool.path / MANIFEST).exists():
+            problems.append(f"pool: {pool.path} is not there")
+            continue
         try:
             Pool.open(pool.path).require(pool.content_sha256).read(0, 1)
         except (DistalError, OSError) as error:
-            problems.append(f"cannot read the pool: {one_line(error)}")
+            problems.append(f"pool: {one_line(error)}")
     if not wanted.mark.exists():
         problems.append(f"run: {wanted.mark.parent} is not the folder that the driver sees")
     else:
@@ -104,7 +107,7 @@ def look(wanted: Wanted) -> Found:
             write_bytes(own, b"")
             own.unlink()
         except (DistalError, OSError) as error:
-            problems.append(f"cannot write the run: {one_line(error)}")
+            problems.append(f"run: {one_line(error)}")
     problems += [f"{key}: {path} is not there" for key, path in wanted.files.items() if not Path(path).exists()]
     for key, function in wanted.functions.items():
         try:

@@ -235,8 +235,8 @@ def _client(address: str) -> Iterator[Any]:
     except AuthenticationError as error:
         told = "refuses this token" if "authentication failed" in str(error).lower() else "asks for a token"
         raise UserError(
-            f"--address: {address} {told}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token to "
-            "what `ray get-auth-token` prints on the head"
+            f"--address: {address} {told}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token "
+            "to what `ray get-auth-token` prints on the head"
         ) from None
     finally:
         logging.disable(before)
