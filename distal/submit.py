@@ -139,9 +139,9 @@ def follow(submitted: Submitted, say: Callable[[str], None]) -> JsonObject:
 def shipped(config: Config | ForeignConfig, folder: Path) -> dict[str, bytes]:
     """What a job needs beside an installed distal: its configuration, and the user's modules.
 
-    A module is sent when `model.name`, `model.output` or `model.normalize` names it, or a module that is sent imports
-    it, and Python finds it in `folder`: then the Python files of its top-level package. Any other must be installed on
-    the nodes. Of data, nothing is sent.
+    A module is sent when a key names it (`config.functions`), or a module that is sent imports it, and Python finds it
+    in `folder`: then the Python files of its top-level package. Any other must be installed on the nodes. Of data,
+    nothing is sent.
 
     Returns:
         Relative paths and contents.

@@ -47,7 +47,7 @@ class TestRelativePaths:
         [
             ("run=runs/a", "run"),
             ("pool.path=../pool", "pool.path"),
-            ("pool.test=file://test.parquet", "pool.test"),
+            ("eval.test=file://test.parquet", "eval.test"),
             ("loop.initial=first.csv", "loop.initial"),
             ("pool.classes=names.txt", "pool.classes"),
             ("model.weights=weights.pt", "model.weights"),
@@ -116,6 +116,8 @@ class TestShipped:
             folder / "run", pool, folder, "model.normalize=helpers:scale", "model.output=unused:logits"
         )
         assert {"helpers.py", "unused.py"} < set(shipped(config, folder))
+        strategy = small_config(folder / "run", pool, None, "select.batch=unused:Mine")
+        assert set(shipped(strategy, folder)) == {CONFIG, "unused.py"}
         elsewhere = small_config(folder / "run", pool, None, "model.name=torchvision.models:resnet18")
         assert set(shipped(elsewhere, folder)) == {CONFIG}
 
