@@ -97,7 +97,7 @@ def run(
 
             return distal.driver.run(loaded, display)
 
-    _answer(work, as_json, run_table, resume=True)
+    _answer(work, as_json, run_table, _same_command)
 
 
 @app.command()
@@ -144,7 +144,39 @@ def score(
                 check_precision=check_precision,
             )
 
-    _answer(work, as_json, score_table, resume=True)
+    _answer(work, as_json, score_table, _same_command)
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run, or of `distal score`, with absolute paths.")],
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, or a tunnel to it: http://HOST:PORT.")],
+    overrides: Overrides = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Show its log, and end as it ends.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run it as a job of a Ray cluster. The same command again continues a run that was stopped."""
+    from distal.config import load_portable
+    from distal.monitor import Terminal, submit_table
+
+    commands: dict[str, str] = {}
+
+    def work() -> dict[str, Any]:
+        loaded = load_portable(config, overrides or [])
+        with Terminal() as terminal:
+            from distal import submit as jobs
+
+            submitted = jobs.submit(loaded, address)
+            if not wait:
+                return submitted.record()
+            commands.update(submitted.commands)
+            terminal.say(submit_table(submitted.record()))
+            return jobs.follow(submitted, terminal.say)
+
+    def if_stopped() -> str:
+        return f"; the job goes on, stop it with: {commands['stop']}" if commands else ""
+
+    _answer(work, as_json, submit_table, if_stopped)
 
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
@@ -376,7 +408,7 @@ def compare(
 
             return compare_strategies(loaded, terminal)
 
-    _answer(work, as_json, comparison_table, resume=True)
+    _answer(work, as_json, comparison_table, _same_command)
 
 
 RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory, or folder of a pool.")]
@@ -545,10 +577,14 @@ def _answer(
     work: Callable[[], dict[str, Any]],
     as_json: bool,
     render: Callable[[dict[str, Any]], Table | str],
-    resume: bool = False,
+    if_stopped: Callable[[], str] = str,
 ) -> None:
-    """Run a command's work and print what it returns; every exit code is decided here."""
-    _stop_on_signals(as_json, resume)
+    """Run a command's work and print what it returns; every exit code is decided here.
+
+    Args:
+        if_stopped: what to add when a signal stops it.
+    """
+    _stop_on_signals(as_json, if_stopped)
     try:
         result = work()
     except DistalError as error:
@@ -570,6 +606,8 @@ def _answer(
         Console(soft_wrap=True).print(render(result), markup=False, highlight=False)
     if result.get("state") == "damaged":
         raise typer.Exit(Damage.exit_code)
+    if result.get("exit_code"):
+        raise typer.Exit(result["exit_code"])
 
 
 def _refuse(line: str, exit_code: int, as_json: bool) -> typer.Exit:
@@ -580,7 +618,11 @@ def _refuse(line: str, exit_code: int, as_json: bool) -> typer.Exit:
     return typer.Exit(exit_code)
 
 
-def _stop_on_signals(as_json: bool, resume: bool) -> None:
+def _same_command() -> str:
+    return f"; continue with: distal {shlex.join(sys.argv[1:])}"
+
+
+def _stop_on_signals(as_json: bool, if_stopped: Callable[[], str]) -> None:
     """Leave at once on SIGINT and SIGTERM, with one line that says how to continue.
 
     Everything committed is on disk and nothing else counts, so there is nothing to tidy up: a run that was
@@ -588,8 +630,7 @@ def _stop_on_signals(as_json: bool, resume: bool) -> None:
     """
 
     def stop(number: int, _: FrameType | None) -> None:
-        again = f"; continue with: distal {shlex.join(sys.argv[1:])}" if resume else ""
-        line = f"stopped by {signal.Signals(number).name}{again}"
+        line = f"stopped by {signal.Signals(number).name}{if_stopped()}"
         # os.write: the signal may have come in the middle of a print. A progress bar stays and had hidden the cursor.
         bar = "\n\x1b[?25h" if sys.stderr.isatty() else ""
         os.write(2, f"{bar}distal: {line}\n".encode())

@@ -18,6 +18,7 @@ from distal.storage import DURABLE
 ROLE_LABEL = "distal-role"
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,10 @@ def connect(address: str) -> Iterator[None]:
         return
     try:
         if ":" in address:
-            _knock(address)
+            host, _, port = address.rpartition(":")
+            if not port.isdigit() or "/" in host:
+                raise OSError("not host:port")
+            knock(host.strip("[]"), int(port))
         with _keeping_signal_handlers():
             _init(address)
     except OSError as error:
@@ -152,12 +156,9 @@ def connect(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Raise OSError when nobody listens at the address: Ray itself would try again for minutes."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or "/" in host:
-        raise OSError("not host:port")
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+def knock(host: str, port: int) -> None:
+    """Raise OSError when nobody listens there: Ray itself would try again for minutes."""
+    with socket.create_connection((host, port), timeout=10):
         pass
 
 
@@ -266,6 +267,55 @@ def _kill(process: Process) -> None:
         found = psutil.Process(process.pid)
         if abs(found.create_time() - process.started) < 1:
             found.kill()
+
+
+def is_alone() -> bool:
+    """Whether the node of this process does all the work of the cluster."""
+    import ray
+
+    return set(_workers()) <= {ray.get_runtime_context().get_node_id()}
+
+
+def _workers() -> dict[str, str]:
+    """The nodes with a CPU or a GPU: their ids, and what people call them."""
+    import ray
+
+    return {
+        node["NodeID"]: f"node {node['NodeManagerAddress']} ({node['NodeID'][:6]})"
+        for node in ray.nodes()
+        if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
+    }
+
+
+def on_each_node(work: Callable[[], Result], timeout_s: float) -> dict[str, Result | Exception]:
+    """Do `work` once on every node that has a CPU or a GPU, whether it is free or not.
+
+    Returns:
+        By the name of each node, what came of it, or why nothing did: what it raised, that the node is gone, or that
+        `timeout_s` passed.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(lambda: work())
+    names: dict[Any, str] = {}
+    for node_id, name in _workers().items():
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        names[task.options(scheduling_strategy=there).remote()] = name
+    ended, _ = ray.wait(list(names), num_returns=len(names), timeout=timeout_s)
+    found: dict[str, Result | Exception] = {}
+    for ref, name in names.items():
+        if ref not in ended:
+            ray.cancel(ref, force=True)
+            found[name] = TimeoutError(f"no answer within {timeout_s:.0f} s")
+            continue
+        try:
+            found[name] = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            found[name] = error.cause
+        except ray.exceptions.RayError as error:
+            found[name] = error
+    return found
 
 
 def in_tasks(work: Callable[[Item], Item], items: Sequence[Item]) -> Iterator[Item]:

@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 from distal.errors import ConfigError, RunConflict
 from distal.hashing import digest
 from distal.records import JsonObject, Window
-from distal.storage import local_path
+from distal.storage import is_relative, local_path
 
 VoteMeasure = Literal[
     "dispersion", "dispersion_authors", "vote_entropy", "gini", "vote_margin", "flips", "last_flip", "decayed"
@@ -82,6 +82,7 @@ class ChannelStats(Section):
         return self
 
 
+FUNCTIONS = ("model.name", "model.normalize", "model.output", "select.batch")  # the keys that may name one
 Function = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 Normalize = Literal["pool", "imagenet"] | ChannelStats | Function
 NORMALIZE_VALUES = "imagenet, pool, {mean: [...], std: [...]} with a value per channel, or package.module:function"
@@ -502,6 +503,11 @@ class Root(Section):
             named["select.from"] = self.select.from_
         return named
 
+    def functions(self) -> dict[str, str]:
+        """The keys that name a function or a class of the user's, with their values."""
+        named = {name: self.leaves()[name] for name in FUNCTIONS}
+        return {name: value for name, value in named.items() if isinstance(value, str) and ":" in value}
+
     def absolute(self) -> Self:
         """The same configuration with absolute paths; relative ones start at the working directory."""
         return self.with_values({name: str(local_path(place, name)) for name, place in self.places().items()})
@@ -696,15 +702,35 @@ def load_foreign(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
 def load_compare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CompareConfig:
     """The same for `distal compare`."""
-    return _validated(CompareConfig, _read(Path(path)), overrides)
+    return _validated(CompareConfig, _read(Path(path)), overrides).absolute()
 
 
 def load_any(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config | ForeignConfig:
     """Any kind: one with a section `checkpoints` is for `distal score`, one with `compare` for `distal compare`."""
     tree = _read(Path(path))
     if "compare" in tree:
-        return _validated(CompareConfig, tree, overrides)
+        return _validated(CompareConfig, tree, overrides).absolute()
     return parse_foreign(tree, overrides) if "checkpoints" in tree else parse(tree, overrides)
+
+
+def load_portable(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config | ForeignConfig:
+    """Either kind, for a process that works in another directory: a relative path would name something else there.
+
+    Raises:
+        ConfigError: as `load`, and for a relative path.
+    """
+    tree = _read(Path(path))
+    given: Config | ForeignConfig = (
+        _validated(ForeignConfig, tree, overrides) if "checkpoints" in tree else _validated(Config, tree, overrides)
+    )
+    config = given.absolute()  # which refuses what is no path
+    for name, place in given.places().items():
+        if is_relative(place):
+            raise ConfigError(
+                f"{name}: {place!r} is relative, and a submitted job works in a scratch folder of its own; give the "
+                f"absolute path that every node of the cluster sees ({name}=/...)"
+            )
+    return config
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -721,12 +747,12 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """A `Config` from nested keys and values; raises `ConfigError` with one line."""
-    return _validated(Config, tree, overrides)
+    return _validated(Config, tree, overrides).absolute()
 
 
 def parse_foreign(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> ForeignConfig:
     """A `ForeignConfig` from nested keys and values; raises `ConfigError` with one line."""
-    return _validated(ForeignConfig, tree, overrides)
+    return _validated(ForeignConfig, tree, overrides).absolute()
 
 
 def _validated(kind: type[AnyRoot], tree: Mapping[str, Any], overrides: Sequence[str]) -> AnyRoot:
@@ -741,7 +767,7 @@ def _validated(kind: type[AnyRoot], tree: Mapping[str, Any], overrides: Sequence
         except yaml.YAMLError:
             raise ConfigError(f"{override!r}: {text!r} is not a valid YAML value") from None
     try:
-        return kind.model_validate(_merged(tree, values)).absolute()
+        return kind.model_validate(_merged(tree, values))
     except ValidationError as error:
         raise ConfigError(_one_line(error, kind)) from None
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distal import __version__, checkpoints, cluster, inputs, metrics
+from distal import __version__, checkpoints, cluster, inputs, metrics, preflight
 from distal.acquire.batch import listed_batch, random_batch, select
 from distal.assignments import PROBABILITIES, Assignments
 from distal.config import Config, ForeignConfig, Root, check_unchanged
@@ -85,6 +85,7 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
                 inputs.check_overlap(config, pool, held_out, display)
             lease = stack.enter_context(begin(directory, display))
             connect()
+            preflight.check(config, directory.path, [pool, *held_out.values()], display)
             directory.sweep()
             waiting = _Driver(config, directory, pool, held_out, display, lease).run()
     if waiting is not None:

@@ -338,6 +338,13 @@ def summary_table(summary: JsonObject) -> Table:
     return table
 
 
+def submit_table(result: JsonObject) -> str:
+    """A job, and what to type for it."""
+    fitting = result["commands"].values() if result["state"] == "submitted" else ()
+    commands = "".join(f"\n  {command}" for command in fitting)
+    return f"{result['job']}: {result['state']} ({result['run']}){commands}"
+
+
 def status_table(status: JsonObject) -> Table:
     """How far each cycle is."""
     cycles = status["cycles"]

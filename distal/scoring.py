@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from distal import analysis, cluster, inputs, metrics
+from distal import analysis, cluster, inputs, metrics, preflight
 from distal.acquire.topk import Candidates, TopK
 from distal.assignments import Assignments, dtype_for
 from distal.checkpoints import KEEP_ALL, LIGHTNING
@@ -88,6 +88,7 @@ def score_directory(
         known: JsonObject = {}
         if check is not None or check_precision is not None or not scoring.is_complete():
             connect()
+            preflight.check(config, directory.path, [pool], display)
             stack.callback(scoring.prepare().shrink, 0)
             known = scoring.check_known(check, expect_accuracy) if check is not None else {}
             directory.sweep()

@@ -65,6 +65,11 @@ def local_path(location: str | os.PathLike[str], key: str = "path") -> Path:
     return Path(os.path.abspath(Path(rest).expanduser()))  # noqa: PTH100 - `absolute` keeps ".."
 
 
+def is_relative(location: str) -> bool:
+    """Whether a path, or a `file://` URL, starts at the working directory."""
+    return not Path(split_protocol(location)[1]).expanduser().is_absolute()
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn "no space left" into one line that names the place; other errors pass."""

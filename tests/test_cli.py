@@ -155,6 +155,11 @@ def test_init_writes_a_configuration_that_loads(tmp_path: Path) -> None:
         (["score", SCORE, "pool.classes=[a]"], "unknown key pool.classes; known keys: pool.block_size, pool.exclude"),
         (["score", SCORE, "--expect-accuracy=0.5"], "--expect-accuracy needs --check FILE"),
         (["score", SCORE, "pool.path=/no/pool"], "/no/pool: no such pool"),
+        (["submit", CONFIG, "--address=http://127.0.0.1:1"], "run: 'runs/quickstart' is relative, and a submitted job"),
+        (
+            ["submit", CONFIG, "--address=http://127.0.0.1:1", "run=/r", "pool.path=/p"],
+            "no dashboard of a Ray cluster at http://127.0.0.1:1 ([Errno 111] Connection refused)",
+        ),
         (["init", f"{CONFIG}/mine.yaml"], "quickstart.yaml: file exists; give a path that can be used"),
         (["status", CONFIG], "quickstart.yaml/run.yaml: not a directory"),
         (["status", "/no/run"], "/no/run: no run here (run.yaml is missing)"),

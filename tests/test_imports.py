@@ -29,6 +29,8 @@ LADDER = [
         "verify",
         "inputs",
         "monitor",
+        "submit",
+        "preflight",
     ],
     ["score", "reduce", "acquire", "labels", "train"],
     [
@@ -56,7 +58,7 @@ LADDER = [
     ["config", "records", "storage", "hashing", "plugins", "errors"],
 ]
 STAGES = LADDER[2]
-MAY_IMPORT_RAY = {"cluster", "metrics", "pool/build", "score/actors", "train/launch", "train/loop"}
+MAY_IMPORT_RAY = {"cluster", "metrics", "submit", "pool/build", "score/actors", "train/launch", "train/loop"}
 MAY_IMPORT_ZARR = {"arrays"}
 MAY_IMPORT_DISTRIBUTED = {"train/loop"}
 
