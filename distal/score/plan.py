@@ -13,8 +13,9 @@ At a barrier (see `eliminate`) no block goes on before every block has its rows 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from distal.errors import BlockFailed
 
@@ -39,6 +40,34 @@ class Work:
     rows: tuple[int, ...]
     barrier: int | None = None
     count: int | None = None
+
+
+class _Queue(dict[int, int]):
+    """Blocks that can be handed out, each with its rank; the lowest (rank, block) is taken first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heap: list[tuple[int, int]] = []  # an entry with another rank than its block has now is void
+
+    def put(self, block: int, rank: int) -> None:
+        if self.get(block) != rank:
+            self[block] = rank
+            heappush(self._heap, (rank, block))
+
+    def take(self, suits: Callable[[int], bool]) -> int | None:
+        """Take out the first block that suits; None when none does."""
+        found, passed_over = None, []
+        while self._heap and found is None:
+            rank, block = heappop(self._heap)
+            if self.get(block) == rank and suits(block):
+                found = block
+            elif self.get(block) == rank:
+                passed_over.append(block)
+        for block in passed_over:
+            heappush(self._heap, (self[block], block))
+        if found is not None:
+            del self[found]
+        return found
 
 
 class Plan:
@@ -77,12 +106,16 @@ class Plan:
         self._failed_at: dict[int, int] = {}  # the actor at which a block failed last
         self._owner: dict[int, int] = {}  # the actor that scored a block last, and may have it decoded
         self._work: dict[int, list[Work]] = {}  # what each actor has in hand, in the order it was handed out
+        self._busy: set[int] = set()  # blocks that are in a hand
+        self._queues: dict[int | None, _Queue] = {}  # what can be handed out, by owner; None: of no one
+        for block in range(n_blocks):
+            self._enqueue(block)
 
     @property
     def finished(self) -> bool:
         """Whether every block is committed at every row, and every barrier before them is decided."""
         barrier = self.next_barrier
-        return not any(self._left) and (barrier is None or barrier >= self._n_rows)
+        return not any(self._missing) and (barrier is None or barrier >= self._n_rows)
 
     @property
     def n_rows_done(self) -> int:
@@ -102,7 +135,8 @@ class Plan:
     @property
     def n_unfinished_blocks(self) -> int:
         """Blocks that lack a row, published or not, or that only have to count votes: more actors are of no use."""
-        return sum(left > 0 for left in self._left) or (0 if self.finished else len(self._left) - len(self._counted))
+        unfinished = len(self._left) - self._left.count(0)
+        return unfinished or (0 if self.finished else len(self._left) - len(self._counted))
 
     @property
     def next_barrier(self) -> int | None:
@@ -118,6 +152,8 @@ class Plan:
         """It is decided: the rows up to the next barrier may be handed out."""
         self._passed += 1
         self._counted.clear()
+        for block in range(len(self._waiting)):
+            self._enqueue(block)
 
     def published(self, row: int) -> None:
         """A checkpoint can be scored; saying so twice changes nothing."""
@@ -143,8 +179,11 @@ class Plan:
     def actor_left(self, actor: int) -> list[Work]:
         """An actor was sent away; what it had in hand waits again, and is returned."""
         self._owner = {block: owner for block, owner in self._owner.items() if owner != actor}
+        for block in self._queues.pop(actor, ()):
+            self._enqueue(block)
         in_hand = self._work.pop(actor)
         for work in in_hand:
+            self._busy.remove(work.block)
             self._wait(work.block, work.rows)
         return in_hand
 
@@ -160,6 +199,7 @@ class Plan:
     def done(self, work: Work) -> None:
         """A hand-out is committed, and its votes are counted if that was asked for."""
         self._work[work.actor].remove(work)
+        self._busy.remove(work.block)
         self._done.update((row, work.block) for row in work.rows)
         self._left[work.block] -= len(work.rows)
         for row in work.rows:
@@ -168,6 +208,7 @@ class Plan:
             self._counted.add(work.block)
         self._attempts.pop(work.block, None)
         self._failed_at.pop(work.block, None)
+        self._enqueue(work.block)
 
     def failed(self, work: Work, reason: str) -> None:
         """A hand-out failed without taking its actor down; it waits again.
@@ -176,21 +217,26 @@ class Plan:
             BlockFailed: it has failed too often.
         """
         self._work[work.actor].remove(work)
-        self._wait(work.block, work.rows)
+        self._busy.remove(work.block)
         self._owner.pop(work.block, None)
         self._failed_at[work.block] = work.actor  # another one tries it next: it may be the actor that is at fault
+        self._wait(work.block, work.rows)
         self._count_failure(work.block, reason)
 
     def next_work(self) -> list[Work]:
         """Everything that can be handed out now; the plan takes it as handed out."""
-        handed_out = []
+        handed_out: list[Work] = []
+        with_room = [(actor, in_hand) for actor, in_hand in self._work.items() if len(in_hand) < IN_FLIGHT]
         for depth in range(IN_FLIGHT):  # one each before a second one
-            for actor, in_hand in self._work.items():
+            for actor, in_hand in with_room:
+                if not self._queues:
+                    return handed_out
                 block = self._choose(actor) if len(in_hand) <= depth else None
                 if block is None:
                     continue
                 work = self._hand_out(actor, block)
                 self._take(block, work.rows)
+                self._busy.add(block)
                 self._owner[block] = actor
                 in_hand.append(work)
                 handed_out.append(work)
@@ -222,14 +268,24 @@ class Plan:
         """Rows from here on may not be handed out yet."""
         return len(self._n_waiting) if self.next_barrier is None else self.next_barrier
 
-    def _is_ready(self, block: int) -> bool:
-        return self._oldest[block] < self._limit
-
     def _wait(self, block: int, rows: Iterable[int]) -> None:
         for row in rows:
             self._waiting[block].add(row)
             self._n_waiting[row] += 1
             self._oldest[block] = min(self._oldest[block], row)
+        self._enqueue(block)
+
+    def _enqueue(self, block: int) -> None:
+        """Queue a block if it can be handed out: by its oldest row, and before all rows if it only has to count."""
+        if block in self._busy:
+            return
+        if self._oldest[block] < self._limit:
+            rank = self._oldest[block]
+        elif self._complete_before_barrier(block):
+            rank = -1
+        else:
+            return
+        self._queues.setdefault(self._owner.get(block), _Queue()).put(block, rank)
 
     def _take(self, block: int, rows: Iterable[int]) -> None:
         for row in rows:
@@ -246,28 +302,25 @@ class Plan:
 
     def _choose(self, actor: int) -> int | None:
         """The block whose oldest row is the most behind: own blocks first, then free ones, then others'."""
-        busy = {work.block for in_hand in self._work.values() for work in in_hand}
         alone = len(self._work) == 1
-        candidates = [
-            block
-            for block in range(len(self._waiting))
-            if block not in busy
-            and (alone or self._failed_at.get(block) != actor)
-            and (self._is_ready(block) or self._complete_before_barrier(block))
-        ]
-        if not candidates:
-            return None
-        own = [b for b in candidates if self._owner.get(b) == actor]
-        free = [b for b in candidates if b not in self._owner]
-        pick = own or free or self._of_the_richest(candidates)
-        return min(pick, key=lambda b: (self._oldest[b] if self._is_ready(b) else -1, b))
+        for owner in self._in_turn(actor):
+            queue = self._queues.get(owner, _Queue())
+            # A block that failed is not tried twice in a row by one actor of several.
+            block = queue.take(lambda block: alone or self._failed_at.get(block) != actor)
+            if block is not None:
+                if not queue:
+                    del self._queues[owner]  # when none is left nothing can be handed out
+                return block
+        return None
 
-    def _of_the_richest(self, candidates: list[int]) -> list[int]:
-        """The candidates of the actor that has most of them."""
-        by_owner: dict[int, list[int]] = {}
-        for block in candidates:
-            by_owner.setdefault(self._owner[block], []).append(block)
-        return max(by_owner.values(), key=len)
+    def _in_turn(self, actor: int) -> Iterator[int | None]:
+        """Whose blocks an actor may take: its own, no one's, and those of the actor that has most of them to take."""
+        yield actor
+        yield None
+        queues = {owner: queue for owner, queue in self._queues.items() if owner is not None}
+        most = max(map(len, queues.values()), default=0)
+        richest = [owner for owner, queue in queues.items() if len(queue) == most]
+        yield from sorted(richest, key=lambda owner: min(queues[owner]))[:1]
 
     def _count_failure(self, block: int, reason: str) -> None:
         self._attempts[block] = self._attempts.get(block, 0) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -218,6 +219,99 @@ def test_any_script_of_events_ends_with_everything_done_once(data: st.DataObject
     assert plan.finished
     assert plan.n_rows_done == n_rows
     assert plan.n_unfinished_blocks == 0
+
+
+class Plain(Plan):
+    """The rule of `Plan`, written down plainly: it looks at every block for every hand-out."""
+
+    def next_work(self) -> list[Work]:
+        handed_out = []
+        for depth in range(IN_FLIGHT):
+            for actor, in_hand in self._work.items():
+                block = self._choose(actor) if len(in_hand) <= depth else None
+                if block is None:
+                    continue
+                work = self._hand_out(actor, block)
+                self._take(block, work.rows)
+                self._busy.add(block)
+                self._owner[block] = actor
+                in_hand.append(work)
+                handed_out.append(work)
+        return handed_out
+
+    def _choose(self, actor: int) -> int | None:
+        busy = {work.block for in_hand in self._work.values() for work in in_hand}
+        alone = len(self._work) == 1
+        candidates = [
+            block
+            for block in range(len(self._waiting))
+            if block not in busy
+            and (alone or self._failed_at.get(block) != actor)
+            and (self._is_ready(block) or self._complete_before_barrier(block))
+        ]
+        if not candidates:
+            return None
+        own = [b for b in candidates if self._owner.get(b) == actor]
+        free = [b for b in candidates if b not in self._owner]
+        pick = own or free or self._of_the_richest(candidates)
+        return min(pick, key=lambda b: (self._oldest[b] if self._is_ready(b) else -1, b))
+
+    def _is_ready(self, block: int) -> bool:
+        return self._oldest[block] < self._limit
+
+    def _of_the_richest(self, candidates: list[int]) -> list[int]:
+        by_owner: dict[int, list[int]] = {}
+        for block in candidates:
+            by_owner.setdefault(self._owner[block], []).append(block)
+        return max(by_owner.values(), key=len)
+
+
+EVENTS = {"publish": 2, "join": 2, "done": 8, "fail": 2, "die": 1, "leave": 1, "pass": 3, "limit": 1}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_the_queues_decide_as_the_plain_rule(random: Random) -> None:
+    n_rows, n_blocks = random.randint(1, 12), random.randint(1, 14)
+    barriers = sorted(random.sample(range(n_rows + 1), random.randint(0, min(3, n_rows))))
+    share_done = random.choice([0, 0, 0.3, 0.9])
+    done = [(row, block) for row in range(n_rows) for block in range(n_blocks) if random.random() < share_done]
+    plan, plain = (kind(n_rows, n_blocks, done, barriers) for kind in (Plan, Plain))
+    rows, working, alive, n_joined = list(range(n_rows)), [], [], 0
+
+    def both(event: str, *arguments: object) -> None:
+        assert outcome(plan, event, *arguments) == outcome(plain, event, *arguments)
+
+    for event in random.choices(list(EVENTS), list(EVENTS.values()), k=random.randint(10, 150)):
+        if event == "publish" and rows:
+            both("published", rows.pop(0))
+        elif event == "join":
+            both("actor_joined", n_joined)
+            alive.append(n_joined)
+            n_joined += 1
+        elif event in ("done", "fail") and working:
+            work = working.pop(random.randrange(len(working)))
+            both(*(("done", work) if event == "done" else ("failed", work, "reason")))
+        elif event in ("die", "leave") and alive:
+            actor = alive.pop(random.randrange(len(alive)))
+            both("actor_lost" if event == "die" else "actor_left", actor)
+            working = [work for work in working if work.actor != actor]
+        elif event == "pass" and plan.at_barrier:
+            both("pass_barrier")
+        elif event == "limit":
+            plan.max_rows = plain.max_rows = random.randint(1, MAX_ROWS)
+        handed_out = plan.next_work()
+        assert handed_out == plain.next_work()
+        working += handed_out
+        for name in ("finished", "at_barrier", "n_unfinished_blocks", "n_rows_done"):
+            assert getattr(plan, name) == getattr(plain, name)
+
+
+def outcome(plan: Plan, event: str, *arguments: object) -> object:
+    try:
+        return getattr(plan, event)(*arguments)
+    except BlockFailed as failed:
+        return str(failed)
 
 
 @pytest.mark.parametrize(
