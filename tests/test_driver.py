@@ -115,7 +115,7 @@ def test_what_a_run_is_and_what_its_autos_came_to(finished: Path, pool: Pool, te
         "device": "cpu", "pool.block_size": 64, "train.threads": 1, "score.precision": "fp32", "score.batch_size": 32,
     }  # fmt: skip
     assert run.identity["fixed"] == {
-        "seed": 0, "pool.limit": None, "pool.block_size": 64, "loop.initial": INITIAL,
+        "seed": 0, "pool.limit": None, "pool.block_size": 64, "loop.initial": INITIAL, "loop.balance": True,
         "pool content (pool.path)": pool.content_sha256, "test content (eval.test)": test_pool.content_sha256,
         "validation content (eval.val)": None,
     }  # fmt: skip
