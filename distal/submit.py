@@ -109,7 +109,7 @@ def follow(submitted: Submitted, say: Callable[[str], None]) -> JsonObject:
         `Submitted.record` with the state succeeded, failed or stopped, and the job's `exit_code`.
 
     Raises:
-        DistalError: the connection was lost; the job goes on.
+        DistalError: the connection was lost, which the job does not need.
     """
     import aiohttp
 
@@ -124,8 +124,8 @@ def follow(submitted: Submitted, say: Callable[[str], None]) -> JsonObject:
                 time.sleep(POLL_S)
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             raise DistalError(
-                f"the connection to {submitted.address} was lost ({one_line(error)}); the job goes on, see: "
-                f"{submitted.commands['logs']}"
+                f"the connection to {submitted.address} was lost ({one_line(error)}); the job goes on "
+                f"unless its cluster is gone: {submitted.commands['logs']}"
             ) from error
     state = info.status.value.lower()
     code = info.driver_exit_code
