@@ -66,7 +66,7 @@ class TestLook:
         assert told == (
             "model.weights: /no/weights.pt is not there",
             "model.name: module 'no_such_module' cannot be imported (No module named 'no_such_module')",
-            "model.output: module 'torch' has no function 'no_such_function'",
+            "model.output: module 'torch' has no function or class 'no_such_function'",
         )
 
 
