@@ -146,7 +146,7 @@ def test_a_function_of_ones_own() -> None:
     [
         ({"name": "resnet19"}, "'resnet19' is unknown; give small_cnn, .* such as resnet101, resnet152, resnet18"),
         ({"name": "tests.nowhere:f"}, "module 'tests.nowhere' cannot be imported"),
-        ({"name": "tests.test_models:f"}, "module 'tests.test_models' has no function 'f'"),
+        ({"name": "tests.test_models:f"}, "module 'tests.test_models' has no function or class 'f'"),
         ({"name": "tests.test_models:no_module"}, "returned str; a torch.nn.Module is needed"),
         ({"name": "tests.test_models:wrong_output"}, r"returned \(2, 11\) for 2 images; a tensor \(2, 10\)"),
         ({"name": "vgg11", "stem": "small"}, "small is known for ResNets only, not for vgg11"),
