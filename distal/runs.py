@@ -282,6 +282,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.attempt = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+        self._identity: JsonObject | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -296,13 +297,13 @@ class Run:
             raise RunConflict(f"{path}: no run here (run.yaml is missing); start one with `distal run CONFIG`")
         return run
 
-    @cached_property
+    @property
     def identity(self) -> JsonObject | None:
-        """What `run.yaml` says; None when the run has not begun."""
-        try:
-            return storage.read_yaml(self.path / "run.yaml", required=("fixed", "constants"))
-        except FileNotFoundError:
-            return None
+        """What `run.yaml` says; None while the run has not begun, which another driver may do at any time."""
+        if self._identity is None:
+            with suppress(FileNotFoundError):
+                self._identity = storage.read_yaml(self.path / "run.yaml", required=("fixed", "constants"))
+        return self._identity
 
     def check(self, fixed: JsonObject) -> None:
         """Refuse to be continued as another run.
@@ -328,7 +329,7 @@ class Run:
         """Raise RunConflict when the folder holds something else than a run."""
         ours = ("events", "driver", "run.yaml")
         foreign = [name for name in storage.names_in(self.path) if name not in ours]
-        if self.identity is None and foreign:
+        if foreign and self.identity is None:  # asked last: who begins a run writes `run.yaml` first
             raise RunConflict(f"{self.path}: not an empty folder and not a run (it holds {foreign[0]})")
 
     def begin(self, fixed: JsonObject, constants: JsonObject) -> None:
@@ -340,7 +341,6 @@ class Run:
         self.check(fixed)
         if self.identity is None:
             storage.write_yaml(self.path / "run.yaml", {"fixed": fixed, "constants": constants})
-            del self.identity
 
     def is_complete(self, n_cycles: int) -> bool:
         """Whether nothing is left to do, told from storage alone."""

@@ -119,6 +119,7 @@ def test_a_changed_pool_is_refused_and_damage_is_named(run: Path, tmp_path: Path
         select_run(copy, cycle=0, budget=5)
 
 
+@pytest.mark.slow
 def test_elimination_in_a_run_selects_the_same(run: Path, pool: Pool, tmp_path: Path) -> None:
     """The whole loop: the first cycle selects the same samples, so the second one trains on the same."""
     config = small_config(tmp_path / "run", pool, None, f"train.epochs={ROWS}", "score.eliminate=exact")

@@ -10,7 +10,7 @@ import pytest
 from distal import Run, checkpoints, run
 from distal.acquire.k_center import k_center
 from distal.assignments import Assignments
-from distal.errors import ConfigError, UserError
+from distal.errors import ConfigError
 from distal.models import ModelSpec
 from distal.pool import Pool
 from distal.score.predict import Predictor
@@ -64,7 +64,7 @@ def test_k_center_of_the_best_by_margin(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_nothing_is_scored_for_a_draw_or_a_list(pool: Pool, tmp_path: Path) -> None:
-    """A random first batch, then one that was chosen elsewhere; then the same list again, which is labelled now."""
+    """A random first batch, then one that was chosen elsewhere."""
     names = [f"s1-{i:05d}" for i in range(100, 106)]
     (tmp_path / "ids.txt").write_text("\n".join(names))
     folder = tmp_path / "run"
@@ -82,8 +82,6 @@ def test_nothing_is_scored_for_a_draw_or_a_list(pool: Pool, tmp_path: Path) -> N
     assert run(small_config(folder, pool, None, *listed))["cycles"][1]["images_scored"] == 0
     assert Run.open(folder).cycle(1).chosen().sample_ids == names
     assert verify(folder)["state"] == "sound"
-    with pytest.raises(UserError, match="labelled already"):
-        run(small_config(folder, pool, None, *listed, "loop.cycles=3"))
 
 
 @pytest.mark.slow
@@ -105,6 +103,7 @@ def test_the_authors_dispersion_under_the_training_transform(pool: Pool, tmp_pat
         small_config(tmp_path / "bad", pool, None, "select.measure=dispersion_authors")
 
 
+@pytest.mark.slow
 def test_a_random_part_is_scored_and_selected_from(pool: Pool, tmp_path: Path) -> None:
     result = run(small_config(tmp_path / "run", pool, None, *ONE, "select.subpool=0.5"))
     cycle = Run.open(tmp_path / "run").cycle(0)
