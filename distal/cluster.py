@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,7 +53,11 @@ class Slots:
     @property
     def scoring(self) -> int:
         """Slots of the nodes that may score."""
-        return sum(node.gpus if self.device == "cuda" else node.cpus for node in self.score_nodes)
+        return self.scoring_of(self.score_nodes)
+
+    def scoring_of(self, nodes: Iterable[Node]) -> int:
+        """Slots of those of some nodes that may score. Which may is decided once: what the selector fits."""
+        return sum(_slots(node, self.device) for node in nodes if _fits(node, self.selectors["score"]))
 
     def training(self, workers: int, threads: int) -> int:
         """Slots that the ranks take from scoring: none where they have nodes of their own."""
@@ -85,7 +89,7 @@ def divide(nodes: Sequence[Node], device: str) -> Slots:
     if device == "cuda" and not gpus:
         raise ConfigError("device: cuda, but no node of the cluster has a GPU; set device=cpu")
     device = "cuda" if gpus and device != "cpu" else "cpu"
-    able = tuple(node for node in nodes if (node.gpus if device == "cuda" else node.cpus))
+    able = tuple(node for node in nodes if _slots(node, device))
     labelled = {role: tuple(node for node in able if node.role == role) for role in ("train", "score")}
     chosen: dict[str, tuple[Node, ...]] = {}
     selectors: dict[str, dict[str, str] | None] = {}
@@ -97,6 +101,18 @@ def divide(nodes: Sequence[Node], device: str) -> Slots:
     if not any(labelled.values()) or not all(chosen.values()):
         return Slots(device, able, able, {"train": None, "score": None})
     return Slots(device, chosen["train"], chosen["score"], selectors)
+
+
+def _slots(node: Node, device: str) -> int:
+    return node.gpus if device == "cuda" else node.cpus
+
+
+def _fits(node: Node, selector: dict[str, str] | None) -> bool:
+    """Whether Ray would place there what has this selector."""
+    if selector is None:
+        return True
+    role = selector[ROLE_LABEL]
+    return node.role != role[1:] if role.startswith("!") else node.role == role
 
 
 def secure(address: str) -> None:
@@ -201,9 +217,19 @@ def find_slots(device: str) -> Slots:
     Raises:
         ConfigError: cuda was asked for and no node has a GPU.
     """
+    return divide(_nodes(), device)
+
+
+def scoring_slots(slots: Slots) -> int:
+    """Slots of the nodes that are there now and may score; 0 when all of them are away."""
+    return slots.scoring_of(_nodes())
+
+
+def _nodes() -> list[Node]:
+    """The nodes of the connected cluster that are alive."""
     import ray
 
-    nodes = [
+    return [
         Node(
             cpus=int(node["Resources"].get("CPU", 0)),
             gpus=int(node["Resources"].get("GPU", 0)),
@@ -212,15 +238,6 @@ def find_slots(device: str) -> Slots:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return divide(nodes, device)
-
-
-def scoring_slots(device: str) -> int:
-    """Slots of the nodes that may score now; 0 when all of them are away."""
-    try:
-        return find_slots(device).scoring
-    except ConfigError:
-        return 0
 
 
 def _first_line(error: Exception) -> str:

@@ -770,7 +770,7 @@ def new_scorers(config: Root, slots: cluster.Slots, attempt: str) -> Scorers:
         f"scorer-{attempt}",
         {"num_cpus": SCORER_THREADS, **gpu, "label_selector": slots.selectors["score"]},
         asked=None if config.score.actors == "auto" else config.score.actors,
-        slots=partial(cluster.scoring_slots, slots.device),
+        slots=partial(cluster.scoring_slots, slots),
         cache_bytes=int(config.score.cache_gb * 2**30),
         threads=SCORER_THREADS,
         run=Path(config.run).name,

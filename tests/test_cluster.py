@@ -52,6 +52,16 @@ class TestSlots:
         assert slots.selectors == {"train": None, "score": None}
         assert slots.scoring == 6
 
+    def test_nodes_that_come_and_go_change_no_role(self) -> None:
+        """Which nodes score is decided when a run starts: its actors and ranks have been told."""
+        train, score = Node(16, role="train"), Node(4, role="score")
+        labelled = divide([train, score], "cpu")
+        assert labelled.scoring_of([train]) == 0
+        assert labelled.scoring_of([train, score, Node(8, role="score"), Node(2)]) == 12
+        assert divide([train, Node(4)], "cpu").scoring_of([train, Node(4), score]) == 8
+        assert divide([Node(4)], "cpu").scoring_of([Node(4), score, train]) == 24
+        assert divide([Node(4, gpus=2)], "auto").scoring_of([Node(64)]) == 0
+
     def test_gpus_are_the_slots_where_there_are_any(self) -> None:
         nodes = [Node(64, gpus=4), Node(64, gpus=4), Node(32)]
         slots = divide(nodes, "auto")

@@ -575,11 +575,13 @@ class Scorers:
         """Count the slots again, and learn which actors have found room."""
         self.slots = max(self.slots, self._find_slots())
         for ref in _ready(self._placing):
-            actor = self._placing.pop(ref)
-            with suppress(RayError):  # it died: what else it was asked says so
-                process = ray.get(ref)
-                if actor in self.actors:
-                    self.processes[actor] = process
+            with suppress(RayError):  # it died: what else it is asked says so
+                self._placed(ref)
+
+    def _placed(self, ref: Any) -> None:
+        """An actor has found room; raises RayError when it died meanwhile."""
+        self.processes[self._placing[ref]] = ray.get(ref)
+        del self._placing[ref]
 
     def shrink(self, n: int) -> None:
         """Stop actors until there are at most `n`."""
@@ -630,7 +632,10 @@ class Scorers:
         return self._ask_all(method, [arguments])[0]
 
     def _ask_all(self, method: str, calls: Sequence[tuple[object, ...]]) -> list[Any]:
-        """Have the actors do something with each of some arguments; what one had in hand that died is done again."""
+        """Have the actors do something with each of some arguments; what one had in hand that died is done again.
+
+        Only those are asked that have found room: one that stands for a lost node may wait for ever.
+        """
         answers: dict[int, Any] = {}
         waiting = deque(range(len(calls)))
         working: dict[Any, tuple[int, int]] = {}
@@ -638,19 +643,24 @@ class Scorers:
         while len(answers) < len(calls):
             self.grow(max(1, min(actors_allowed(self.asked, self.slots, 0), len(waiting) + len(working))))
             busy = {actor for actor, _ in working.values()}
-            for index in [index for index in self.actors if index not in busy][: len(waiting)]:
+            for index in [index for index in self.processes if index not in busy][: len(waiting)]:
                 call = waiting.popleft()
                 working[getattr(self.actors[index], method).remote(*calls[call])] = index, call
-            for ref in ray.wait(list(working), num_returns=1)[0]:
-                index, call = working.pop(ref)
+            for ref in ray.wait([*working, *self._placing], num_returns=1)[0]:
+                index = working[ref][0] if ref in working else self._placing[ref]
                 try:
-                    answers[call] = ray.get(ref)
-                    n_died = 0
+                    if ref in working:
+                        answers[working[ref][1]] = ray.get(ref)
+                        del working[ref]
+                        n_died = 0
+                    else:
+                        self._placed(ref)
                 except RayTaskError as error:
                     raise error.cause from None
                 except RayError as error:
+                    if ref in working:
+                        waiting.appendleft(working.pop(ref)[1])
                     self.drop(index)
-                    waiting.appendleft(call)
                     n_died += 1
                     if n_died == MAX_FAILED_STARTS:
                         raise DistalError(f"{n_died} scoring actors in a row died: {one_line(error)}") from None
@@ -660,6 +670,7 @@ class Scorers:
         """Stop one actor, and free its slot, also when it does not listen to Ray any more."""
         ray.kill(self.actors.pop(actor))
         del self._shards[actor]
+        self._placing = {ref: placed for ref, placed in self._placing.items() if placed != actor}
         if actor in self.processes:
             cluster.kill(self.processes.pop(actor))
 

@@ -436,6 +436,20 @@ def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, refe
     assert digest(mixed.path) == reference
 
 
+@pytest.mark.timeout(100)
+def test_an_actor_without_room_keeps_no_answer_waiting(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+    """As after the loss of a node: two slots are counted, and there is room for one actor."""
+    scorers.shrink(0)
+    crowded = Scorers("crowded", {"num_cpus": 2}, asked=None, slots=lambda: 2, cache_bytes=0, threads=1)
+    job, _ = prepare(tmp_path, pool, published=1)
+    ref = checkpoints.read(folder_of(job), 0)
+    indices = np.arange(8, 200)  # two pieces
+    found = crowded.outputs(job, indices, ref, {"probabilities"})["probabilities"]
+    assert (found.argmax(axis=1) == crowded.predict(job, indices, ref)).all()
+    assert (len(crowded.actors), len(crowded.processes)) == (2, 1)
+    crowded.shrink(0)
+
+
 def test_actors_make_room_for_training_that_comes_back(
     pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
 ) -> None:
