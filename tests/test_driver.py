@@ -290,6 +290,7 @@ def test_a_run_may_grow_with_other_settings(finished: Path, pool: Pool, test_poo
     assert len(Ledger.read(Run.open(longer).label_files(before=3))) == N_READABLE
 
 
+@pytest.mark.slow
 def test_ranks_stop_when_the_run_fails(pool: Pool, tmp_path: Path) -> None:
     """In a Ray of the caller's, training must not go on behind its back."""
 

@@ -63,6 +63,7 @@ def test_k_center_of_the_best_by_margin(pool: Pool, tmp_path: Path) -> None:
     assert verify(tmp_path / "run")["state"] == "sound"
 
 
+@pytest.mark.slow
 def test_nothing_is_scored_for_a_draw_or_a_list(pool: Pool, tmp_path: Path) -> None:
     """A random first batch, then one that was chosen elsewhere."""
     names = [f"s1-{i:05d}" for i in range(100, 106)]

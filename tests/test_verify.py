@@ -187,6 +187,7 @@ def test_repair_waits_for_no_driver(finished: Path, tmp_path: Path) -> None:
         repair(run)
 
 
+@pytest.mark.slow
 def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) -> None:
     write_checkpoints(tmp_path / "ck", pool, range(8))
     config = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "score.eliminate=exact", "score.budget=4")

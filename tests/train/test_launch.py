@@ -166,6 +166,7 @@ def test_a_checkpoint_that_was_lost_is_not_trained_again(
         train(copy, ranks(1))
 
 
+@pytest.mark.slow
 def test_ranks_whose_driver_gave_up_stop_writing(pool: Pool, tmp_path: Path) -> None:
     """`abandon` takes the right to write away: the ranks of a failed run must not go on in the caller's cluster."""
     long = job(tmp_path, pool, epochs=500)
@@ -192,6 +193,7 @@ def test_nothing_is_begun_once_the_driver_gave_up(cluster: str, pool: Pool, tmp_
     assert checkpoints.committed(never.checkpoints) == []
 
 
+@pytest.mark.slow
 def test_another_pool_at_the_same_place_is_refused(pool: Pool, tmp_path: Path) -> None:
     other = replace(job(tmp_path, pool), pool_sha256="0" * 64)
     with pytest.raises(PoolError, match="not the pool of this run"):
