@@ -14,13 +14,14 @@ from distal.assignments import dtype_for
 from distal.cluster import Slots
 from distal.config import NAMED, AnyRoot, Config, Root
 from distal.errors import ConfigError, PoolError, UserError
-from distal.lists import read_text
+from distal.lists import listed, read_text
 from distal.models import ModelSpec
 from distal.monitor import Display
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.pool.images import MANIFEST, OK
 from distal.records import STRIPE_SAMPLES, JsonObject, Progress, auto_block_size, split_blocks
+from distal.strategies import strategy
 from distal.train.command import check_command
 
 
@@ -116,6 +117,9 @@ def check(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> None:
         check_command(config.train.command)
     dtype_for(len(pool.classes))
     check_groups(config, pool)
+    strategy(config.select)
+    if config.select.from_ is not None:
+        listed(pool, Path(config.select.from_))
     n_usable = pool.n_readable if config.pool.limit is None else min(config.pool.limit, pool.n_readable)
     if isinstance(config.loop.initial, int) and n_usable < config.loop.initial + 1:
         raise UserError(

@@ -89,6 +89,22 @@ def find(pool: Pool, ids: Sequence[str]) -> NDArray[np.int64]:
     return found
 
 
+def listed(pool: Pool, file: Path) -> tuple[list[str], NDArray[np.int64]]:
+    """The ids of `select.from`, in order, and the `sample_index` of each.
+
+    Raises:
+        SourceError: the file cannot be read, names a sample twice, or one that is not in the pool.
+    """
+    ids = read_ids(file, "select.from", once=True)
+    indices = find(pool, ids)
+    unknown = [sample_id for sample_id, index in zip(ids, indices, strict=True) if index < 0]
+    if unknown:
+        raise SourceError(
+            f"select.from: {file}: sample {unknown[0]} is not in the pool ({len(unknown)} of {len(ids)} are not)"
+        )
+    return ids, indices
+
+
 def _columns(path: Path, key: str, *names: str) -> pa.Table:
     if not path.is_file():
         raise SourceError(f"{key}: {path}: no such file")

@@ -18,7 +18,7 @@ from distal.config import SelectConfig
 from distal.eligibility import Eligibility
 from distal.errors import ConfigError, Damage
 from distal.hashing import mix64, sample_keys, seed_for
-from distal.lists import find, read_ids
+from distal.lists import listed
 from distal.pool import Pool
 from distal.records import STRIPE_SAMPLES, split_blocks
 from distal.scores import Scores
@@ -119,13 +119,7 @@ def listed_batch(pool: Pool, eligible: Eligibility, file: Path, dest: Path) -> S
         SourceError: the file cannot be read, or names a sample twice.
         ConfigError: a sample is not in the pool, or cannot be chosen.
     """
-    ids = read_ids(file, "select.from", once=True)
-    indices = find(pool, ids)
-    unknown = [sample_id for sample_id, index in zip(ids, indices, strict=True) if index < 0]
-    if unknown:
-        raise ConfigError(
-            f"select.from: {file}: sample {unknown[0]} is not in the pool ({len(unknown)} of {len(ids)} are not)"
-        )
+    ids, indices = listed(pool, file)
     barred = []
     for start, stop, flags in eligible.stripes():
         inside = np.flatnonzero((indices >= start) & (indices < stop))

@@ -163,7 +163,7 @@ def test_samples_that_a_file_names(pool: Pool, tmp_path: Path) -> None:
     assert chosen("s1-00200", "s1-00005", "s1-00010") == [200, 5, 10]
     with pytest.raises(SourceError, match="s1-00005 is there more than once"):
         chosen("s1-00005", "s1-00200", "s1-00005")
-    with pytest.raises(ConfigError, match=r"sample nobody is not in the pool \(1 of 2"):
+    with pytest.raises(SourceError, match=r"sample nobody is not in the pool \(1 of 2"):
         chosen("s1-00005", "nobody")
     with pytest.raises(ConfigError, match=r"s1-00003 is labelled already.*\(2 of 3 are\)"):
         chosen("s1-00005", "s1-00003", "s1-00007")
