@@ -204,12 +204,14 @@ class Scored:
                 "(score.eliminate: exact), so no more than that can be selected; score again with "
                 "score.eliminate=none in another run directory"
             )
-        most = self.config.select.max_per_group
+        config = self.config.select
+        # Nothing is asked of a network here, so a batch that takes more than scores is one of the largest.
+        batch = config.batch if config.batch in ("top_k", "power") else "top_k"
+        how = config.model_copy(update={"measure": measure, "tie_break": tie_break, "batch": batch, "from_": None})
         made_from = {
             "reduce": reduced["inputs_sha256"],
-            "tie_break": tie_break,
             "seed": str(self.config.seed),
-            "max_per_group": str(most),
+            "select": digest(how.model_dump(mode="json")),
         }
         stage, dest = f"select-{budget}", analysis.selection(budget)
         marker = analysis.marker(stage)
@@ -220,7 +222,7 @@ class Scored:
                 Scores.open(analysis.scores),
                 self.assignments,
                 self.pool,
-                self.config.select.model_copy(update={"measure": measure, "tie_break": tie_break}),
+                how,
                 dest,
                 last_row=self.n_rows - 1,
                 budget=budget,

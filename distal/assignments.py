@@ -268,8 +268,13 @@ class Assignments:
             raise ValueError(f"labels must be below {self.n_classes} or UNASSIGNED, got {labels.max()}")
         where = (row, slice(block.start, block.stop))
         for name, values in (recorded or {}).items():
-            self._arrays[name].write(where, values.astype(self._arrays[name].dtype))
+            self._arrays[name].write(where, values.astype(self._arrays[name].dtype, copy=False))
         self._arrays[ARRAY].write(where, labels)
+
+    def blank(self, name: str, block: Block) -> NDArray[np.floating[Any]]:
+        """What a recorded array holds of a block of which nothing is scored: NaN, in its shape and dtype."""
+        array = self._arrays[name]
+        return np.full((len(block), *array.shape[2:]), np.nan, array.dtype)
 
     def has(self, row: int, block: Block, *, recorded: bool = False) -> bool:
         """Whether this block of this row is committed; `recorded`: and has its recorded values."""

@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from distal import __version__, cluster, driver
+from distal.assignments import record_path
 from distal.comparison_report import report
-from distal.config import CompareConfig, Config, SelectConfig
+from distal.config import FIRST, CompareConfig, Config, SelectConfig
 from distal.errors import ConfigError
 from distal.monitor import Display, Silent
 from distal.pool import Pool
@@ -34,8 +35,6 @@ from distal.records import JsonObject
 from distal.runs import Cycle, Run
 from distal.storage import write_yaml
 from distal.strategies import recorded, scored_epochs
-
-FIRST = "first"
 
 
 def compare(config: CompareConfig, display: Display | None = None) -> JsonObject:
@@ -90,14 +89,12 @@ def strategy_config(config: CompareConfig, name: str, seed: int, folder: Path) -
 
 def first_config(config: CompareConfig, seed: int, folder: Path) -> Config:
     """The configuration of the first cycle, which has what any of the strategies needs."""
-    strategies = list(config.compare.strategies)
-    each = [strategy_config(config, name, seed, folder) for name in strategies]
-    n_rows = max(len(scored_epochs(one)) for one in each)
-    whole = n_rows > 1 or n_rows == len(config.train.checkpoint_epochs)
+    each = [strategy_config(config, name, seed, folder) for name in config.compare.strategies]
     names = dict.fromkeys(name for one in each for name in one.score.record)
-    needy = max(each, key=lambda one: len(scored_epochs(one))).select
-    plain = SelectConfig(measure=needy.measure, tie_break=needy.tie_break)
-    return _single(config, seed, folder, plain, tuple(names), "all" if whole else "needed", cycles=1)
+    neediest = max(each, key=lambda one: len(scored_epochs(one)))
+    whole = len(scored_epochs(neediest)) == len(config.train.checkpoint_epochs)
+    select = neediest.select.model_copy(update={"subpool": None})  # of a part not every strategy could select
+    return _single(config, seed, folder, select, tuple(names), "all" if whole else "needed", cycles=1)
 
 
 def _single(
@@ -142,15 +139,14 @@ def _fork(shared: Run, dest: Path, wanted: Config) -> None:
     begun = source.config
     assert isinstance(begun, Config)
     select = wanted.select
-    stages = ["train", "test"] if select.subpool is not None else ["train", "test", "score"]
-    names = [shared.initial.name]
-    names += [f"cycles/000/{stage}.json" for stage in stages]
-    names += ["cycles/000/train", "cycles/000/checkpoints", "cycles/000/test.zarr", "cycles/000/test.zarr.json"]
-    names += ["cycles/000/val.zarr", "cycles/000/val.zarr.json"]
-    if "score" in stages:
-        names += ["cycles/000/assignments.zarr", "cycles/000/assignments.zarr.json"]
-    for name in names:
-        _link(shared.path / name, dest / name)
+    stages, arrays = ["train", "test"], [source.held_out("test"), source.held_out("val")]
+    if select.subpool is None:  # of a part of the pool other samples are scored
+        stages.append("score")
+        arrays.append(source.assignments)
+    paths = [shared.initial, source.folder / "train", source.checkpoints, *arrays, *map(record_path, arrays)]
+    paths += [source.folder / f"{stage}.json" for stage in stages]
+    for path in paths:
+        _link(path, dest / path.relative_to(shared.path))
     values = {f"select.{key}": value for key, value in select.model_dump(by_alias=True).items()}
     Run(dest).cycle(0).begin(begun.with_values({"run": str(dest), "loop.cycles": wanted.loop.cycles, **values}))
     assert shared.identity is not None

@@ -34,6 +34,7 @@ Integer = Annotated[int, Strict()]  # true is not 1
 Count = Annotated[int, Strict(), Field(ge=1)]
 
 BUILTIN, TORCHVISION = "builtin:", "torchvision:"
+FIRST = "first"  # in a comparison, the folder of what all strategies share
 NAMED = (BUILTIN, TORCHVISION)  # sources that have a name, which is no path
 SECTIONS = {  # in the order of the work; what is no section comes first
     name: place
@@ -615,8 +616,8 @@ class CompareSection(Section):
     @model_validator(mode="after")
     def _known(self) -> Self:
         for name, select in self.strategies.items():
-            if name == "first":
-                raise ValueError("strategies: 'first' is the folder of what all share; take another name")
+            if name == FIRST:
+                raise ValueError(f"strategies: {FIRST!r} is the folder of what all share; take another name")
             if select.from_ is not None:
                 raise ValueError(f"strategies: {name}: a file is chosen for one run; leave out from")
         unknown = [name for name in self.references if name not in self.strategies]

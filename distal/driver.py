@@ -405,13 +405,14 @@ class _Driver:
             progress = Progress(cycle.index, "train + score", epochs=config.train.epochs)
             if n_rows:
                 scored = self._fill(job, assignments, training, progress, _elimination(cycle))
+                n_eligible = (scored.images + scored.left_out) // n_rows
             else:
-                scored = Scored(images=0, n_rows=0)
                 self._follow(cycle, training)
+                scored, n_eligible = Scored(images=0, n_rows=0), self._eligible(cycle).count()
             return {
                 "images_scored": scored.images,
                 "left_out": scored.left_out,
-                "n_eligible": self._eligible(cycle).count(),
+                "n_eligible": n_eligible,
                 "n_rows": n_rows,
                 "fingerprint": assignments.attributes.get("fingerprint"),
             }
@@ -451,6 +452,8 @@ class _Driver:
             }
 
         self._stage(cycle, "test", made_from, work)
+        if (accuracy := (cycle.evaluation()["test"] or {}).get("accuracy")) is not None:
+            self.meter.set(metrics.TEST_ACCURACY, accuracy)
 
     def _predict(self, cycle: Cycle, name: str, pool: Pool, index: int) -> tuple[NDArray[np.int64], Assignments]:
         """Score the labelled images of another pool at a checkpoint: (n,) their labels, and what was predicted."""
@@ -551,8 +554,6 @@ class _Driver:
         self.lease.check()
         complete = cycle.marker(stage) is not None
         marker = cycle.run_stage(stage, made_from, work)
-        if (accuracy := (marker.get("test") or {}).get("accuracy")) is not None:
-            self.meter.set(metrics.TEST_ACCURACY, accuracy)
         self.meter.tell(now=True)
         if not complete:
             self._event("stage", cycle=cycle.index, stage=stage, seconds=marker["seconds"])

@@ -43,8 +43,7 @@ def _cycle(cycle: Cycle, last: bool) -> JsonObject:
     if Assignments.begun(cycle.assignments):
         assignments = Assignments.open(cycle.assignments)
         done = sum(len(assignments.committed(row)) for row in range(assignments.n_rows))
-        n_rows = assignments.n_rows if isinstance(cycle.config, Config) else _n_checkpoints(cycle)
-        total = n_rows * len(assignments.blocks)
+        total = _n_rows(cycle, assignments) * len(assignments.blocks)
     return {
         "cycle": cycle.index,
         "complete": [stage for stage, marker in markers.items() if marker],
@@ -81,6 +80,11 @@ def _n_checkpoints(cycle: Cycle) -> int:
         return len(cycle.config.train.checkpoint_epochs)
     assert cycle.config is not None
     return cycle.config.checkpoints.expect or _n_published(cycle)
+
+
+def _n_rows(cycle: Cycle, assignments: Assignments) -> int:
+    """How many of them are scored; of a directory that grows there are spare rows."""
+    return assignments.n_rows if isinstance(cycle.config, Config) else _n_checkpoints(cycle)
 
 
 def watch(path: Path, show: Callable[[JsonObject], None], interval: float = 2.0) -> JsonObject:
@@ -182,8 +186,7 @@ class _Rows:
         if self._assignments is None and not self._open():
             return told
         assert self._assignments is not None
-        ours = isinstance(self.cycle.config, Config)
-        n_rows = self._assignments.n_rows if ours else n_checkpoints
+        n_rows = _n_rows(self.cycle, self._assignments)
         first = n_checkpoints - n_rows  # the checkpoint of row 0: not every selection needs all of them
         n_blocks = len(self._eligible)
         blocks = n_blocks * len(self._complete)

@@ -9,12 +9,14 @@ import pytest
 
 from distal import Run, checkpoints, run
 from distal.acquire.k_center import k_center
+from distal.analysis import select_run
 from distal.assignments import Assignments
 from distal.errors import ConfigError
 from distal.models import ModelSpec
 from distal.pool import Pool
 from distal.score.predict import Predictor
 from distal.scores import Scores
+from distal.selection import Selection
 from distal.verify import verify
 from tests.helpers import small_config
 
@@ -60,6 +62,8 @@ def test_k_center_of_the_best_by_margin(pool: Pool, tmp_path: Path) -> None:
     assert chosen.indices.tolist() == best[k_center(plain[np.searchsorted(ordered, best)], 16)].tolist()
     assert set(chosen.table["decided_by"].to_pylist()) == {"k_center"}
     assert chosen.tie_share == 0
+    again = select_run(tmp_path / "run", budget=5)  # from what is stored, so by the scores alone
+    assert Selection.read(Path(again["selection"])).indices.tolist() == best[:5].tolist()
     assert verify(tmp_path / "run")["state"] == "sound"
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from distal import checkpoints, cluster, metrics
-from distal.assignments import PROBABILITIES, Assignments, unassigned
+from distal.assignments import Assignments, unassigned
 from distal.augment import crop_flip
 from distal.errors import DistalError, Diverged, ModelError, RunConflict, one_line
 from distal.hashing import mix64
@@ -38,6 +38,7 @@ from distal.score.plan import MAX_ROWS, Plan, Work, actors_allowed
 from distal.score.predict import (
     NotFinite,
     Precision,
+    Prediction,
     Predictor,
     best_precision,
     fingerprint,
@@ -246,6 +247,7 @@ class Scorer:
         self._job: Job | None = None
         self._pool: Pool
         self._assignments: Assignments
+        self._is_open = False  # the assignments of the job
         self._template: Predictor
         self._pieces: dict[int, list[_Piece]] = {}
         self._room = cache_bytes
@@ -277,30 +279,27 @@ class Scorer:
 
     def predict(self, job: Job, indices: Sequence[int], ref: CheckpointRef) -> NDArray[np.int64]:
         """The class of some samples at a checkpoint, without writing it anywhere: (n,) int64."""
-        torch.set_num_threads(self._threads)
-        self._begin(job)
-        self._job = None  # the assignments are not open
-        try:
-            prediction = self._load(ref)(self._pool.take(indices))
-        except NotFinite as error:
-            raise Diverged(self._not_finite(ref, int(indices[error.args[0]]))) from error
-        return prediction.labels
+        self._take_up(job)
+        return self._predicted(ref, indices, self._pool.take(indices)).labels
 
     def outputs(
         self, job: Job, indices: Sequence[int], ref: CheckpointRef, names: Collection[str]
     ) -> dict[str, NDArray[np.float32]]:
         """What a checkpoint gives for some samples: "probabilities", (n, C), and "embeddings", (n, d)."""
-        torch.set_num_threads(self._threads)
-        if job != self._job:
-            self._begin(job)
-            self._job = None  # the assignments are not open
-        predictor, images = self._load(ref), self._pool.take(indices)
+        self._take_up(job)
+        images = self._pool.take(indices)
         found = {}
         if "probabilities" in names:
-            found["probabilities"] = predictor(images).probabilities()
+            found["probabilities"] = self._predicted(ref, indices, images).probabilities()
         if "embeddings" in names:
-            found["embeddings"] = predictor.embeddings(images)
+            found["embeddings"] = self._load(ref).embeddings(images)
         return found
+
+    def _predicted(self, ref: CheckpointRef, indices: Sequence[int], images: NDArray[np.uint8]) -> Prediction:
+        try:
+            return self._load(ref)(images)
+        except NotFinite as error:
+            raise Diverged(self._not_finite(ref, int(indices[error.args[0]]))) from error
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def sign_of_life(self) -> int:
@@ -316,12 +315,12 @@ class Scorer:
             Diverged: a logit is not finite.
             Damage: images or weights are not what was written.
         """
-        torch.set_num_threads(self._threads)  # a setting of the thread, and Ray may use another one
         if self._idle_since is not None:
             self._meter.add(metrics.IDLE_SECONDS, time.perf_counter() - self._idle_since)
-        if job != self._job:
-            self._begin(job)
+        self._take_up(job)
+        if not self._is_open:
             self._assignments = Assignments.open(job.assignments)
+            self._is_open = True
         block = order.block
         todo = [ref for ref in order.refs if not self._is_done(ref.index - job.first_index, block)]
         eligible = self._assignments.eligible(block.start, block.stop)
@@ -389,16 +388,22 @@ class Scorer:
             labels[scored] = np.concatenate(found["labels"])
         recorded = {}
         for name in self._recorded(row):
-            classes = (self._assignments.n_classes,) if name == PROBABILITIES else ()
-            recorded[name] = np.full((len(block), *classes), np.nan, np.float32)
+            recorded[name] = self._assignments.blank(name, block)
             if found[name]:
                 recorded[name][scored] = np.concatenate(found[name])
         self._assignments.write(row, block, labels, recorded)
-        n_bytes = labels.nbytes + sum(values.size * 2 for values in recorded.values())  # stored as float16
+        n_bytes = labels.nbytes + sum(values.nbytes for values in recorded.values())
         self._meter.add(metrics.WRITTEN_BYTES, n_bytes)
+
+    def _take_up(self, job: Job) -> None:
+        """Be ready for a job, which may be the one before."""
+        torch.set_num_threads(self._threads)  # a setting of the thread, and Ray may use another one
+        if job != self._job:
+            self._begin(job)
 
     def _begin(self, job: Job) -> None:
         self._job = None  # until everything below has worked
+        self._is_open = False
         self._pieces.clear()
         self._room = self._cache_bytes
         self._predictors.clear()
