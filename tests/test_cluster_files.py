@@ -289,7 +289,8 @@ class Job:
         return [call for call in calls if call[0] == program]
 
 
-TELL = '#!/bin/bash\n{ printf "%q " "${0##*/}" "$@"; echo; } >>"$TOLD"\n'
+# A line in one write: several of them may tell at the same time.
+TELL = '#!/bin/bash\nprintf -v line "%q " "${0##*/}" "$@"; echo "$line" >>"$TOLD"\n'
 STAND_INS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "scontrol": 'touch "$TOLD.requeued"; exit "${SCONTROL_ENDS:-0}"',
