@@ -765,13 +765,18 @@ def short_batch(config: Root, n: int, budget: int) -> str:
 
 
 def new_scorers(config: Root, slots: cluster.Slots, attempt: str) -> Scorers:
-    """Scoring actors as a configuration asks for them; none is started yet."""
+    """Scoring actors as a configuration asks for them; none is started yet.
+
+    Where nodes only score, as many are started as `score.actors` says: an autoscaler brings nodes for those that find
+    no room. On nodes that also train they would take the room of the ranks.
+    """
     gpu = {"num_gpus": 1} if slots.device == "cuda" else {}
+    asked = None if config.score.actors == "auto" else config.score.actors
     return Scorers(
         f"scorer-{attempt}",
         {"num_cpus": SCORER_THREADS, **gpu, "label_selector": slots.selectors["score"]},
-        asked=None if config.score.actors == "auto" else config.score.actors,
-        slots=partial(cluster.scoring_slots, slots),
+        asked=asked,
+        slots=partial(cluster.scoring_slots, slots) if asked is None or slots.shared else lambda: asked,
         cache_bytes=int(config.score.cache_gb * 2**30),
         threads=SCORER_THREADS,
         run=Path(config.run).name,

@@ -20,7 +20,7 @@ from distal.errors import DistalError, UserError, one_line
 from distal.monitor import Display
 from distal.pool import Pool
 from distal.pool.images import MANIFEST
-from distal.storage import write_bytes
+from distal.storage import require_writable, write_bytes
 
 PACKAGES = ("torch", "ray", "zarr", "numpy")
 NEEDED = ("model.weights", "checkpoints.path")  # what is read by the nodes, beside the pools
@@ -102,10 +102,8 @@ def look(wanted: Wanted) -> Found:
     if not wanted.mark.exists():
         problems.append(f"run: {wanted.mark.parent} is not the folder that the driver sees")
     else:
-        own = wanted.mark.with_name(f".preflight-{uuid.uuid4().hex}.tmp")
         try:
-            write_bytes(own, b"")
-            own.unlink()
+            require_writable(wanted.mark.parent)
         except (DistalError, OSError) as error:
             problems.append(f"run: {one_line(error)}")
     problems += [f"{key}: {path} is not there" for key, path in wanted.files.items() if not Path(path).exists()]

@@ -91,6 +91,13 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         _replace(temporary, path)
 
 
+def require_writable(folder: Path) -> None:
+    """Raise DistalError or OSError unless this process can write files in a folder."""
+    probe = folder / f".probe-{uuid.uuid4().hex}.tmp"
+    write_bytes(probe, b"")
+    probe.unlink()
+
+
 def create_bytes(path: Path, data: bytes) -> bool:
     """Create a whole file, unless it is there: the first writer wins. Returns whether this call did it."""
     with _temporary(path) as temporary:

@@ -286,7 +286,7 @@ class TestOnARealCluster:
         )
 
         head.shell(stop)
-        assert "STOPPED" in head.shell(stop.replace(" stop ", " status "))
+        assert f"{job}' was stopped" in head.shell(stop.replace(" stop ", " status "))
         assert not (run / "cycles" / "003" / "select.json").exists()
 
         again = head.submit(*overrides, "--wait", "--json", cwd=tmp_path)

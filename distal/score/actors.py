@@ -44,7 +44,7 @@ from distal.score.predict import (
     fingerprint,
     quickest_batch_size,
 )
-from distal.storage import read_json, write_json
+from distal.storage import read_json, require_writable, write_json
 
 POLL_S = 0.2
 RATE_WINDOW_S = 5.0
@@ -257,8 +257,18 @@ class Scorer:
     def __repr__(self) -> str:
         return f"Scorer({self._name})"
 
-    def fingerprint(self, job: Job) -> dict[str, str]:
-        """What this actor's predictions depend on besides weights and images."""
+    def ready(self, job: Job) -> dict[str, str]:
+        """Be ready to score a job: what it needs is opened, and written beside.
+
+        Returns:
+            What this actor's predictions depend on besides weights and images.
+
+        Raises:
+            DistalError: pool, network or assignments cannot be used on this node.
+        """
+        self._take_up(job)
+        self._open_assignments(job)
+        require_writable(job.assignments.parent)
         return fingerprint(torch.device(job.device), job.precision, job.batch_size)
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
@@ -318,9 +328,7 @@ class Scorer:
         if self._idle_since is not None:
             self._meter.add(metrics.IDLE_SECONDS, time.perf_counter() - self._idle_since)
         self._take_up(job)
-        if not self._is_open:
-            self._assignments = Assignments.open(job.assignments)
-            self._is_open = True
+        self._open_assignments(job)
         block = order.block
         todo = [ref for ref in order.refs if not self._is_done(ref.index - job.first_index, block)]
         eligible = self._assignments.eligible(block.start, block.stop)
@@ -418,6 +426,11 @@ class Scorer:
             device=job.device,
         )
         self._job = job
+
+    def _open_assignments(self, job: Job) -> None:
+        if not self._is_open:
+            self._assignments = Assignments.open(job.assignments)
+            self._is_open = True
 
     def _images_of(self, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_Piece]:
         """The eligible images of a block, in pieces, each read while the one before it is predicted."""
@@ -539,8 +552,8 @@ class Scorers:
         prefix: makes the actors' names unique to this attempt.
         options: Ray options of an actor, such as the resources it takes.
         asked: `score.actors`, None for auto.
-        slots: counts the CPU slots, or GPUs, of the cluster. When nodes are lost the actors that they had wait for
-            others to come.
+        slots: counts the CPU slots, or GPUs, that there are or may come to be. When nodes are lost the actors that
+            they had wait for others to come.
         cache_bytes, threads, run: see `Scorer`.
     """
 
@@ -898,7 +911,7 @@ class _Pass:
             self.plan.no_more()
 
     def _greet(self, actor: int) -> None:
-        self.joining[self.scorers.actors[actor].fingerprint.remote(self.job)] = actor
+        self.joining[self.scorers.actors[actor].ready.remote(self.job)] = actor
 
     def _wait(self) -> None:
         pending = [*self.joining, *self.working]
@@ -926,24 +939,22 @@ class _Pass:
         actor = self.joining.pop(ref)
         begun = self.assignments.adopt_fingerprint(found)
         if found != begun and not self.mixed_hardware:
-            self._refuse(actor, begun, found)
+            name = next(name for name in begun if begun[name] != found.get(name))
+            reason = f"begun with {name} {begun[name]!r}, this actor has {found.get(name)!r}"
+            advice = "which can change the answer; use the same kind of machine, or set score.mixed_hardware=allow"
+            self._refuse(actor, RunConflict(f"{self.job.assignments}: {reason}, {advice}"))
             return
         self.failed_starts = 0
         self.plan.actor_joined(actor)
         self.on_event("actor_joined", actor=actor)
 
-    def _refuse(self, actor: int, begun: dict[str, str], found: dict[str, str]) -> None:
-        """Send an actor away whose predictions could differ in their last bits."""
-        name = next(name for name in begun if begun[name] != found.get(name))
-        reason = f"begun with {name} {begun[name]!r}, this actor has {found.get(name)!r}"
-        self.on_event("actor_refused", actor=actor, reason=reason)
+    def _refuse(self, actor: int, error: DistalError) -> None:
+        """Send an actor away that cannot score on its node, or whose predictions could differ in their last bits."""
+        self.on_event("actor_refused", actor=actor, reason=one_line(error))
         self.scorers.drop(actor)
         self.refused += 1
         if not self.scorers.actors:
-            raise RunConflict(
-                f"{self.job.assignments}: {reason}, which can change the answer; use the same kind of machine, "
-                "or set score.mixed_hardware=allow"
-            )
+            raise error
 
     def _commit(self, ref: Any, done: _Done) -> None:
         work = self.working.pop(ref)
@@ -1033,6 +1044,9 @@ class _Pass:
             raise DistalError(f"{MAX_FAILED_STARTS} scoring actors in a row died while starting: {reason}")
 
     def _failed(self, ref: Any, error: RayTaskError) -> None:
+        if ref in self.joining and isinstance(error.cause, DistalError):
+            self._refuse(self.joining.pop(ref), error.cause)
+            return
         if isinstance(error.cause, DistalError) or ref in self.joining:
             raise error.cause from None
         work = self.working.pop(ref)

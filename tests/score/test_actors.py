@@ -284,10 +284,10 @@ class HangsAtFirst(Scorer):
         if self.first and name.startswith("mute"):
             time.sleep(600)
 
-    def fingerprint(self, job: Job) -> dict[str, str]:
+    def ready(self, job: Job) -> dict[str, str]:
         if self.first:
             time.sleep(600)
-        return super().fingerprint(job)
+        return super().ready(job)
 
 
 @pytest.mark.parametrize(("prefix", "told"), [("mute", "actor_asked_for_again"), ("idle", "actor_lost")])
