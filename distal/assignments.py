@@ -19,7 +19,9 @@ a row that is scored twice is added once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +36,7 @@ from distal.storage import read_json, temporary_folder, write_bytes, write_json
 
 ARRAY, ELIGIBLE = "assignments", "eligible"
 PROBABILITIES, SNAPSHOT_BALD = "probabilities", "snapshot_bald"
+READERS = 8  # threads that check chunks
 
 LabelArray = NDArray[np.unsignedinteger[Any]]
 
@@ -183,8 +186,9 @@ class Assignments:
         for block, damage in list(assignments.damaged_eligible()):
             on_damage(str(damage))
             assignments._arrays[ELIGIBLE].write((slice(block.start, block.stop),), eligible(block.start, block.stop))
-        for row in range(assignments.n_rows):
-            for what in assignments.remove_damaged(row):
+        with ThreadPoolExecutor(READERS) as threads:  # on a network file system reading is waiting
+            found = threads.map(assignments.remove_damaged, range(assignments.n_rows))
+            for what in itertools.chain.from_iterable(found):
                 on_damage(what)
         return assignments
 

@@ -42,6 +42,7 @@ LogJson = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", metavar="[KEY=VALUE]...")]
 Channels = Literal["auto", "grey", "rgb"]
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the process of a job
 
 
 def main() -> None:
@@ -619,6 +620,8 @@ def _refuse(line: str, exit_code: int, as_json: bool) -> typer.Exit:
 
 
 def _same_command() -> str:
+    if IN_A_JOB in os.environ:  # where the command names a file that lives as long as the job
+        return "; submit it again to go on"
     return f"; continue with: distal {shlex.join(sys.argv[1:])}"
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -160,6 +161,11 @@ def connect(address: str) -> Iterator[None]:
             _init(address)
     except OSError as error:
         if address == "local":
+            if "AF_UNIX" in str(error):
+                raise ConfigError(
+                    f"TMPDIR: {tempfile.gettempdir()} is too long for the names of Ray's sockets, which go there; set "
+                    "RAY_TMPDIR to a folder with a short name"
+                ) from error
             raise
         given = "RAY_ADDRESS" if address == os.environ.get("RAY_ADDRESS") else "ray.address"
         raise ConfigError(

@@ -298,7 +298,11 @@ class TrainConfig(Section):
 class ScoreConfig(Section):
     """Predicting the class of every eligible sample at every checkpoint."""
 
-    actors: Count | Auto = key("auto", "Scoring actors. auto: one per free CPU slot, or per GPU.", ANY_TIME)
+    actors: Count | Auto = key(
+        "auto",
+        "Scoring actors. auto: one per free CPU slot, or GPU. For more than find room autoscaling adds score nodes.",
+        ANY_TIME,
+    )
     precision: Literal["auto", "fp32", "bf16"] = key(
         "auto", "Arithmetic of the forward pass. auto: bf16 where the processor has it."
     )

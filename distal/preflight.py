@@ -1,7 +1,8 @@
 """Before a run on several nodes: can each of them take part?
 
 What would fail later, on one node and halfway, is told at the start: a folder that is not the same everywhere, a module
-or a package that is missing or another. Nodes that join later are not looked at.
+or a package that is missing or another. On a node that joins later a scoring actor opens all it needs before it gets
+any work, and is sent away when it cannot.
 """
 
 from __future__ import annotations

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import socket
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -151,3 +156,50 @@ def content(run: Path) -> dict[str, object]:
                 array = zarr.open_array(path.parent, mode="r")
                 told[name] = (array.shape, array[...].tobytes())
     return told
+
+
+@contextmanager
+def ray_head(environment: dict[str, str], *options: str) -> Iterator[None]:
+    """`ray start --head` with a folder of its own; all that it started is ended by its ids."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # sockets: short
+        log = Path(folder, "head.log")
+        fixed = [f"--temp-dir={folder}", "--object-store-memory=100000000", "--disable-usage-stats"]
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [ray, "start", "--head", "--block", *fixed, *options],
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            wait_until(lambda: process.poll() is not None or "Ray runtime started" in log.read_text())
+            assert process.poll() is None, log.read_text()
+            yield
+        finally:
+            started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            process.terminate()
+            process.wait(60)
+            for child in psutil.wait_procs(started, timeout=10)[1]:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports of this machine at which nobody listens."""
+    sockets = [socket.socket() for _ in range(n)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 400) -> None:
+    """Wait for something to become true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -98,6 +98,22 @@ def test_no_cluster_at_the_address(tmp_path: Path, pool: Pool) -> None:
     assert "ray.address: no Ray cluster at 127.0.0.1:1" in result.stderr.splitlines()[-1]
 
 
+def test_a_temporary_folder_with_a_long_name(tmp_path: Path, pool: Pool) -> None:
+    folder = tmp_path / ("a" * 80)
+    folder.mkdir()
+    overrides = small_overrides(tmp_path / "run", pool, None)
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    result = subprocess.run(
+        [sys.executable, "-m", "distal", "run", CONFIG, *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"distal: TMPDIR: {folder} is too long")
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize("score_labels", [{"distal-role": "score"}, {}], ids=["both labelled", "one labelled"])
 def test_training_and_scoring_on_nodes_of_their_own(

@@ -29,20 +29,26 @@ import torch
 from distal import driver
 from distal.models import SmallCNN
 from distal.pool import Pool
-from tests.helpers import content, small_config, small_overrides
+from tests.helpers import content, free_ports, ray_head, small_config, small_overrides, wait_until
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 BLOCKS, ROWS = 15, 12
 SLOW = ("model.name=tests.test_hosts:Slow", "pool.block_size=16", f"train.epochs={ROWS}", "score.actors=auto")
 SMALL_STORE = 100 * 2**20
+LACKING = "TESTS_LACKING"  # in the environment of actors: a package that is missing
 BRAKE = "TESTS_BRAKE"  # in the environment of actors: a file, and while it is there they are slow
 
 
 class Slow(SmallCNN):
-    """Takes its time to predict, and no processor: scoring goes on until something has been done to it."""
+    """Takes its time to predict, and no processor: scoring goes on until something has been done to it.
+
+    It cannot be made where `LACKING` is set, as on a node that lacks a package.
+    """
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        if package := os.environ.get(LACKING):
+            raise ModuleNotFoundError(f"No module named {package!r}")
         super().__init__(num_classes, image_shape[0])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -95,7 +101,7 @@ def titles(processes: list[psutil.Process]) -> dict[int, str]:
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
     """What the driver told, with `time` in seconds since 1970."""
-    lines = [json.loads(line) for log in (run / "events").iterdir() for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for log in run.glob("events/*") for line in log.read_text().splitlines()]
     return [{**e, "time": datetime.fromisoformat(e["time"]).timestamp()} for e in lines if e["event"] == name]
 
 
@@ -104,7 +110,10 @@ def events(run: Path, name: str) -> list[dict[str, Any]]:
 def test_a_node_that_comes_while_scoring_goes_on_gets_actors(
     pool: Pool, test_pool: Pool, tmp_path: Path, on_one_node: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One node that trains, one that scores, and then another one. What is on a node is what its raylet started."""
+    """One node that trains, one that scores, then one that cannot, and another one that can.
+
+    What is on a node is what its raylet started.
+    """
     from ray.cluster_utils import Cluster
 
     run, log, brake = tmp_path / "run", tmp_path / "log", tmp_path / "brake"
@@ -116,8 +125,10 @@ def test_a_node_that_comes_while_scoring_goes_on_gets_actors(
     raylets: dict[str, psutil.Process] = {}
     seen: dict[str, dict[str, float]] = {}  # node: kind of process: when it was seen first
 
-    def add(name: str, role: str) -> None:
-        node = nodes.add_node(num_cpus=1, labels={"distal-role": role}, object_store_memory=SMALL_STORE)
+    def add(name: str, role: str, **environment: str) -> None:
+        node = nodes.add_node(
+            num_cpus=1, labels={"distal-role": role}, object_store_memory=SMALL_STORE, env_vars=environment
+        )
         raylets[name] = psutil.Process(node.all_processes["raylet"][0].process.pid)
         seen[name] = {}
 
@@ -145,6 +156,8 @@ def test_a_node_that_comes_while_scoring_goes_on_gets_actors(
             )
         try:
             wait_for(process, scores, log)
+            add("lacking", "score", **{LACKING: "timm"})
+            wait_for(process, lambda: events(run, "actor_refused"), log, seconds=120)
             add("late", "score")
             joined = time.monotonic()
             wait_for(process, late_scores, log, seconds=120)
@@ -159,6 +172,76 @@ def test_a_node_that_comes_while_scoring_goes_on_gets_actors(
     assert seen["score"].keys() == {"Scorer", "Scorer.score"}
     assert seen["late"].keys() == {"Scorer", "Scorer.score"}
     assert seen["late"]["Scorer"] - joined < 60
+    assert "Scorer.score" not in seen["lacking"]
+    assert all("No module named 'timm'" in event["reason"] for event in events(run, "actor_refused"))
+    assert content(run) == on_one_node
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_an_autoscaler_brings_the_score_nodes_that_are_asked_for(
+    pool: Pool, test_pool: Pool, tmp_path: Path, on_one_node: dict[str, object]
+) -> None:
+    """Ray's own autoscaler, with a provider that starts nodes on this machine: one that scores, and up to two more."""
+    from ray._raylet import GcsClient
+    from ray.autoscaler._private.fake_multi_node import node_provider
+    from ray.util import get_node_ip_address
+
+    run, log, brake, config = (tmp_path / name for name in ("run", "log", "brake", "autoscaler.yaml"))
+    brake.touch()
+
+    def joined() -> set[int]:
+        return {event["actor"] for event in events(run, "actor_joined")}
+
+    address = f"{get_node_ip_address()}:{free_ports(1)[0]}"
+    provider = {
+        "type": "external",
+        "module": f"{node_provider.__name__}.{node_provider.FakeMultiNodeProvider.__name__}",
+        "head_node_id": node_provider.FAKE_HEAD_NODE_ID,
+        "launch_multiple": True,
+        "gcs_address": address,
+    }
+    one = {"resources": {"CPU": 1, "object_store_memory": SMALL_STORE}, "node_config": {}, "worker_setup_commands": []}
+    kinds = {
+        node_provider.FAKE_HEAD_NODE_TYPE: {**one, "resources": {"CPU": 0}, "max_workers": 0},
+        "train": {**one, "labels": {"distal-role": "train"}, "min_workers": 1, "max_workers": 1},
+        "score": {**one, "labels": {"distal-role": "score"}, "min_workers": 1, "max_workers": 3},
+    }
+    lists = ("setup_commands", "head_setup_commands", "initialization_commands", "head_start_ray_commands")
+    lists += ("worker_setup_commands", "worker_start_ray_commands", "cluster_synced_files")
+    record = {
+        "cluster_name": "tests", "max_workers": 4, "idle_timeout_minutes": 5, "upscaling_speed": 4,
+        "provider": provider, "auth": {}, "docker": {}, "file_mounts": {}, **{name: [] for name in lists},
+        "head_node_type": node_provider.FAKE_HEAD_NODE_TYPE, "available_node_types": kinds,
+    }  # fmt: skip
+    config.write_text(json.dumps(record))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_enable_autoscaler_v2": "1",  # the older one knows no labels; `ray up` and KubeRay have this one
+        "RAY_FAKE_CLUSTER": "1",
+        BRAKE: str(brake),
+        "RAY_CLOUD_INSTANCE_ID": node_provider.FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_provider.FAKE_HEAD_NODE_ID,
+    }
+    port = address.rpartition(":")[2]
+    options = ("--num-cpus=0", "--include-dashboard=false", f"--port={port}", f"--autoscaling-config={config}")
+    with ray_head(environment, *options):
+        wait_until(lambda: len(GcsClient(address).get_all_node_info()) == 3)  # the head, and one of each kind
+        wanted = [*command(run, pool, test_pool, address), "score.actors=3"]
+        with log.open("ab") as out:
+            process = subprocess.Popen(wanted, stdout=out, stderr=out, cwd=ROOT, start_new_session=True)
+        try:
+            wait_for(process, lambda: len(joined()) == 3, log, seconds=200)
+            brake.unlink()
+            wait_for_end(process, log, lambda: None)
+        finally:
+            process.kill()
+            process.wait()
+    assert joined() == {0, 1, 2}
+    (begun,) = events(run, "attempt")
+    assert begun["slots"] == 1, "there were more nodes from the start"
     assert content(run) == on_one_node
 
 

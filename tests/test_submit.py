@@ -5,17 +5,13 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -23,7 +19,7 @@ from distal.config import load_portable, parse
 from distal.errors import ConfigError
 from distal.pool import Pool
 from distal.submit import CONFIG, shipped
-from tests.helpers import content, foreign_config, small_config, small_overrides
+from tests.helpers import content, foreign_config, free_ports, ray_head, small_config, small_overrides, wait_until
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -169,7 +165,8 @@ def head() -> Iterator[Head]:
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
     names += ("runtime-env-agent-port", "metrics-export-port", "ray-client-server-port")
     ports = free_ports(len(names))
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: the names of sockets are
+    options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
+    folder = tempfile.mkdtemp(prefix="home", dir="/tmp")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {
         "HOME": folder,
@@ -178,44 +175,11 @@ def head() -> Iterator[Head]:
         "PYTHONPATH": str(ROOT),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     }
-    options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-    options += [f"--temp-dir={folder}", "--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats"]
-    with Path(folder, "head.log").open("w") as log:
-        process = subprocess.Popen(
-            ["ray", "start", "--head", "--block", *options],
-            env=environment | {"RAY_AUTH_MODE": "token"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
     try:
-        wait_until(lambda: "Ray runtime started" in Path(folder, "head.log").read_text())
-        yield Head(f"http://127.0.0.1:{ports[1]}", environment)
+        with ray_head(environment | {"RAY_AUTH_MODE": "token"}, "--num-cpus=2", *options):
+            yield Head(f"http://127.0.0.1:{ports[1]}", environment)
     finally:
-        started = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        process.wait(60)
-        for child in psutil.wait_procs(started, timeout=10)[1]:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_ports(n: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(n)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def wait_until(condition, timeout_s: float = 400) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -287,6 +251,7 @@ class TestOnARealCluster:
 
         head.shell(stop)
         assert f"{job}' was stopped" in head.shell(stop.replace(" stop ", " status "))
+        assert "stopped by SIGTERM; submit it again to go on" in head.shell(stop.replace(" stop ", " logs "))
         assert not (run / "cycles" / "003" / "select.json").exists()
 
         again = head.submit(*overrides, "--wait", "--json", cwd=tmp_path)

@@ -264,7 +264,7 @@ class Scorer:
             What this actor's predictions depend on besides weights and images.
 
         Raises:
-            DistalError: pool, network or assignments cannot be used on this node.
+            Exception: pool, network or assignments cannot be used on this node; a network raises what its code does.
         """
         self._take_up(job)
         self._open_assignments(job)
@@ -948,13 +948,13 @@ class _Pass:
         self.plan.actor_joined(actor)
         self.on_event("actor_joined", actor=actor)
 
-    def _refuse(self, actor: int, error: DistalError) -> None:
+    def _refuse(self, actor: int, error: Exception) -> None:
         """Send an actor away that cannot score on its node, or whose predictions could differ in their last bits."""
         self.on_event("actor_refused", actor=actor, reason=one_line(error))
         self.scorers.drop(actor)
         self.refused += 1
         if not self.scorers.actors:
-            raise error
+            raise error from None
 
     def _commit(self, ref: Any, done: _Done) -> None:
         work = self.working.pop(ref)
@@ -1044,10 +1044,10 @@ class _Pass:
             raise DistalError(f"{MAX_FAILED_STARTS} scoring actors in a row died while starting: {reason}")
 
     def _failed(self, ref: Any, error: RayTaskError) -> None:
-        if ref in self.joining and isinstance(error.cause, DistalError):
+        if ref in self.joining:
             self._refuse(self.joining.pop(ref), error.cause)
             return
-        if isinstance(error.cause, DistalError) or ref in self.joining:
+        if isinstance(error.cause, DistalError):
             raise error.cause from None
         work = self.working.pop(ref)
         self.retried += len(work.rows)

@@ -24,7 +24,7 @@ from distal import checkpoints
 from distal.assignments import Assignments
 from distal.config import ModelConfig
 from distal.eligibility import Eligibility
-from distal.errors import Damage, Diverged, PoolError, RunConflict
+from distal.errors import Damage, Diverged, PoolError, RunConflict, UserError
 from distal.models import ModelSpec, seeded_build
 from distal.pool import Pool
 from distal.records import CheckpointRef, Progress, split_blocks
@@ -434,6 +434,49 @@ def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, refe
     assert list(scorers.actors) == [0]
     scorers.shrink(0)
     assert digest(mixed.path) == reference
+
+
+class SeesNoPool(Scorer):
+    """The second actor is on a node that lacks the folder of the pool."""
+
+    def ready(self, job: Job) -> dict[str, str]:
+        elsewhere = self._name.endswith("-1") or not self._name.startswith("partly")
+        return super().ready(replace(job, pool=Path("/nowhere")) if elsewhere else job)
+
+
+def test_an_actor_that_cannot_see_the_pool_is_sent_away(
+    pool: Pool, cluster: str, tmp_path: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others go on without it; when there is no other, the run ends with the reason."""
+    monkeypatch.setattr(actors, "Scorer", SeesNoPool)
+    job, assignments = prepare(tmp_path, pool, published=ROWS - 1)
+    scorers = new_scorers("partly")
+    refused: list[dict[str, object]] = []
+
+    class Waiting(Silent):
+        """Publishes the last checkpoint when the actor has been sent away."""
+
+        def finished(self) -> bool:
+            if refused:
+                commit(folder_of(job), pool, ROWS - 1)
+            return bool(refused)
+
+    run(
+        job,
+        assignments,
+        scorers,
+        2,
+        producer=Waiting(folder_of(job)),
+        on_event=lambda name, **values: refused.append(values) if name == "actor_refused" else None,
+    )
+    assert [(event["actor"], "/nowhere" in str(event["reason"])) for event in refused] == [(1, True)]
+    scorers.shrink(0)
+    assert digest(assignments.path) == reference
+    nobody = new_scorers("nobody")
+    job, assignments = prepare(tmp_path / "again", pool)
+    with pytest.raises(UserError, match="/nowhere"):
+        run(job, assignments, nobody, 2)
+    nobody.shrink(0)
 
 
 @pytest.mark.timeout(100)
