@@ -150,10 +150,13 @@ def score(
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run, or of `distal score`, with absolute paths.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of a run, a comparison, or `distal score`; absolute paths.")
+    ],
     address: Annotated[str, typer.Option(help="The cluster's dashboard, or a tunnel to it: http://HOST:PORT.")],
     overrides: Overrides = None,
     wait: Annotated[bool, typer.Option("--wait", help="Show its log, and end as it ends.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Have `distal score` wait for more checkpoints.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run it as a job of a Ray cluster. The same command again continues a run that was stopped."""
@@ -164,10 +167,12 @@ def submit(
 
     def work() -> dict[str, Any]:
         loaded = load_portable(config, overrides or [])
+        if watch and loaded.command != "score":
+            raise UserError(f"--watch: {config} is for `distal {loaded.command}`; leave it out")
         with Terminal() as terminal:
             from distal import submit as jobs
 
-            submitted = jobs.submit(loaded, address)
+            submitted = jobs.submit(loaded, address, ["--watch"] if watch else [])
             if not wait:
                 return submitted.record()
             commands.update(submitted.commands)

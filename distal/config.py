@@ -456,7 +456,13 @@ class LabelConfig(Section):
 
 
 class Root(Section):
-    """What a configuration of any kind has."""
+    """What a configuration of any kind has.
+
+    Attributes:
+        command: the command of `distal` that it is for.
+    """
+
+    command: ClassVar[str]
 
     run: str = key(..., "Run directory.", PLACE)
     seed: Integer = key(0, "Seed of every random draw.", NEVER, ge=0, lt=2**63)
@@ -560,6 +566,8 @@ AnyRoot = TypeVar("AnyRoot", bound=Root)
 class Config(Root):
     """One active-learning run."""
 
+    command: ClassVar[str] = "run"
+
     pool: PoolConfig
     model: ModelConfig = ModelConfig()
     loop: LoopConfig = LoopConfig()
@@ -644,6 +652,8 @@ class CompareLoop(LoopConfig):
 class CompareConfig(Config):
     """Runs that differ by seed and by what selects. The sections are those of a run; `select` is given per strategy."""
 
+    command: ClassVar[str] = "compare"
+
     loop: CompareLoop = CompareLoop()
     compare: CompareSection
 
@@ -657,6 +667,11 @@ class CompareConfig(Config):
             raise ValueError("label.oracle must be pool: nobody labels the same images for every strategy")
         return self
 
+    def functions(self) -> dict[str, str]:
+        """See `Root.functions`."""
+        batches = {f"compare.strategies.{name}.batch": each.batch for name, each in self.compare.strategies.items()}
+        return super().functions() | {name: batch for name, batch in batches.items() if ":" in batch}
+
     @property
     def seeds(self) -> range:
         """The seeds."""
@@ -665,6 +680,8 @@ class CompareConfig(Config):
 
 class ForeignConfig(Root):
     """Scoring a pool at the checkpoints of a directory, and selecting from it."""
+
+    command: ClassVar[str] = "score"
 
     pool: ForeignPool
     model: ForeignModel
@@ -713,21 +730,17 @@ def load_compare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 def load_any(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config | ForeignConfig:
     """Any kind: one with a section `checkpoints` is for `distal score`, one with `compare` for `distal compare`."""
     tree = _read(Path(path))
-    if "compare" in tree:
-        return _validated(CompareConfig, tree, overrides).absolute()
-    return parse_foreign(tree, overrides) if "checkpoints" in tree else parse(tree, overrides)
+    return _validated(_kind(tree), tree, overrides).absolute()
 
 
 def load_portable(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config | ForeignConfig:
-    """Either kind, for a process that works in another directory: a relative path would name something else there.
+    """Any kind, for a process that works in another directory: a relative path would name something else there.
 
     Raises:
         ConfigError: as `load`, and for a relative path.
     """
     tree = _read(Path(path))
-    given: Config | ForeignConfig = (
-        _validated(ForeignConfig, tree, overrides) if "checkpoints" in tree else _validated(Config, tree, overrides)
-    )
+    given = _validated(_kind(tree), tree, overrides)
     config = given.absolute()  # which refuses what is no path
     for name, place in given.places().items():
         if is_relative(place):
@@ -736,6 +749,10 @@ def load_portable(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
                 f"absolute path that every node of the cluster sees ({name}=/...)"
             )
     return config
+
+
+def _kind(tree: Mapping[str, Any]) -> type[Config] | type[ForeignConfig]:
+    return ForeignConfig if "checkpoints" in tree else CompareConfig if "compare" in tree else Config
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -816,6 +833,13 @@ def _value(section: BaseModel, name: str) -> Any:
     value: Any = section
     for part in name.split("."):
         value = getattr(value, f"{part}_" if keyword.iskeyword(part) else part)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """Sections as mappings, also inside a mapping."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
@@ -989,7 +1013,7 @@ def to_record(config: Root) -> JsonObject:
 
 def from_record(record: Mapping[str, Any]) -> Config | ForeignConfig:
     """The inverse of `to_record`."""
-    return (ForeignConfig if "checkpoints" in record else Config).model_validate(record)
+    return _kind(record).model_validate(record)
 
 
 if __name__ == "__main__":

@@ -23,17 +23,16 @@ from numpy.typing import NDArray
 from distal import __version__, checkpoints, cluster, inputs, metrics, preflight
 from distal.acquire.batch import listed_batch, random_batch, select
 from distal.assignments import PROBABILITIES, Assignments
-from distal.config import Config, ForeignConfig, Root, check_unchanged
+from distal.attempt import Attempt, begin
+from distal.config import Config, check_unchanged
 from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError, RunConflict
 from distal.evaluation import evaluate
 from distal.hashing import digest
 from distal.labelling import Waiting
 from distal.labels.oracle import choose_at_random, choose_initial, label_from_pool
-from distal.lease import Lease
 from distal.ledger import Ledger, write_labels
 from distal.lists import find, read_labels
-from distal.metrics import Meter
 from distal.models import ModelSpec
 from distal.monitor import Display, Silent
 from distal.pool import Pool
@@ -42,16 +41,14 @@ from distal.records import CheckpointRef, JsonObject, Progress, auto_block_size
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
 from distal.runs import Cycle, Run
-from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, score
+from distal.score.actors import Elimination, Published, Scored
 from distal.scores import Scores
-from distal.selection import Selection
+from distal.selection import Selection, short_of
 from distal.storage import be_durable, sha256
 from distal.strategies import scored_epochs
 from distal.train.command import run_command
 from distal.train.launch import Ranks, abandon, train
 from distal.train.loop import TrainJob
-
-SCORER_THREADS = 1
 
 
 def run(config: Config, display: Display | None = None) -> JsonObject:
@@ -87,17 +84,11 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
             connect()
             preflight.check(config, directory.path, [pool, *held_out.values()], display)
             directory.sweep()
-            waiting = _Driver(config, directory, pool, held_out, display, lease).run()
+            waiting = _Driver(config, Attempt(directory, pool, display, lease), pool, held_out).run()
     if waiting is not None:
         directory.write_summary()
         return waiting
     return {"state": "complete", "run": str(directory.path), **directory.write_summary()}
-
-
-def begin(directory: Run, display: Display) -> Lease:
-    """The right to drive the run."""
-    directory.require_own_folder()
-    return Lease(directory.path, directory.attempt, display.say)
 
 
 def _still_waiting(directory: Run, config: Config, pool: Pool) -> JsonObject | None:
@@ -140,25 +131,12 @@ def _is_complete(directory: Run, config: Config) -> bool:
 class _Driver:
     """One attempt at a run."""
 
-    def __init__(
-        self,
-        config: Config,
-        directory: Run,
-        pool: Pool,
-        held_out: Mapping[str, Pool],
-        display: Display,
-        lease: Lease,
-    ) -> None:
-        self.directory, self.pool, self.held_out, self.display, self.lease = directory, pool, held_out, display, lease
-        self.meter = Meter(directory.path.name)
-        self.meter.set(metrics.QUARANTINED, pool.n_unreadable)
-        # What `auto` came to when the run began holds, also on a machine where it would come to something else.
-        kept = directory.identity["constants"] if directory.identity else {}
-        device = kept.get("device", config.device) if config.device == "auto" else config.device
-        self.slots = cluster.find_slots(device)
-        constants = kept or inputs.constants(config, pool, self.slots)
-        config = config.with_values({"pool.classes": pool.classes})
-        self.config = inputs.resolved(config, constants)
+    def __init__(self, config: Config, attempt: Attempt, pool: Pool, held_out: Mapping[str, Pool]) -> None:
+        self.attempt, self.pool, self.held_out = attempt, pool, held_out
+        self.directory = directory = attempt.directory
+        self.display = attempt.display
+        self.config = attempt.settle(config.with_values({"pool.classes": pool.classes}))
+        self.slots = attempt.slots
         fixed = inputs.fixed(self.config, pool, held_out)
         directory.check(fixed)
         self._check_changes()
@@ -172,16 +150,13 @@ class _Driver:
             use_gpu=self.slots.device == "cuda",
             label_selector=self.slots.selectors["train"],
         )
-        self.scorers = new_scorers(self.config, self.slots, directory.attempt)
-        if not kept:
-            n_labeled = config.loop.initial if isinstance(config.loop.initial, int) else 0
-            constants |= choose(self.config, self.scorers, self.slots, pool, directory, n_labeled)
-            self.config = inputs.resolved(config, constants)
-        directory.begin(fixed, constants)
+        n_labeled = config.loop.initial if isinstance(config.loop.initial, int) else 0
+        self.config = attempt.hire(self.config, n_labeled)
+        directory.begin(fixed, attempt.constants)
 
     def run(self) -> JsonObject | None:
         """Every cycle in turn; stages that are complete are skipped. Returns what people are to label, if anything."""
-        self._event(
+        self.attempt.event(
             "attempt",
             distal=__version__,
             host=platform.node(),
@@ -211,7 +186,7 @@ class _Driver:
                 elif index + 1 < self.config.loop.cycles:
                     self._label(cycle)
         finally:
-            self.scorers.shrink(0)
+            self.attempt.scorers.shrink(0)
         return None
 
     def _initial(self) -> JsonObject | None:
@@ -287,7 +262,7 @@ class _Driver:
             waiting.write(self.directory)
             report = waiting.report(self.directory)
             if report["answered"] < report["needed"]:
-                self._event("waiting", cycle=cycle.index, asked=report["asked"], answered=report["answered"])
+                self.attempt.event("waiting", cycle=cycle.index, asked=report["asked"], answered=report["answered"])
                 return report
         elif cycle.marker("label") is None:
             work = partial(_labelled_before, cycle.labels)
@@ -313,7 +288,7 @@ class _Driver:
             )
         self._check_warm_start(cycle)
         cycle.begin(self.config)
-        self._event("cycle", cycle=cycle.index, n_eligible=n_eligible)
+        self.attempt.event("cycle", cycle=cycle.index, n_eligible=n_eligible)
         return True
 
     def _train(self, cycle: Cycle) -> _Training:
@@ -321,8 +296,8 @@ class _Driver:
         config = _begun(cycle)
         label_files = tuple(self.directory.label_files(before=cycle.index))
         ledger = Ledger.read(label_files)
-        self.meter.set(metrics.CYCLE, cycle.index)
-        self.meter.set(metrics.LABELLED, len(ledger))
+        self.attempt.meter.set(metrics.CYCLE, cycle.index)
+        self.attempt.meter.set(metrics.LABELLED, len(ledger))
         warm_from = None
         if config.train.init == "warm" and cycle.index:
             warm_from = _checkpoints(self.directory.cycle(cycle.index - 1))[-1]
@@ -351,13 +326,13 @@ class _Driver:
         given_up = threading.Event()
 
         def on_event(name: str, **values: Any) -> None:
-            self._event(name, cycle=cycle.index, **values)
+            self.attempt.event(name, cycle=cycle.index, **values)
             if name == "training_waits":
                 training.starve()
 
         def work() -> JsonObject:
             if config.train.command is None:
-                train(job, self.ranks, given_up=given_up, still_ours=self.lease.check, on_event=on_event)
+                train(job, self.ranks, given_up=given_up, still_ours=self.attempt.lease.check, on_event=on_event)
             else:
                 run_command(config.train.command, job, self.pool, given_up)
             return {
@@ -393,7 +368,7 @@ class _Driver:
                 self._eligible(cycle).read,
                 config.score.record,
             )
-            job = self._job(cycle, self.pool, cycle.assignments)
+            job = self.attempt.job(config, self.pool, cycle.assignments)
             first_index = len(config.train.checkpoint_epochs) - n_rows
             augmented = config.score.transform == "train" and config.train.augment != "none"
             job = replace(
@@ -404,7 +379,17 @@ class _Driver:
             )
             progress = Progress(cycle.index, "train + score", epochs=config.train.epochs)
             if n_rows:
-                scored = self._fill(job, assignments, training, progress, _elimination(cycle))
+                scored = self.attempt.fill(
+                    self.config,
+                    job,
+                    assignments,
+                    training,
+                    progress,
+                    elimination=_elimination(cycle),
+                    n_expected=n_rows,
+                    metered=True,
+                    cycle=cycle.index,
+                )
                 n_eligible = (scored.images + scored.left_out) // n_rows
             else:
                 self._follow(cycle, training)
@@ -453,7 +438,7 @@ class _Driver:
 
         self._stage(cycle, "test", made_from, work)
         if (accuracy := (cycle.evaluation()["test"] or {}).get("accuracy")) is not None:
-            self.meter.set(metrics.TEST_ACCURACY, accuracy)
+            self.attempt.meter.set(metrics.TEST_ACCURACY, accuracy)
 
     def _predict(self, cycle: Cycle, name: str, pool: Pool, index: int) -> tuple[NDArray[np.int64], Assignments]:
         """Score the labelled images of another pool at a checkpoint: (n,) their labels, and what was predicted."""
@@ -468,9 +453,10 @@ class _Driver:
             lambda start, stop: labels[start:stop] >= 0,
             (PROBABILITIES,),
         )
-        job = replace(self._job(cycle, pool, path), first_index=index)
+        job = replace(self.attempt.job(_begun(cycle), pool, path), first_index=index)
         producer = Published([checkpoints.read(cycle.checkpoints, index)])
-        self._fill(job, assignments, producer, Progress(cycle.index, name))
+        progress = Progress(cycle.index, name)
+        self.attempt.fill(self.config, job, assignments, producer, progress, n_expected=1, cycle=cycle.index)
         return labels[labels >= 0], assignments
 
     def _reduce(self, cycle: Cycle) -> None:
@@ -490,7 +476,7 @@ class _Driver:
             scores = reduce(
                 reduction,
                 cycle.scores,
-                on_progress=lambda done, total: self._progress(
+                on_progress=lambda done, total: self.attempt.progress(
                     Progress(cycle.index, "reduce", images_scored=done, images=total)
                 ),
             )
@@ -503,8 +489,9 @@ class _Driver:
 
         def work() -> JsonObject:
             selection = self._choose(cycle, cycle.expected("select", made_from(), labelled=cycle.labels.exists()))
-            if config.select.max_per_group is not None and len(selection) < config.loop.budget:
-                self.display.say(short_batch(config, len(selection), config.loop.budget))
+            most, budget = config.select.max_per_group, config.loop.budget
+            if most is not None and len(selection) < budget:
+                self.display.say(short_of(budget, len(selection), most))
             return {
                 "n_selected": len(selection),
                 "tie_share": round(selection.tie_share, 6),
@@ -521,7 +508,7 @@ class _Driver:
         if config.select.from_ is not None:
             return listed_batch(self.pool, self._eligible(cycle), Path(config.select.from_), cycle.selection)
         last = checkpoints.read(cycle.checkpoints, len(config.train.checkpoint_epochs) - 1)
-        job = self._job(cycle, self.pool, cycle.assignments)
+        job = self.attempt.job(config, self.pool, cycle.assignments)
         return select(
             Scores.open(cycle.scores),
             Assignments.open(cycle.assignments),
@@ -532,7 +519,7 @@ class _Driver:
             seed=config.seed,
             cycle=cycle.index,
             last_row=len(scored_epochs(config)) - 1,
-            outputs=lambda indices, names: self.scorers.outputs(job, indices, last, names),
+            outputs=lambda indices, names: self.attempt.scorers.outputs(job, indices, last, names),
             expected=expected,
         )
 
@@ -551,12 +538,12 @@ class _Driver:
         self, cycle: Cycle, stage: str, made_from: Callable[[], dict[str, str]], work: Callable[[], JsonObject]
     ) -> None:
         """Run a stage unless it is complete, and log that it has been."""
-        self.lease.check()
+        self.attempt.lease.check()
         complete = cycle.marker(stage) is not None
         marker = cycle.run_stage(stage, made_from, work)
-        self.meter.tell(now=True)
+        self.attempt.meter.tell(now=True)
         if not complete:
-            self._event("stage", cycle=cycle.index, stage=stage, seconds=marker["seconds"])
+            self.attempt.event("stage", cycle=cycle.index, stage=stage, seconds=marker["seconds"])
 
     def _assignments(
         self,
@@ -577,35 +564,9 @@ class _Driver:
             n_classes=len(self.pool.classes),
             eligible=eligible,
             recorded=recorded,
-            on_damage=lambda damage: self._event(
+            on_damage=lambda damage: self.attempt.event(
                 "damaged_block", cycle=cycle.index, reason=f"{damage}; it will be scored again"
             ),
-        )
-
-    def _job(self, cycle: Cycle, pool: Pool, assignments: Path) -> Job:
-        config = _begun(cycle)
-        return new_job(config, pool, ModelSpec.of(config.model, self.pool), assignments, self.slots.device)
-
-    def _fill(
-        self,
-        job: Job,
-        assignments: Assignments,
-        producer: Producer,
-        progress: Progress,
-        elimination: Elimination | None = None,
-    ) -> Scored:
-        return score(
-            job,
-            assignments,
-            self.scorers,
-            producer,
-            elimination=elimination,
-            n_expected=assignments.n_rows,
-            mixed_hardware=self.config.score.mixed_hardware == "allow",
-            stuck_after=self.config.score.stuck_after,
-            progress=progress,
-            on_progress=self._progress,
-            on_event=partial(self._event, cycle=progress.cycle),
         )
 
     @property
@@ -618,7 +579,7 @@ class _Driver:
         epochs = _begun(cycle).train.checkpoint_epochs
         while not training.finished():
             n_published = len(training.published())
-            self._progress(Progress(cycle.index, "train", images_scored=n_published, images=len(epochs)))
+            self.attempt.progress(Progress(cycle.index, "train", images_scored=n_published, images=len(epochs)))
             time.sleep(0.2)
 
     def _eligible(self, cycle: Cycle) -> Eligibility:
@@ -670,16 +631,6 @@ class _Driver:
                 f"train.init: warm continues with the network of cycle {cycle.index - 1}, and the model section has "
                 "changed since; set train.init=scratch, or put the model back"
             )
-
-    def _progress(self, progress: Progress) -> None:
-        self.lease.check()
-        if progress.epochs:  # not of the test images
-            self.meter.progress(progress)
-        self.display.progress(progress)
-
-    def _event(self, name: str, **values: Any) -> None:
-        """Log what happened."""
-        self.display.event(self.directory.event(name, **values))
 
 
 class _Training:
@@ -756,63 +707,6 @@ class _Training:
         """Return when training is done; raises what went wrong with it."""
         while not self.finished():
             time.sleep(0.1)  # in slices: one long wait would not let a signal through
-
-
-def short_batch(config: Root, n: int, budget: int) -> str:
-    """What to say of a batch that the cap on groups has made smaller than was asked for."""
-    most = config.select.max_per_group
-    return f"{n} selected of a budget of {budget}: select.max_per_group: {most} leaves no more; raise it"
-
-
-def new_scorers(config: Root, slots: cluster.Slots, attempt: str) -> Scorers:
-    """Scoring actors as a configuration asks for them; none is started yet.
-
-    Where nodes only score, as many are started as `score.actors` says: an autoscaler brings nodes for those that find
-    no room. On nodes that also train they would take the room of the ranks.
-    """
-    gpu = {"num_gpus": 1} if slots.device == "cuda" else {}
-    asked = None if config.score.actors == "auto" else config.score.actors
-    return Scorers(
-        f"scorer-{attempt}",
-        {"num_cpus": SCORER_THREADS, **gpu, "label_selector": slots.selectors["score"]},
-        asked=asked,
-        slots=partial(cluster.scoring_slots, slots) if asked is None or slots.shared else lambda: asked,
-        cache_bytes=int(config.score.cache_gb * 2**30),
-        threads=SCORER_THREADS,
-        run=Path(config.run).name,
-    )
-
-
-def new_job(config: Root, pool: Pool, model: ModelSpec, assignments: Path, device: str) -> Job:
-    """What scoring actors are told: these images, by this network, into these assignments."""
-    assert config.score.precision != "auto"
-    return Job(
-        pool=pool.path,
-        pool_sha256=pool.content_sha256,
-        assignments=assignments,
-        model=model,
-        precision=config.score.precision,
-        batch_size=int(config.score.batch_size),
-        device=device,
-    )
-
-
-def choose(
-    config: Config | ForeignConfig,
-    scorers: Scorers,
-    slots: cluster.Slots,
-    pool: Pool,
-    directory: Run,
-    n_labeled: int = 0,
-) -> JsonObject:
-    """What precision and batch size come to, tried on a scoring actor where they say `auto`."""
-    precision, batch_size = config.score.precision, config.score.batch_size
-    if precision == "auto" or batch_size == "auto":
-        tried = config.with_values({"score.precision": "fp32", "score.batch_size": 1})
-        job = new_job(tried, pool, ModelSpec.of(config.model, pool), directory.path, slots.device)
-        per_block = inputs.eligible_per_block(config, pool, n_labeled)
-        precision, batch_size = scorers.choose(job, precision, batch_size, per_block)
-    return {"score.precision": precision, "score.batch_size": batch_size}
 
 
 def _labelled_before(labels: Path) -> JsonObject:

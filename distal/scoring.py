@@ -11,26 +11,23 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from distal import analysis, cluster, inputs, metrics, preflight
+from distal import analysis, cluster, inputs, preflight
 from distal.acquire.topk import Candidates, TopK
 from distal.assignments import Assignments, dtype_for
+from distal.attempt import Attempt, begin
 from distal.checkpoints import KEEP_ALL, LIGHTNING
 from distal.config import ForeignConfig
-from distal.driver import begin, choose, new_job, new_scorers, short_batch
 from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError, UserError
 from distal.foreign import ForeignCheckpoints, Layout, matching, versions
 from distal.hashing import digest
-from distal.lease import Lease
 from distal.ledger import Ledger
 from distal.lists import find, read_ids, read_labels
-from distal.metrics import Meter
 from distal.models import ModelSpec
 from distal.monitor import Display, Silent
 from distal.pool import Pool
@@ -38,7 +35,8 @@ from distal.pool.images import OK
 from distal.records import Block, CheckpointRef, JsonObject, Progress, Window
 from distal.reduce.measures import FROM_VOTES, Votes, dispersion
 from distal.runs import Cycle, Run
-from distal.score.actors import Elimination, Job, Producer, Published, Scored, Scorers, peak_rss_bytes, score
+from distal.score.actors import Elimination, Job, Producer, Published, Scored, peak_rss_bytes
+from distal.selection import short_of
 from distal.storage import be_durable
 
 SPARE_ROWS = 1000  # for checkpoints that are not there yet; a row that never comes costs nothing
@@ -84,12 +82,13 @@ def score_directory(
         pool = inputs.open_pool(config, connect, display)
         directory = Run(Path(config.run))
         lease = stack.enter_context(begin(directory, display))
-        scoring = _Scoring(config, directory, pool, display, watch, lease)
+        scoring = _Scoring(config, Attempt(directory, pool, display, lease), pool, watch)
         known: JsonObject = {}
         if check is not None or check_precision is not None or not scoring.is_complete():
             connect()
             preflight.check(config, directory.path, [pool], display)
-            stack.callback(scoring.prepare().shrink, 0)
+            scoring.prepare()
+            stack.callback(scoring.attempt.scorers.shrink, 0)
             known = scoring.check_known(check, expect_accuracy) if check is not None else {}
             directory.sweep()
             scoring.begin()
@@ -108,23 +107,20 @@ def score_directory(
         result |= {name: chosen[name] for name in ("measure", "selection", "n_selected", "tie_share")}
         result["selection_sha256"] = chosen["selection_sha256"]
         if chosen["n_selected"] < config.score.budget:  # as many are eligible: it is the cap on groups
-            display.say(short_batch(config, chosen["n_selected"], config.score.budget))
+            display.say(short_of(config.score.budget, chosen["n_selected"], config.select.max_per_group))
     return result
 
 
 class _Scoring:
     """One attempt at a run of `distal score`. What needs no Ray comes first, so that a mistake is told at once."""
 
-    def __init__(
-        self, config: ForeignConfig, directory: Run, pool: Pool, display: Display, watch: bool, lease: Lease
-    ) -> None:
-        self.directory, self.pool, self.display, self.watch, self.lease = directory, pool, display, watch, lease
-        self.meter = Meter(directory.path.name)
-        self.meter.set(metrics.QUARANTINED, pool.n_unreadable)
-        self.constants: JsonObject = directory.identity["constants"] if directory.identity else {}
-        self.config = inputs.resolved(config, self.constants)
+    def __init__(self, config: ForeignConfig, attempt: Attempt, pool: Pool, watch: bool) -> None:
+        self.attempt, self.pool, self.watch = attempt, pool, watch
+        self.directory = directory = attempt.directory
+        self.display = attempt.display
+        self.config = inputs.resolved(config, attempt.constants)
         self.excluded = self._excluded()
-        if self.constants:
+        if directory.identity is not None:
             directory.check(self._fixed())
         dtype_for(config.model.num_classes)
         inputs.check_groups(config, pool)
@@ -160,23 +156,13 @@ class _Scoring:
         marker = self.cycle.marker("score")
         return marker is not None and marker["inputs"] == self._made_from() and not self.watch
 
-    def prepare(self) -> Scorers:
+    def prepare(self) -> None:
         """What needs Ray: slots, and what each `auto` comes to. Nothing is written yet."""
-        device = self.constants.get("device", self.config.device)
-        self.slots = cluster.find_slots(device)
-        begun = bool(self.constants)
-        self.constants = self.constants or inputs.constants(self.config, self.pool, self.slots)
-        self.config = inputs.resolved(self.config, self.constants)
-        self.scorers = new_scorers(self.config, self.slots, self.directory.attempt)
-        if not begun:
-            n_excluded = len(self.excluded)
-            self.constants |= choose(self.config, self.scorers, self.slots, self.pool, self.directory, n_excluded)
-            self.config = inputs.resolved(self.config, self.constants)
-        return self.scorers
+        self.config = self.attempt.hire(self.attempt.settle(self.config), len(self.excluded))
 
     def begin(self) -> None:
         """From here on it is fixed what the run is."""
-        self.directory.begin(self._fixed(), self.constants)
+        self.directory.begin(self._fixed(), self.attempt.constants)
         if self.cycle.config is None:
             self.cycle.begin(self.config)
         self.checkpoints.keep()
@@ -199,7 +185,7 @@ class _Scoring:
             while not self.checkpoints.refs and not watched.finished():
                 time.sleep(0.1)
         for ref in self.checkpoints.refs:
-            right = self.scorers.predict(job, indices.tolist(), ref) == np.array(labels)
+            right = self.attempt.scorers.predict(job, indices.tolist(), ref) == np.array(labels)
             accuracies.append(float(right.mean()))
             self.display.say(f"{ref.path.name}: {accuracies[-1]:.4f} of {len(ids)} known samples right")
         if not accuracies:
@@ -378,7 +364,7 @@ class _Scoring:
             n_classes=self.config.model.num_classes,
             eligible=self.eligible.read,
             recorded=self.config.score.record,
-            on_damage=lambda damage: self._event("damaged_block", reason=f"{damage}; it will be scored again"),
+            on_damage=lambda damage: self.attempt.event("damaged_block", reason=f"{damage}; it will be scored again"),
         )
         if n_known > assignments.n_rows:
             why = "with score.eliminate: exact" if self.elimination is not None else "at first"
@@ -396,8 +382,7 @@ class _Scoring:
         return max(0, n_known - 1)
 
     def _job(self, assignments: Path) -> Job:
-        model = ModelSpec.of(self.config.model, self.pool)
-        return new_job(self.config, self.pool, model, assignments, self.slots.device)
+        return self.attempt.job(self.config, self.pool, assignments)
 
     def _pass(
         self,
@@ -407,28 +392,16 @@ class _Scoring:
         elimination: Elimination | None,
         title: str = STAGE,
     ) -> Scored:
-        return score(
+        return self.attempt.fill(
+            self.config,
             job,
             assignments,
-            self.scorers,
             producer,
+            Progress(-1, title),
             elimination=elimination,
             n_expected=self.config.checkpoints.expect,
-            mixed_hardware=self.config.score.mixed_hardware == "allow",
-            stuck_after=self.config.score.stuck_after,
-            progress=Progress(-1, title),
-            on_progress=self._progress,
-            on_event=self._event,
+            metered=title == STAGE,  # not what is scored again
         )
-
-    def _progress(self, progress: Progress) -> None:
-        self.lease.check()
-        if progress.stage == STAGE:  # not of what is scored again
-            self.meter.progress(progress)
-        self.display.progress(progress)
-
-    def _event(self, name: str, **values: Any) -> None:
-        self.display.event(self.directory.event(name, **values))
 
 
 class _Watched:

@@ -14,6 +14,13 @@ from numpy.typing import NDArray
 from distal.storage import read_table, write_table
 
 
+def short_of(budget: int, n_selected: int, max_per_group: int | None) -> str:
+    """What to say of a batch that the cap on groups has made smaller than was asked for."""
+    return (
+        f"{n_selected} selected of a budget of {budget}: select.max_per_group: {max_per_group} leaves no more; raise it"
+    )
+
+
 @dataclass(frozen=True)
 class Selection:
     """The chosen samples.

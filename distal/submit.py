@@ -63,8 +63,8 @@ class Submitted:
         return {"state": state, **asdict(self), **more}
 
 
-def submit(config: Config | ForeignConfig, address: str) -> Submitted:
-    """Have a cluster run `distal run`, or `distal score`, with this configuration.
+def submit(config: Config | ForeignConfig, address: str, options: Sequence[str] = ()) -> Submitted:
+    """Have a cluster run the command that this configuration is for: `distal run`, `score` or `compare`.
 
     The job takes no slot: it waits while others work, so without resources of its own it always fits, and Ray puts it
     on the head. It joins the cluster that it is submitted to, whatever `ray.address` says.
@@ -72,6 +72,7 @@ def submit(config: Config | ForeignConfig, address: str) -> Submitted:
     Args:
         config: with absolute paths that every node of the cluster sees.
         address: http://HOST:PORT of its dashboard.
+        options: of that command.
 
     Raises:
         UserError: nobody answers there, or the token is missing or wrong.
@@ -93,7 +94,7 @@ def submit(config: Config | ForeignConfig, address: str) -> Submitted:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         job_id = client.submit_job(
-            entrypoint=f"distal {'score' if isinstance(config, ForeignConfig) else 'run'} {CONFIG}",
+            entrypoint=shlex.join(["distal", config.command, CONFIG, *options]),
             submission_id=f"distal-{re.sub(r'[^A-Za-z0-9_-]', '-', Path(config.run).name)}-{uuid.uuid4().hex[:8]}",
             runtime_env={"working_dir": folder},
             metadata=metadata,

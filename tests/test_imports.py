@@ -16,11 +16,13 @@ LADDER = [
     ["cli", "__main__", "lightning"],
     [
         "driver",
+        "attempt",
         "scoring",
         "analysis",
         "informativeness",
         "comparison",
         "comparison_report",
+        "comparison_view",
         "forecast",
         "explain",
         "labelling",

@@ -15,11 +15,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distal.config import load_portable, parse
+from distal.config import load_portable, parse, to_record
 from distal.errors import ConfigError
 from distal.pool import Pool
 from distal.submit import CONFIG, shipped
-from tests.helpers import content, foreign_config, free_ports, ray_head, small_config, small_overrides, wait_until
+from tests.helpers import (
+    content,
+    foreign_config,
+    free_ports,
+    ray_head,
+    small_config,
+    small_overrides,
+    wait_until,
+    write_checkpoints,
+)
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -124,6 +133,20 @@ class TestShipped:
         absolute = small_config(folder / "run", pool, None, "train.command=python /data/train.py {checkpoints}")
         assert set(shipped(absolute, folder)) == {CONFIG}
 
+    def test_a_comparison(self, folder: Path) -> None:
+        """It is read again as what it was, and brings the strategies of the user's own."""
+        config = load_portable(
+            ROOT / "configs" / "compare-fashion-mnist.yaml",
+            ["run=/data/c", "pool.path=/data/p", "compare.strategies.mine={batch: 'unused:Mine'}"],
+        )
+        assert config.command == "compare"
+        sent = shipped(config, folder)
+        assert set(sent) == {CONFIG, "unused.py"}
+        (folder / CONFIG).write_bytes(sent[CONFIG])
+        again = load_portable(folder / CONFIG)
+        assert again.command == "compare"
+        assert again.digest("") == config.digest("")
+
     def test_a_module_that_cannot_be_read(self, folder: Path, pool: Pool) -> None:
         (folder / "unused.py").write_text("def\n")
         config = small_config(folder / "run", pool, None, "model.name=unused:build")
@@ -138,9 +161,11 @@ class Head:
     address: str
     environment: dict[str, str]
 
-    def submit(self, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, *arguments: str, config: Path = QUICKSTART, cwd: Path = ROOT, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments),
+            self.command(*arguments, config=config),
             capture_output=True,
             text=True,
             cwd=cwd,
@@ -149,8 +174,8 @@ class Head:
             check=False,
         )
 
-    def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "distal", "submit", str(QUICKSTART), "--address", self.address, *arguments]
+    def command(self, *arguments: str, config: Path = QUICKSTART) -> list[str]:
+        return [sys.executable, "-m", "distal", "submit", str(config), "--address", self.address, *arguments]
 
     def shell(self, command: str) -> str:
         done = subprocess.run(
@@ -218,6 +243,27 @@ class TestOnARealCluster:
         told = json.loads(result.stdout)
         assert (told["state"], told["exit_code"]) == ("failed", 2)
         assert "distal: /no/pool: no such pool" in result.stderr
+
+    @pytest.mark.timeout(600)
+    def test_a_comparison_and_scoring_that_waits(self, head: Head, pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
+        """The section of a configuration says which command the job is."""
+        strategies = {"random": {"measure": "random"}, "entropy": {"measure": "entropy"}}
+        comparing = to_record(small_config(tmp_path / "comparison", pool, test_pool))
+        comparing["compare"] = {"strategies": strategies, "seeds": 1}
+        write_checkpoints(tmp_path / "checkpoints", pool, [0, 1])
+        waiting = to_record(foreign_config(tmp_path / "scores", pool, tmp_path / "checkpoints", "checkpoints.idle=3"))
+        for record, options, told in [
+            (comparing, (), "2 strategies, 1 seed"),
+            (waiting, ("--watch",), "no new checkpoint for 3 s"),
+        ]:
+            config = tmp_path / "config.yaml"
+            config.write_text(yaml.safe_dump(record))
+            result = head.submit("--wait", *options, config=config)
+            assert result.returncode == 0, result.stderr
+            assert told in result.stderr
+        refused = head.submit("--watch", *small_overrides(tmp_path / "run", pool, None))
+        assert refused.returncode == 2
+        assert refused.stderr == f"distal: --watch: {QUICKSTART} is for `distal run`; leave it out\n"
 
     @pytest.mark.timeout(900)
     def test_stopped_in_the_middle_and_submitted_again(
