@@ -24,7 +24,7 @@ from common import conditions, peak_rss_bytes, report
 
 from distal.assignments import Assignments
 from distal.records import MAX_BLOCK_SIZE, auto_block_size, split_blocks
-from distal.score.actors import HAND_OUT_S
+from distal.score.loop import HAND_OUT_S
 from distal.score.plan import IN_FLIGHT, Plan, Work
 
 IMAGE_BYTES = 32 * 32 * 3
@@ -87,7 +87,7 @@ def simulate(
     timer: Callable[[], float] = time.thread_time,
     on_commit: Callable[[Work], None] = lambda work: None,
 ) -> Simulated:
-    """One pass, as `distal.score.actors` drives it: one commit, then whatever can be handed out, and so on.
+    """One pass, as `distal.score.loop` drives it: one commit, then whatever can be handed out, and so on.
 
     Args:
         publish_every: virtual seconds between checkpoints; 0: all are there at the start.

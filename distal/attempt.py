@@ -16,7 +16,9 @@ from distal.monitor import Display
 from distal.pool import Pool
 from distal.records import JsonObject, Progress
 from distal.runs import Run
-from distal.score.actors import Elimination, Job, Producer, Scored, Scorers, score
+from distal.score.job import Elimination, Job, Producer, Scored
+from distal.score.loop import score
+from distal.score.scorers import Scorers
 
 SCORER_THREADS = 1
 

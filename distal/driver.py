@@ -41,7 +41,7 @@ from distal.records import CheckpointRef, JsonObject, Progress, auto_block_size
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
 from distal.runs import Cycle, Run
-from distal.score.actors import Elimination, Published, Scored
+from distal.score.job import Elimination, Published, Scored
 from distal.scores import Scores
 from distal.selection import Selection, short_of
 from distal.storage import be_durable, sha256

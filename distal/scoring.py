@@ -35,7 +35,8 @@ from distal.pool.images import OK
 from distal.records import Block, CheckpointRef, JsonObject, Progress, Window
 from distal.reduce.measures import FROM_VOTES, Votes, dispersion
 from distal.runs import Cycle, Run
-from distal.score.actors import Elimination, Job, Producer, Published, Scored, peak_rss_bytes
+from distal.score.job import Elimination, Job, Producer, Published, Scored
+from distal.score.scorer import peak_rss_bytes
 from distal.selection import short_of
 from distal.storage import be_durable
 

@@ -60,7 +60,17 @@ LADDER = [
     ["config", "records", "storage", "hashing", "plugins", "errors"],
 ]
 STAGES = LADDER[2]
-MAY_IMPORT_RAY = {"cluster", "metrics", "submit", "pool/build", "score/actors", "train/launch", "train/loop"}
+MAY_IMPORT_RAY = {
+    "cluster",
+    "metrics",
+    "submit",
+    "pool/build",
+    "score/loop",
+    "score/scorer",
+    "score/scorers",
+    "train/launch",
+    "train/loop",
+}
 MAY_IMPORT_ZARR = {"arrays"}
 MAY_IMPORT_DISTRIBUTED = {"train/loop"}
 

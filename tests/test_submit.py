@@ -253,7 +253,7 @@ class TestOnARealCluster:
         write_checkpoints(tmp_path / "checkpoints", pool, [0, 1])
         waiting = to_record(foreign_config(tmp_path / "scores", pool, tmp_path / "checkpoints", "checkpoints.idle=3"))
         for record, options, told in [
-            (comparing, (), "2 strategies, 1 seed"),
+            (comparing, (), f"report: {tmp_path}/comparison/report.md"),
             (waiting, ("--watch",), "no new checkpoint for 3 s"),
         ]:
             config = tmp_path / "config.yaml"

@@ -29,9 +29,11 @@ from distal.models import ModelSpec, seeded_build
 from distal.pool import Pool
 from distal.records import CheckpointRef, Progress, split_blocks
 from distal.reduce.measures import snapshot_bald
-from distal.score import actors
-from distal.score.actors import Job, Order, Scored, Scorer, Scorers, score
+from distal.score.job import Job, Order, Scored
+from distal.score.loop import score
 from distal.score.predict import Prediction, Predictor
+from distal.score.scorer import Scorer
+from distal.score.scorers import Scorers
 from tests.helpers import flip
 
 ROWS, BLOCK, BATCH = 4, 32, 16
@@ -294,8 +296,8 @@ class HangsAtFirst(Scorer):
 def test_an_actor_that_hangs_before_it_has_work_is_replaced(
     pool: Pool, tmp_path: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch, prefix: str, told: str
 ) -> None:
-    monkeypatch.setattr(actors, "Scorer", HangsAtFirst)
-    monkeypatch.setattr(actors, "WAITS_S", 8.0)
+    monkeypatch.setattr("distal.score.scorers.Scorer", HangsAtFirst)
+    monkeypatch.setattr("distal.score.loop.WAITS_S", 8.0)
     job, assignments = prepare(tmp_path, pool)
     scorers = new_scorers(prefix)
     events: list[str] = []
@@ -448,7 +450,7 @@ def test_an_actor_that_cannot_see_the_pool_is_sent_away(
     pool: Pool, cluster: str, tmp_path: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others go on without it; when there is no other, the run ends with the reason."""
-    monkeypatch.setattr(actors, "Scorer", SeesNoPool)
+    monkeypatch.setattr("distal.score.scorers.Scorer", SeesNoPool)
     job, assignments = prepare(tmp_path, pool, published=ROWS - 1)
     scorers = new_scorers("partly")
     refused: list[dict[str, object]] = []

@@ -1,0 +1,425 @@
+"""The loop that obeys the plan. It only ever sees numbers: images scored, seconds."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.exceptions import RayError, RayTaskError
+
+from distal.assignments import Assignments
+from distal.errors import DistalError, RunConflict, one_line
+from distal.records import CheckpointRef, Progress
+from distal.score.eliminate import Barrier, barrier_rows, decide
+from distal.score.job import Done, Elimination, Job, Order, Producer, Scored
+from distal.score.plan import Plan, Work, actors_allowed
+from distal.score.scorers import MAX_FAILED_STARTS, Scorers, answered
+from distal.storage import read_json, write_json
+
+POLL_S = 0.2
+RATE_WINDOW_S = 5.0
+WATCH_S = 5.0
+STUCK_S = 600.0
+WAITS_S = 60.0
+HAND_OUT_S = 120.0
+
+
+def score(
+    job: Job,
+    assignments: Assignments,
+    scorers: Scorers,
+    producer: Producer,
+    *,
+    elimination: Elimination | None = None,
+    n_expected: int | None = None,
+    mixed_hardware: bool = False,
+    stuck_after: float = STUCK_S,
+    progress: Progress,
+    on_progress: Callable[[Progress], None],
+    on_event: Callable[..., None] = lambda name, **values: None,
+) -> Scored:
+    """Score all eligible samples at all checkpoints, those still to come included.
+
+    Blocks that are committed already are not touched. When the producer has finished with fewer checkpoints than the
+    array has rows, the others are no rows.
+
+    Args:
+        producer: publishes the checkpoints; its slots are left to it.
+        elimination: None: every eligible sample is scored at every checkpoint.
+        n_expected: how many checkpoints there will be, for people; None: unknown.
+        mixed_hardware: whether actors with another fingerprint than the first may join; else they are sent away.
+        stuck_after: seconds without a finished batch after which an actor that has work is replaced.
+        progress: what is known of the cycle; `on_progress` is called with it, brought up to date.
+        on_event: called with the name and the values of what happened.
+
+    Raises:
+        BlockFailed, DistalError: a block, or every new actor, failed again and again.
+        RunConflict: no actor has the fingerprint that the assignments were begun with.
+        Damage: a checkpoint has other weights than its row was begun with.
+    """
+    return _Pass(
+        job,
+        assignments,
+        scorers,
+        producer,
+        elimination,
+        n_expected,
+        mixed_hardware,
+        stuck_after,
+        progress,
+        on_progress,
+        on_event,
+    ).run()
+
+
+class _Pass:
+    """One run of the scoring loop."""
+
+    def __init__(
+        self,
+        job: Job,
+        assignments: Assignments,
+        scorers: Scorers,
+        producer: Producer,
+        elimination: Elimination | None,
+        n_expected: int | None,
+        mixed_hardware: bool,
+        stuck_after: float,
+        progress: Progress,
+        on_progress: Callable[[Progress], None],
+        on_event: Callable[..., None],
+    ) -> None:
+        self.job = job
+        self.assignments = assignments
+        self.scorers = scorers
+        self.producer = producer
+        self.elimination = elimination
+        self.n_expected = n_expected
+        self.mixed_hardware = mixed_hardware
+        self.stuck_after = stuck_after
+        self.progress = progress
+        self.on_progress = on_progress
+        self.on_event = on_event
+        self.blocks = assignments.blocks
+        self.eligible = [int(assignments.eligible(b.start, b.stop).sum()) for b in self.blocks]
+        self.barriers = read_barriers(elimination.record) if elimination else []
+        self.totals = [sum(self.eligible), *(sum(barrier.remaining) for barrier in self.barriers)]
+        done = [
+            (row, b)
+            for row in range(assignments.n_rows)
+            for b in assignments.committed(row, recorded=row >= job.recorded_from)
+        ]
+        self.images = sum(self._n_scored(row, block) for row, block in done)
+        self.plan = Plan(
+            assignments.n_rows,
+            len(self.blocks),
+            done,
+            barriers=barrier_rows(assignments.n_rows) if elimination else (),
+            passed=len(self.barriers),
+        )
+        self.histograms: dict[int, NDArray[np.int64]] = {}
+        self.refs: dict[int, CheckpointRef] = {}
+        self.joining: dict[Any, int] = {}
+        self.working: dict[Any, Work] = {}
+        self.asked: dict[Any, int] = {}  # signs of life asked for
+        self.heard: dict[int, tuple[int, float]] = {}  # the last new one of each actor that is busy, and when
+        self.without_actors_since: float | None = None
+        self.starting_since: dict[int, float] = {}
+        self.failed_starts = 0
+        self.started_before_failure = 0
+        self.refused = 0
+        self.all_published = False
+        self.recent: deque[tuple[float, int]] = deque()
+        self.images_predicted = 0
+        self.hand_outs = 0
+        self.retried = 0
+        self.idle_s = 0.0
+        self.actor_rss_bytes = 0
+        self.began = time.monotonic()
+        self.first_hand_out: float | None = None
+        self.last_commit = self.began
+
+    def run(self) -> Scored:
+        # Training takes its slots first; it has not got them while actors of the cycle before sit there.
+        self.scorers.shrink(self._allowed())
+        for actor in self.scorers.actors:
+            self._greet(actor)
+        polled = watched = -np.inf
+        self._look_for_checkpoints()  # also when nothing is left to score: the figures are of all checkpoints
+        while not self.plan.finished:
+            if time.monotonic() - polled >= POLL_S:
+                polled = time.monotonic()
+                self._look_for_checkpoints()
+                if polled - watched >= min(WATCH_S, self.stuck_after / 4):
+                    watched = polled
+                    self.scorers.look_around()
+                    self._watch()
+                self._shrink()
+                for actor in self.scorers.grow(min(self._allowed(), self.plan.n_unfinished_blocks)):
+                    self._greet(actor)
+                self._report()
+            if self.plan.at_barrier:
+                self._decide()
+            for work in self.plan.next_work():
+                self._hand_out(work)
+            self._wait()
+        self._report()
+        return self._scored()
+
+    def _hand_out(self, work: Work) -> None:
+        if self.first_hand_out is None:
+            self.first_hand_out = time.monotonic()
+            self.idle_s = 0.0
+        theta = next((barrier.theta for barrier in self.barriers if barrier.row == work.barrier), 0)
+        refs = tuple(self.refs[row] for row in work.rows)
+        order = Order(self.blocks[work.block], refs, work.barrier, theta, work.count)
+        self.working[self.scorers.actors[work.actor].score.remote(self.job, order)] = work
+        self.hand_outs += len(work.rows)
+
+    def _decide(self) -> None:
+        """Every block has counted its votes: leave out what can no longer be selected, and go on."""
+        assert self.elimination is not None
+        row = self.plan.next_barrier
+        assert row is not None
+        histograms = [self.histograms[block] for block in range(len(self.blocks))]
+        self.barriers.append(decide(row, histograms, self.elimination.budget))
+        self.totals.append(sum(self.barriers[-1].remaining))
+        # On disk before anything is handed out that depends on it.
+        write_json(self.elimination.record, {"barriers": [barrier.to_record() for barrier in self.barriers]})
+        self.histograms.clear()
+        self.plan.pass_barrier()
+
+    def _n_scored(self, row: int, block: int | None = None) -> int:
+        """Samples of a block, or of all blocks, that are scored at a row."""
+        passed = bisect_right([barrier.row for barrier in self.barriers], row)
+        if block is None:
+            return self.totals[passed]
+        return self.barriers[passed - 1].remaining[block] if passed else self.eligible[block]
+
+    def _n_images(self) -> int:
+        """Predictions in the whole array, as far as is decided now."""
+        rows = range(max(len(self.refs), self.n_expected or 0))
+        return sum(self._n_scored(row) for row in rows)
+
+    def _scored(self) -> Scored:
+        n_rows = len(self.refs)
+        seconds = self.last_commit - self.first_hand_out if self.first_hand_out else 0.0
+        images = sum(self._n_scored(row) for row in range(n_rows))
+        return Scored(
+            images=images,
+            n_rows=n_rows,
+            left_out=self.totals[0] * n_rows - images,
+            images_predicted=self.images_predicted,
+            startup_s=(self.first_hand_out or time.monotonic()) - self.began,
+            seconds=seconds,
+            driver_s=max(0.0, seconds - self.idle_s),
+            hand_outs=self.hand_outs,
+            actor_rss_bytes=self.actor_rss_bytes,
+        )
+
+    def _allowed(self) -> int:
+        """Actors that there may be now. One that was refused is not started again: it would land on the same node."""
+        held = self.producer.slots_held()
+        return max(0, actors_allowed(self.scorers.asked, self.scorers.slots, held) - self.refused)
+
+    def _look_for_checkpoints(self) -> None:
+        if self.all_published:
+            return  # one that comes later belongs to another pass
+        finished = self.producer.finished()  # asked first: what is missing afterwards will never come
+        for ref in self.producer.published():
+            row = ref.index - self.job.first_index
+            if 0 <= row < self.assignments.n_rows and row not in self.refs:
+                self.assignments.adopt_weights(row, ref.sha256)
+                self.refs[row] = ref
+                self.plan.published(row)
+        if finished:
+            self.all_published = True
+            self.plan.no_more()
+
+    def _greet(self, actor: int) -> None:
+        self.joining[self.scorers.actors[actor].ready.remote(self.job)] = actor
+
+    def _wait(self) -> None:
+        pending = [*self.joining, *self.working]
+        started = time.monotonic()
+        if not pending:
+            time.sleep(POLL_S)
+            self.idle_s += time.monotonic() - started
+            return
+        ready, _ = ray.wait(pending, timeout=POLL_S)
+        self.idle_s += time.monotonic() - started
+        for ref in ready:
+            if ref not in self.joining and ref not in self.working:
+                continue  # of an actor that was lost just now
+            actor = self.joining[ref] if ref in self.joining else self.working[ref].actor
+            try:
+                result = ray.get(ref)
+            except RayTaskError as error:  # the code in the actor raised
+                self._failed(ref, error)
+            except RayError as error:  # the actor is gone: it died, its node did, or it had no memory left
+                self._lost(actor, one_line(error)[:300])
+            else:
+                self._join(ref, result) if ref in self.joining else self._commit(ref, result)
+
+    def _join(self, ref: Any, found: dict[str, str]) -> None:
+        actor = self.joining.pop(ref)
+        begun = self.assignments.adopt_fingerprint(found)
+        if found != begun and not self.mixed_hardware:
+            name = next(name for name in begun if begun[name] != found.get(name))
+            reason = f"begun with {name} {begun[name]!r}, this actor has {found.get(name)!r}"
+            advice = "which can change the answer; use the same kind of machine, or set score.mixed_hardware=allow"
+            self._refuse(actor, RunConflict(f"{self.job.assignments}: {reason}, {advice}"))
+            return
+        self.failed_starts = 0
+        self.plan.actor_joined(actor)
+        self.on_event("actor_joined", actor=actor)
+
+    def _refuse(self, actor: int, error: Exception) -> None:
+        """Send an actor away that cannot score on its node, or whose predictions could differ in their last bits."""
+        self.on_event("actor_refused", actor=actor, reason=one_line(error))
+        self.scorers.drop(actor)
+        self.refused += 1
+        if not self.scorers.actors:
+            raise error from None
+
+    def _commit(self, ref: Any, done: Done) -> None:
+        work = self.working.pop(ref)
+        if done.histogram is not None:
+            self.histograms[work.block] = done.histogram
+        self.plan.done(work)
+        self.last_commit = time.monotonic()
+        self.images += sum(self._n_scored(row, work.block) for row in work.rows)
+        self.images_predicted += done.n_predicted
+        self._limit_hand_outs()
+        self.actor_rss_bytes = max(self.actor_rss_bytes, done.peak_rss_bytes)
+        self.recent.append((self.last_commit, done.n_predicted))
+
+    def _limit_hand_outs(self) -> None:
+        """What an actor has in hand is lost with it: no more than about `HAND_OUT_S` seconds of work."""
+        assert self.first_hand_out is not None
+        busy_s = max(time.monotonic() - self.first_hand_out, POLL_S) * max(
+            1, len(self.scorers.actors) - len(self.joining)
+        )
+        per_block = self.totals[-1] / len(self.blocks)
+        if self.images_predicted and per_block:
+            self.plan.max_rows = max(1, int(HAND_OUT_S * self.images_predicted / busy_s / per_block))
+
+    def _watch(self) -> None:
+        """Replace actors that have something to do and give no sign of life; say when none finds room."""
+        now = time.monotonic()
+        for ref in answered(self.asked):
+            actor = self.asked.pop(ref)
+            try:
+                sign = ray.get(ref)
+            except RayError:
+                continue  # it died: so did what it had in hand, and that says so
+            if actor in self.heard and sign != self.heard[actor][0]:
+                self.heard[actor] = sign, now
+        if self.scorers.actors and not self.scorers.processes:
+            self.without_actors_since = self.without_actors_since or now
+            if now - self.without_actors_since > WAITS_S:
+                self.without_actors_since = now
+                self.on_event("scoring_waits", reason=f"no room on the cluster for {self.scorers}")
+        else:
+            self.without_actors_since = None
+        joining = set(self.joining.values())
+        self.starting_since = {
+            actor: self.starting_since.get(actor, now) for actor in joining - self.scorers.processes.keys()
+        }
+        for actor, since in self.starting_since.items():
+            if now - since > max(self.stuck_after, WAITS_S):  # it waits for room, or hangs before it could say a word
+                reason = f"a scoring actor has not answered for {now - since:.0f} s: no room, or it hangs"
+                self.on_event("actor_asked_for_again", actor=actor, reason=reason)
+                self._forget(actor)
+        busy = {work.actor for work in self.working.values()} | (joining & self.scorers.processes.keys())
+        self.heard = {actor: self.heard.get(actor, (-1, now)) for actor in busy}
+        for actor, (_, since) in list(self.heard.items()):
+            if now - since > self.stuck_after:
+                self._lost(actor, f"no sign of life for {now - since:.0f} s; it is replaced")
+            elif actor not in self.asked.values():
+                self.asked[self.scorers.actors[actor].sign_of_life.remote()] = actor
+
+    def _shrink(self) -> None:
+        """Give slots back that are needed elsewhere; the youngest actors go, and what they had in hand waits again."""
+        for actor in list(self.scorers.actors)[self._allowed() :]:
+            if self._forget(actor):
+                self.plan.actor_left(actor)
+
+    def _forget(self, actor: int) -> bool:
+        """Stop an actor; returns whether it had joined the plan."""
+        joined = actor not in self.joining.values()
+        self.joining = {ref: a for ref, a in self.joining.items() if a != actor}
+        self.working = {ref: work for ref, work in self.working.items() if work.actor != actor}
+        self.asked = {ref: a for ref, a in self.asked.items() if a != actor}
+        self.scorers.drop(actor)
+        return joined
+
+    def _lost(self, actor: int, reason: str) -> None:
+        """An actor died, or is stuck; what it had in hand is done again."""
+        in_hand = sum(len(work.rows) for work in self.working.values() if work.actor == actor)
+        self.retried += in_hand
+        self.on_event("actor_lost", actor=actor, reason=reason, blocks_in_hand=in_hand)
+        if self._forget(actor):
+            self.plan.actor_lost(actor)
+            return
+        if actor < self.started_before_failure:
+            return  # it went with others, such as those of its node
+        self.started_before_failure = self.scorers.n_started
+        self.failed_starts += 1
+        if self.failed_starts == MAX_FAILED_STARTS:
+            raise DistalError(f"{MAX_FAILED_STARTS} scoring actors in a row died while starting: {reason}")
+
+    def _failed(self, ref: Any, error: RayTaskError) -> None:
+        if ref in self.joining:
+            self._refuse(self.joining.pop(ref), error.cause)
+            return
+        if isinstance(error.cause, DistalError):
+            raise error.cause from None
+        work = self.working.pop(ref)
+        self.retried += len(work.rows)
+        reason = f"{type(error.cause).__name__}: {error.cause}"
+        self.on_event("block_failed", block=work.block, rows=list(work.rows), reason=reason)
+        self.plan.failed(work, reason)
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        while self.recent and self.recent[0][0] < now - RATE_WINDOW_S:
+            self.recent.popleft()
+        # What the oldest commit brought was predicted before the window began.
+        since, n_before = self.recent[0] if self.recent else (now, 0)
+        rate = (sum(n for _, n in self.recent) - n_before) / max(now - since, POLL_S)
+        newest = self.refs[max(self.refs)] if self.refs else None
+        self.on_progress(
+            replace(
+                self.progress,
+                epoch=max((checkpoint.epoch for checkpoint in self.refs.values()), default=0),
+                published=len(self.refs),
+                rows_scored=self.plan.n_rows_done,
+                images_scored=self.images,
+                images=self._n_images(),
+                images_per_s=rate,
+                actors=len(self.scorers.actors) - len(self.joining),
+                actors_starting=len(self.joining),
+                blocks_done=self.plan.n_blocks_done,
+                blocks_pending=self.plan.n_blocks_pending,
+                blocks_retried=self.retried,
+                eliminated=self.totals[0] - self.totals[-1],
+                train_loss=newest.metrics.get("train_loss") if newest else None,
+            )
+        )
+
+
+def read_barriers(record: Path) -> list[Barrier]:
+    """What has been decided so far; empty when nothing was."""
+    try:
+        return [Barrier.from_record(barrier) for barrier in read_json(record, required=("barriers",))["barriers"]]
+    except FileNotFoundError:
+        return []
