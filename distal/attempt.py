@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,14 +76,21 @@ class Attempt:
         gpu = {"num_gpus": 1} if self.slots.device == "cuda" else {}
         asked = None if config.score.actors == "auto" else config.score.actors
         present = partial(cluster.scoring_slots, self.slots)
+
+        def hoped(avoided: Collection[str]) -> int:
+            return asked if asked is not None and present(avoided) else 0
+
         self.scorers = Scorers(
             f"scorer-{self.directory.attempt}",
             {"num_cpus": SCORER_THREADS, **gpu, "label_selector": self.slots.selectors["score"]},
             asked=asked,
-            slots=present if asked is None or self.slots.shared else lambda: asked,
+            slots=present if asked is None or self.slots.shared else hoped,
             cache_bytes=int(config.score.cache_gb * 2**30),
             threads=SCORER_THREADS,
             run=self.directory.path.name,
+            stuck_after=config.score.stuck_after,
+            still_ours=self.lease.check,
+            on_event=self.event,
         )
         if not self._begun:
             self.constants |= self._tried(config, n_labeled)

@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -226,12 +226,16 @@ def find_slots(device: str) -> Slots:
     return divide(_nodes(), device)
 
 
-def scoring_slots(slots: Slots) -> int:
-    """Slots of the nodes that are there now and may score; 0 when all of them are away."""
-    return slots.scoring_of(_nodes())
+def scoring_slots(slots: Slots, avoided: Collection[str] = ()) -> int:
+    """Slots of the nodes that are there now and may score; 0 when all of them are away.
+
+    Args:
+        avoided: ids of nodes that do not count.
+    """
+    return slots.scoring_of(_nodes(avoided))
 
 
-def _nodes() -> list[Node]:
+def _nodes(avoided: Collection[str] = ()) -> list[Node]:
     """The nodes of the connected cluster that are alive."""
     import ray
 
@@ -242,7 +246,7 @@ def _nodes() -> list[Node]:
             role=node.get("Labels", {}).get(ROLE_LABEL),
         )
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and node["NodeID"] not in avoided
     ]
 
 

@@ -509,9 +509,12 @@ class _Driver:
             return listed_batch(self.pool, self._eligible(cycle), Path(config.select.from_), cycle.selection)
         last = checkpoints.read(cycle.checkpoints, len(config.train.checkpoint_epochs) - 1)
         job = self.attempt.job(config, self.pool, cycle.assignments)
+        assignments = Assignments.open(cycle.assignments)
+        mixed = self.config.score.mixed_hardware == "allow"
+        begun = None if mixed else assignments.attributes.get("fingerprint")
         return select(
             Scores.open(cycle.scores),
-            Assignments.open(cycle.assignments),
+            assignments,
             self.pool,
             config.select,
             cycle.selection,
@@ -519,7 +522,7 @@ class _Driver:
             seed=config.seed,
             cycle=cycle.index,
             last_row=len(scored_epochs(config)) - 1,
-            outputs=lambda indices, names: self.attempt.scorers.outputs(job, indices, last, names),
+            outputs=lambda indices, names: self.attempt.scorers.outputs(job, indices, last, names, begun),
             expected=expected,
         )
 

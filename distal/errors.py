@@ -51,6 +51,10 @@ class RunConflict(UserError):
     """The run directory was made from other inputs than those given now."""
 
 
+class Unfit(RunConflict):
+    """An actor's predictions could differ from those of the others."""
+
+
 class ModelError(UserError):
     """The model or its weights do not fit the pool."""
 

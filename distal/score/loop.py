@@ -16,19 +16,18 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from distal.assignments import Assignments
-from distal.errors import DistalError, RunConflict, one_line
+from distal.errors import DistalError, Unfit, one_line
 from distal.records import CheckpointRef, Progress
 from distal.score.eliminate import Barrier, barrier_rows, decide
 from distal.score.job import Done, Elimination, Job, Order, Producer, Scored
 from distal.score.plan import Plan, Work, actors_allowed
-from distal.score.scorers import MAX_FAILED_STARTS, Scorers, answered
+from distal.score.predict import difference
+from distal.score.scorers import MAX_FAILED, STUCK_S, WAITS_S, Scorers, answered
 from distal.storage import read_json, write_json
 
 POLL_S = 0.2
 RATE_WINDOW_S = 5.0
 WATCH_S = 5.0
-STUCK_S = 600.0
-WAITS_S = 60.0
 HAND_OUT_S = 120.0
 
 
@@ -131,11 +130,9 @@ class _Pass:
         self.working: dict[Any, Work] = {}
         self.asked: dict[Any, int] = {}  # signs of life asked for
         self.heard: dict[int, tuple[int, float]] = {}  # the last new one of each actor that is busy, and when
-        self.without_actors_since: float | None = None
         self.starting_since: dict[int, float] = {}
         self.failed_starts = 0
         self.started_before_failure = 0
-        self.refused = 0
         self.all_published = False
         self.recent: deque[tuple[float, int]] = deque()
         self.images_predicted = 0
@@ -226,9 +223,8 @@ class _Pass:
         )
 
     def _allowed(self) -> int:
-        """Actors that there may be now. One that was refused is not started again: it would land on the same node."""
-        held = self.producer.slots_held()
-        return max(0, actors_allowed(self.scorers.asked, self.scorers.slots, held) - self.refused)
+        """Actors that there may be now."""
+        return actors_allowed(self.scorers.asked, self.scorers.slots, self.producer.slots_held())
 
     def _look_for_checkpoints(self) -> None:
         if self.all_published:
@@ -273,10 +269,7 @@ class _Pass:
         actor = self.joining.pop(ref)
         begun = self.assignments.adopt_fingerprint(found)
         if found != begun and not self.mixed_hardware:
-            name = next(name for name in begun if begun[name] != found.get(name))
-            reason = f"begun with {name} {begun[name]!r}, this actor has {found.get(name)!r}"
-            advice = "which can change the answer; use the same kind of machine, or set score.mixed_hardware=allow"
-            self._refuse(actor, RunConflict(f"{self.job.assignments}: {reason}, {advice}"))
+            self._refuse(actor, Unfit(f"{self.job.assignments}: {difference(begun, found)}"))
             return
         self.failed_starts = 0
         self.plan.actor_joined(actor)
@@ -285,9 +278,11 @@ class _Pass:
     def _refuse(self, actor: int, error: Exception) -> None:
         """Send an actor away that cannot score on its node, or whose predictions could differ in their last bits."""
         self.on_event("actor_refused", actor=actor, reason=one_line(error))
-        self.scorers.drop(actor)
-        self.refused += 1
-        if not self.scorers.actors:
+        self.scorers.look_around()
+        for waiting in self.scorers.unplaced:
+            if waiting != actor:
+                self._forget(waiting)
+        if not self.scorers.send_away(actor):
             raise error from None
 
     def _commit(self, ref: Any, done: Done) -> None:
@@ -323,13 +318,8 @@ class _Pass:
                 continue  # it died: so did what it had in hand, and that says so
             if actor in self.heard and sign != self.heard[actor][0]:
                 self.heard[actor] = sign, now
-        if self.scorers.actors and not self.scorers.processes:
-            self.without_actors_since = self.without_actors_since or now
-            if now - self.without_actors_since > WAITS_S:
-                self.without_actors_since = now
-                self.on_event("scoring_waits", reason=f"no room on the cluster for {self.scorers}")
-        else:
-            self.without_actors_since = None
+        if reason := self.scorers.without_room():
+            self.on_event("scoring_waits", reason=reason)
         joining = set(self.joining.values())
         self.starting_since = {
             actor: self.starting_since.get(actor, now) for actor in joining - self.scorers.processes.keys()
@@ -374,8 +364,8 @@ class _Pass:
             return  # it went with others, such as those of its node
         self.started_before_failure = self.scorers.n_started
         self.failed_starts += 1
-        if self.failed_starts == MAX_FAILED_STARTS:
-            raise DistalError(f"{MAX_FAILED_STARTS} scoring actors in a row died while starting: {reason}")
+        if self.failed_starts == MAX_FAILED:
+            raise DistalError(f"{MAX_FAILED} scoring actors in a row died while starting: {reason}")
 
     def _failed(self, ref: Any, error: RayTaskError) -> None:
         if ref in self.joining:

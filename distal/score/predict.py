@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -209,6 +209,15 @@ def fingerprint(device: torch.device, precision: Precision, batch_size: int) -> 
         "batch_size": str(batch_size),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def difference(begun: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """In what a fingerprint differs from the one that was begun with, and what to do."""
+    name = next(name for name in begun if begun[name] != found.get(name))
+    return (
+        f"begun with {name} {begun[name]!r}, this actor has {found.get(name)!r}, which can change the answer; use the "
+        "same kind of machine, or set score.mixed_hardware=allow"
+    )
 
 
 def _cpu_model() -> str:

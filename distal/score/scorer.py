@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from distal import checkpoints, cluster, metrics
 from distal.assignments import Assignments, unassigned
 from distal.augment import crop_flip
-from distal.errors import Diverged, ModelError, one_line
+from distal.errors import Diverged, ModelError, Unfit, one_line
 from distal.hashing import mix64
 from distal.models import be_deterministic
 from distal.pool import Pool
@@ -34,6 +34,7 @@ from distal.score.predict import (
     Prediction,
     Predictor,
     best_precision,
+    difference,
     fingerprint,
     quickest_batch_size,
 )
@@ -117,6 +118,9 @@ class Scorer:
         self._take_up(job)
         self._open_assignments(job)
         require_writable(job.assignments.parent)
+        return self._fingerprint(job)
+
+    def _fingerprint(self, job: Job) -> dict[str, str]:
         return fingerprint(torch.device(job.device), job.precision, job.batch_size)
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
@@ -141,10 +145,22 @@ class Scorer:
         return self._predicted(ref, indices, self._pool.take(indices)).labels
 
     def outputs(
-        self, job: Job, indices: Sequence[int], ref: CheckpointRef, names: Collection[str]
+        self,
+        job: Job,
+        indices: Sequence[int],
+        ref: CheckpointRef,
+        names: Collection[str],
+        begun: Mapping[str, str] | None,
     ) -> dict[str, NDArray[np.float32]]:
-        """What a checkpoint gives for some samples: "probabilities", (n, C), and "embeddings", (n, d)."""
+        """What a checkpoint gives for some samples: "probabilities", (n, C), and "embeddings", (n, d).
+
+        Raises:
+            Unfit: this actor has another fingerprint than `begun`.
+        """
         self._take_up(job)
+        mine = self._fingerprint(job)
+        if begun is not None and mine != begun:
+            raise Unfit(f"{job.assignments}: {difference(begun, mine)}")
         images = self._pool.take(indices)
         found = {}
         if "probabilities" in names:

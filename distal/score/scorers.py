@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,15 +16,19 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from distal import cluster
-from distal.errors import DistalError, one_line
+from distal.errors import DistalError, Unfit, one_line
 from distal.records import CheckpointRef
 from distal.score.job import Job
 from distal.score.plan import actors_allowed
 from distal.score.predict import Precision
 from distal.score.scorer import WATCH, Scorer
 
-MAX_FAILED_STARTS = 3
+LOOK_S = 5.0
+STUCK_S = 600.0
+WAITS_S = 60.0
+MAX_FAILED = 3
 OUTPUT_BATCHES = 8
+NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
 
 
 class Scorers:
@@ -32,9 +38,12 @@ class Scorers:
         prefix: makes the actors' names unique to this attempt.
         options: Ray options of an actor, such as the resources it takes.
         asked: `score.actors`, None for auto.
-        slots: counts the CPU slots, or GPUs, that there are or may come to be. When nodes are lost the actors that
-            they had wait for others to come.
+        slots: counts the CPU slots, or GPUs, that there are or may come to be, without those of some nodes. When nodes
+            are lost the actors that they had wait for others to come.
         cache_bytes, threads, run: see `Scorer`.
+        stuck_after: seconds without an answer after which an actor that is asked something is replaced.
+        still_ours: raises when this attempt has lost the right to go on.
+        on_event: called with the name and the values of what happened.
     """
 
     def __init__(
@@ -43,10 +52,13 @@ class Scorers:
         options: dict[str, Any],
         *,
         asked: int | None,
-        slots: Callable[[], int],
+        slots: Callable[[Collection[str]], int],
         cache_bytes: int,
         threads: int,
         run: str = "",
+        stuck_after: float = STUCK_S,
+        still_ours: Callable[[], None] = lambda: None,
+        on_event: Callable[..., None] = lambda name, **values: None,
     ) -> None:
         self._prefix = prefix
         self._options = options
@@ -54,8 +66,11 @@ class Scorers:
         self._next = 0
         self._shards: dict[int, int] = {}
         self._find_slots = slots
+        self._avoided: set[str] = set()  # ids of nodes
+        self._stuck_after, self._still_ours, self._on_event = stuck_after, still_ours, on_event
+        self._without_room_since: float | None = None
         self.asked = asked
-        self.slots = slots()
+        self.slots = slots(())
         self.actors: dict[int, Any] = {}
         self.processes: dict[int, cluster.Process] = {}
         self._placing: dict[Any, int] = {}
@@ -71,10 +86,32 @@ class Scorers:
 
     def look_around(self) -> None:
         """Count the slots again, and learn which actors have found room."""
-        self.slots = max(self.slots, self._find_slots())
+        self.slots = max(self.slots, self._count())
         for ref in answered(self._placing):
             with suppress(RayError):  # it died: what else it is asked says so
                 self._placed(ref)
+
+    def _count(self) -> int:
+        """Slots of the nodes that are not avoided, and those that actors have on the others."""
+        kept = sum(process.node_id in self._avoided for process in self.processes.values())
+        return self._find_slots(self._avoided) + kept
+
+    @property
+    def unplaced(self) -> list[int]:
+        """The actors that have found no room yet."""
+        return list(self._placing.values())
+
+    def without_room(self) -> str | None:
+        """What to say when no actor has found room for a minute, once a minute."""
+        now = time.monotonic()
+        if self.processes or not self.actors:
+            self._without_room_since = None
+            return None
+        self._without_room_since = self._without_room_since or now
+        if now - self._without_room_since <= WAITS_S:
+            return None
+        self._without_room_since = now
+        return f"no room on the cluster for {self}"
 
     def _placed(self, ref: Any) -> None:
         """An actor has found room; raises RayError when it died meanwhile."""
@@ -89,11 +126,13 @@ class Scorers:
     def grow(self, n: int) -> list[int]:
         """Start actors until there are at least `n`; returns the new ones, which are not ready yet."""
         started = []
+        options = dict(self._options)
+        if self._avoided:
+            others = {NODE_ID: f"!in({','.join(sorted(self._avoided))})"}
+            options["label_selector"] = (options.get("label_selector") or {}) | others
         while len(self.actors) < n:
             name = f"{self._prefix}-{self._next}"
-            actor = ray.remote(concurrency_groups={WATCH: 1})(Scorer).options(
-                name=name, namespace="distal", **self._options
-            )
+            actor = ray.remote(concurrency_groups={WATCH: 1})(Scorer).options(name=name, namespace="distal", **options)
             # The number of one that has gone is used again: series that are never written to are kept all the same.
             self._shards[self._next] = next(n for n in itertools.count() if n not in self._shards.values())
             self.actors[self._next] = actor.remote(name, *self._arguments, self._shards[self._next])
@@ -113,16 +152,25 @@ class Scorers:
         return labels
 
     def outputs(
-        self, job: Job, indices: NDArray[np.int64], ref: CheckpointRef, names: Collection[str]
+        self,
+        job: Job,
+        indices: NDArray[np.int64],
+        ref: CheckpointRef,
+        names: Collection[str],
+        begun: Mapping[str, str] | None,
     ) -> dict[str, NDArray[np.float32]]:
         """What a checkpoint gives for some samples, by all actors; see `Scorer.outputs`.
 
         Args:
             indices: (n,), ascending. They are cut into pieces of whole batches, however many actors there are.
+            begun: the fingerprint that an actor must have; None: any.
+
+        Raises:
+            Unfit: no actor has it.
         """
         size = OUTPUT_BATCHES * job.batch_size
         pieces = [indices[start : start + size].tolist() for start in range(0, len(indices), size)]
-        found = self._ask_all("outputs", [(job, piece, ref, names) for piece in pieces])
+        found = self._ask_all("outputs", [(job, piece, ref, names, begun) for piece in pieces])
         return {name: np.concatenate([each[name] for each in found]) for name in names}
 
     def _ask(self, method: str, *arguments: object) -> Any:
@@ -136,33 +184,73 @@ class Scorers:
         """
         answers: dict[int, Any] = {}
         waiting = deque(range(len(calls)))
-        working: dict[Any, tuple[int, int]] = {}
-        n_died = 0
+        working: dict[Any, tuple[int, int, float]] = {}  # actor, call, since when
+        failed: Counter[int | None] = Counter()  # of each call; None: starts in a row
+        looked = -math.inf
+
+        def lost(actor: int, call: int | None, reason: str) -> None:
+            """Have what it had in hand done by another one."""
+            self._on_event("actor_lost", actor=actor, reason=reason)
+            self.drop(actor)
+            if call is not None:
+                waiting.appendleft(call)
+            failed[call] += 1
+            if failed[call] == MAX_FAILED:
+                raise DistalError(f"{MAX_FAILED} scoring actors in a row were lost: {reason}")
+
         while len(answers) < len(calls):
+            self._still_ours()
+            if time.monotonic() - looked >= LOOK_S:
+                looked = time.monotonic()
+                self.look_around()
+                if reason := self.without_room():
+                    self._on_event("scoring_waits", reason=reason)
             self.grow(max(1, min(actors_allowed(self.asked, self.slots, 0), len(waiting) + len(working))))
-            busy = {actor for actor, _ in working.values()}
-            for index in [index for index in self.processes if index not in busy][: len(waiting)]:
+            busy = {actor for actor, _, _ in working.values()}
+            for actor in [actor for actor in self.processes if actor not in busy][: len(waiting)]:
                 call = waiting.popleft()
-                working[getattr(self.actors[index], method).remote(*calls[call])] = index, call
-            for ref in ray.wait([*working, *self._placing], num_returns=1)[0]:
-                index = working[ref][0] if ref in working else self._placing[ref]
-                try:
-                    if ref in working:
-                        answers[working[ref][1]] = ray.get(ref)
-                        del working[ref]
-                        n_died = 0
-                    else:
+                ref = getattr(self.actors[actor], method).remote(*calls[call])
+                working[ref] = actor, call, time.monotonic()
+            ready, _ = ray.wait([*working, *self._placing], num_returns=1, timeout=LOOK_S)
+            for ref in ready:
+                if ref in self._placing:
+                    actor = self._placing[ref]
+                    try:
                         self._placed(ref)
+                        del failed[None]
+                    except RayError as error:
+                        lost(actor, None, one_line(error))
+                    continue
+                actor, call, _ = working.pop(ref)
+                try:
+                    answers[call] = ray.get(ref)
                 except RayTaskError as error:
-                    raise error.cause from None
+                    if not isinstance(error.cause, Unfit):
+                        raise error.cause from None
+                    waiting.appendleft(call)
+                    if not self.send_away(actor):
+                        raise error.cause from None
                 except RayError as error:
-                    if ref in working:
-                        waiting.appendleft(working.pop(ref)[1])
-                    self.drop(index)
-                    n_died += 1
-                    if n_died == MAX_FAILED_STARTS:
-                        raise DistalError(f"{n_died} scoring actors in a row died: {one_line(error)}") from None
+                    lost(actor, call, one_line(error))
+            for ref, (actor, call, since) in list(working.items()):
+                if time.monotonic() - since > self._stuck_after:
+                    del working[ref]
+                    lost(actor, call, f"no answer for {self._stuck_after:.0f} s")
         return [answers[call] for call in range(len(calls))]
+
+    def send_away(self, actor: int) -> bool:
+        """Stop an actor, and start none on its node again. Returns whether there is another node, or another actor.
+
+        Those that wait for room are stopped, too: they could find it there. They are asked for anew.
+        """
+        self.look_around()
+        if actor in self.processes:
+            self._avoided.add(self.processes[actor].node_id)
+        self.drop(actor)
+        for unplaced in self.unplaced:
+            self.drop(unplaced)
+        self.slots = self._count()
+        return self.slots > 0
 
     def drop(self, actor: int) -> None:
         """Stop one actor, and free its slot, also when it does not listen to Ray any more."""

@@ -24,7 +24,7 @@ from distal import checkpoints
 from distal.assignments import Assignments
 from distal.config import ModelConfig
 from distal.eligibility import Eligibility
-from distal.errors import Damage, Diverged, PoolError, RunConflict, UserError
+from distal.errors import Damage, Diverged, PoolError, RunConflict, Unfit, UserError
 from distal.models import ModelSpec, seeded_build
 from distal.pool import Pool
 from distal.records import CheckpointRef, Progress, split_blocks
@@ -118,8 +118,16 @@ def run(job: Job, assignments: Assignments, scorers: Scorers, n_actors: int, **o
 
 
 def new_scorers(prefix: str, cache_bytes: int = 2**20) -> Scorers:
-    """Actors of half a CPU each."""
-    return Scorers(prefix, {"num_cpus": 0.5}, asked=None, slots=lambda: 1, cache_bytes=cache_bytes, threads=1)
+    """Actors of half a CPU each, on the only node that there is."""
+    return Scorers(
+        prefix,
+        {"num_cpus": 0.5},
+        asked=None,
+        slots=lambda avoided: 0 if avoided else 1,
+        cache_bytes=cache_bytes,
+        threads=1,
+        stuck_after=4,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -387,12 +395,14 @@ def test_changed_weights_stop_the_pass(pool: Pool, scorers: Scorers, tmp_path: P
 def test_another_machine_is_refused_unless_allowed(
     pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
 ) -> None:
+    strangers = new_scorers("another")
     job, assignments = prepare(tmp_path, pool)
     assignments.adopt_fingerprint({"processor": "another one"})
     with pytest.raises(
         RunConflict, match="begun with processor 'another one', this actor has .*, or set score.mixed_hardware=allow"
     ):
-        run(job, assignments, scorers, 1)
+        run(job, assignments, strangers, 1)
+    assert not strangers.actors
     run(job, assignments, scorers, 1, mixed_hardware=True)
     assert digest(assignments.path) == reference
 
@@ -481,15 +491,46 @@ def test_an_actor_that_cannot_see_the_pool_is_sent_away(
     nobody.shrink(0)
 
 
+def test_what_actors_had_in_hand_is_asked_of_others(pool: Pool, scorers: Scorers, cluster: str, tmp_path: Path) -> None:
+    """All of them die at once, as with their node; later one stops, and gives no sign of life."""
+    job, _ = prepare(tmp_path, pool, published=1)
+    ref = checkpoints.read(folder_of(job), 0)
+    job = replace(job, batch_size=8)
+    indices = np.arange(8, 200)  # three pieces
+    expected = scorers.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
+    scorers.shrink(0)
+    four = new_scorers("four")
+    four.slots = 4
+    for number, where in ((signal.SIGKILL, slice(None)), (signal.SIGSTOP, slice(1))):
+        four.grow(4)
+        while len(four.processes) < 4:
+            four.look_around()
+            time.sleep(0.1)
+        for process in list(four.processes.values())[where]:
+            os.kill(process.pid, number)
+        found = four.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
+        assert np.array_equal(found, expected)
+    four.shrink(0)
+
+
+def test_probabilities_come_from_actors_of_one_kind(pool: Pool, cluster: str, tmp_path: Path) -> None:
+    job, _ = prepare(tmp_path, pool, published=1)
+    ref = checkpoints.read(folder_of(job), 0)
+    strangers = new_scorers("strangers")
+    with pytest.raises(Unfit, match="begun with processor 'another one', this actor has .*score.mixed_hardware=allow"):
+        strangers.outputs(job, np.arange(8), ref, {"probabilities"}, {"processor": "another one"})
+    assert not strangers.actors
+
+
 @pytest.mark.timeout(100)
 def test_an_actor_without_room_keeps_no_answer_waiting(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
     """As after the loss of a node: two slots are counted, and there is room for one actor."""
     scorers.shrink(0)
-    crowded = Scorers("crowded", {"num_cpus": 2}, asked=None, slots=lambda: 2, cache_bytes=0, threads=1)
+    crowded = Scorers("crowded", {"num_cpus": 2}, asked=None, slots=lambda _: 2, cache_bytes=0, threads=1)
     job, _ = prepare(tmp_path, pool, published=1)
     ref = checkpoints.read(folder_of(job), 0)
     indices = np.arange(8, 200)  # two pieces
-    found = crowded.outputs(job, indices, ref, {"probabilities"})["probabilities"]
+    found = crowded.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
     assert (found.argmax(axis=1) == crowded.predict(job, indices, ref)).all()
     assert (len(crowded.actors), len(crowded.processes)) == (2, 1)
     crowded.shrink(0)
