@@ -13,7 +13,7 @@ from pathlib import Path
 from distal import cluster
 from distal.acquire.batch import select
 from distal.assignments import Assignments
-from distal.config import Config, ForeignConfig, check_measure
+from distal.config import Config, ForeignConfig, SelectConfig, check_measure
 from distal.errors import ConfigError, Damage, RunConflict, UserError
 from distal.hashing import digest
 from distal.monitor import Display, Silent
@@ -72,7 +72,7 @@ def select_run(
     measure: str | None = None,
     cycle: int | None = None,
     window: Window = WHOLE,
-    tie_break: str | None = None,
+    how: SelectConfig | None = None,
     annotate: bool = False,
     pool: Path | None = None,
     ray_address: str | None = None,
@@ -80,17 +80,18 @@ def select_run(
 ) -> JsonObject:
     """Choose the `budget` samples with the largest scores; they are computed first if need be.
 
-    Arguments as for `reduce_run`; `tie_break` is by default that of the run.
+    Arguments as for `reduce_run`; `how` is by default that of the run.
 
     Raises like `reduce_run`, and UserError when there are fewer samples than the budget.
     """
     display = display or Silent()
     scored = Scored(path, cycle, pool)
-    name, window = _named(measure or scored.config.select.measure, window)
+    how = how or scored.config.select
+    name, window = _named(measure or how.measure, window)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
         scored.reduce(name, window, annotate=annotate, mapper=mapper, display=display)
-    chosen = scored.select(name, window, budget, tie_break or scored.config.select.tie_break)
+    chosen = scored.select(name, window, budget, how)
     return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, **chosen}
 
 
@@ -190,8 +191,12 @@ class Scored:
             "seconds": marker["seconds"],
         }
 
-    def select(self, measure: str, window: Window, budget: int, tie_break: str) -> JsonObject:
-        """Choose from a measure that has been computed, unless that is done."""
+    def select(self, measure: str, window: Window, budget: int, how: SelectConfig) -> JsonObject:
+        """Choose from a measure that has been computed, unless that is done.
+
+        Args:
+            how: what else decides the batch: the tie-break, the kind of batch and the cap on groups.
+        """
         analysis = self._analysis(measure, window)
         reduced = analysis.marker("reduce")
         assert reduced is not None
@@ -204,10 +209,9 @@ class Scored:
                 "(score.eliminate: exact), so no more than that can be selected; score again with "
                 "score.eliminate=none in another run directory"
             )
-        config = self.config.select
         # Nothing is asked of a network here, so a batch that takes more than scores is one of the largest.
-        batch = config.batch if config.batch in ("top_k", "power") else "top_k"
-        how = config.model_copy(update={"measure": measure, "tie_break": tie_break, "batch": batch, "from_": None})
+        batch = how.batch if how.batch in ("top_k", "power") else "top_k"
+        how = how.model_copy(update={"measure": measure, "batch": batch, "from_": None})
         made_from = {
             "reduce": reduced["inputs_sha256"],
             "seed": str(self.config.seed),

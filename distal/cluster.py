@@ -8,6 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -67,14 +68,16 @@ class Slots:
         return workers if self.device == "cuda" else workers * threads
 
     def train_threads(self, workers: int) -> int:
-        """CPU threads of a rank, so that the ranks of a node fit on it.
+        """CPU threads of a rank: the most with which all ranks find room, and those of a node's GPUs share its CPUs.
 
         On shared nodes training takes half of the CPUs: the rest scores, which is most of the work.
         """
-        largest = max(self.train_nodes, key=lambda node: node.cpus)
-        ranks_per_node = -(-workers // len(self.train_nodes))
-        share = largest.cpus // 2 if self.shared else largest.cpus
-        return max(1, share // max(ranks_per_node, largest.gpus if self.device == "cuda" else 1))
+        cuda = self.device == "cuda"
+        part = 2 if self.shared else 1
+        nodes = [(node.cpus // part, node.gpus if cuda else workers) for node in self.train_nodes]
+        most = max(cpus // (ranks if cuda else 1) for cpus, ranks in nodes)
+        enough = (n for n in range(most, 1, -1) if sum(min(cpus // n, ranks) for cpus, ranks in nodes) >= workers)
+        return next(enough, 1)
 
 
 def divide(nodes: Sequence[Node], device: str) -> Slots:
@@ -84,11 +87,12 @@ def divide(nodes: Sequence[Node], device: str) -> Slots:
     Without labels, or when that would leave a role without a node, all nodes do both.
 
     Raises:
-        ConfigError: cuda was asked for and no node has a GPU.
+        ConfigError: no node has what the device needs.
     """
     gpus = any(node.gpus for node in nodes)
-    if device == "cuda" and not gpus:
-        raise ConfigError("device: cuda, but no node of the cluster has a GPU; set device=cpu")
+    if missing := _missing(nodes, device):
+        otherwise = "; add one, or set device=cpu in a new run" if device == "cuda" else "; add one"
+        raise ConfigError(f"device: {device}, but the cluster has no {missing}{otherwise}")
     device = "cuda" if gpus and device != "cpu" else "cpu"
     able = tuple(node for node in nodes if _slots(node, device))
     labelled = {role: tuple(node for node in able if node.role == role) for role in ("train", "score")}
@@ -102,6 +106,13 @@ def divide(nodes: Sequence[Node], device: str) -> Slots:
     if not any(labelled.values()) or not all(chosen.values()):
         return Slots(device, able, able, {"train": None, "score": None})
     return Slots(device, chosen["train"], chosen["score"], selectors)
+
+
+def _missing(nodes: Sequence[Node], device: str) -> str | None:
+    """What no node has that one of them must have."""
+    if any(node.gpus or (node.cpus and device != "cuda") for node in nodes):
+        return None
+    return "node with a GPU" if device == "cuda" else "node with a CPU or a GPU"
 
 
 def _slots(node: Node, device: str) -> int:
@@ -214,15 +225,24 @@ def _keeping_signal_handlers() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def find_slots(device: str) -> Slots:
+def find_slots(device: str, patience_s: float, say: Callable[[str], None]) -> Slots:
     """The slots of the connected cluster.
 
     Args:
         device: `device` of the configuration: auto, cpu or cuda.
+        patience_s: how long to wait for the first node that has what the device needs: a cluster may just be starting.
+        say: told what is waited for.
 
     Raises:
-        ConfigError: cuda was asked for and no node has a GPU.
+        ConfigError: no such node has come.
     """
+    deadline = time.monotonic() + patience_s
+    told = False
+    while (missing := _missing(_nodes(), device)) and time.monotonic() < deadline:
+        if not told:
+            say(f"waiting for a {missing} to join the cluster, for {patience_s:.0f} s at most")
+            told = True
+        time.sleep(1)
     return divide(_nodes(), device)
 
 
@@ -345,17 +365,23 @@ def on_each_node(work: Callable[[], Result], timeout_s: float) -> dict[str, Resu
     return found
 
 
+def n_cpus() -> int:
+    """CPUs of the cluster now, at least 1: they may come and go."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
 def in_tasks(work: Callable[[Item], Item], items: Sequence[Item]) -> Iterator[Item]:
     """Do `work` for every item in Ray tasks, a bounded number at a time, and yield the results as they come."""
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=3)(lambda shared, item: shared(item))
     shared = ray.put(work)
-    window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = list(reversed(items))
     running: list[Any] = []
     while waiting or running:
-        while waiting and len(running) < window:
+        while waiting and len(running) < 2 * n_cpus():
             running.append(task.remote(shared, waiting.pop()))
         ready, running = ray.wait(running)
         try:

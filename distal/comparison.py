@@ -33,7 +33,7 @@ from distal.monitor import Display, Silent
 from distal.pool import Pool
 from distal.records import JsonObject
 from distal.runs import Cycle, Run
-from distal.storage import write_yaml
+from distal.storage import be_durable, write_yaml
 from distal.strategies import recorded, scored_epochs
 
 
@@ -53,6 +53,7 @@ def compare(config: CompareConfig, display: Display | None = None) -> JsonObject
         raise ConfigError("eval.test: null: strategies are compared on test images; give some")
     folder = Path(config.run)
     runs: dict[tuple[int, str], JsonObject] = {}
+    be_durable(config.durable)  # before the connection, which tells actors and ranks
     with ExitStack() as stack:
         stack.enter_context(cluster.connect(config.ray.address))
         for seed in config.seeds:

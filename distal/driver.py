@@ -32,7 +32,7 @@ from distal.hashing import digest
 from distal.labelling import Waiting
 from distal.labels.oracle import choose_at_random, choose_initial, label_from_pool
 from distal.ledger import Ledger, write_labels
-from distal.lists import find, read_labels
+from distal.lists import find, read_labels, require_readable
 from distal.models import ModelSpec
 from distal.monitor import Display, Silent
 from distal.pool import Pool
@@ -240,6 +240,7 @@ class _Driver:
         missing = [sample_id for sample_id, index in zip(ids, indices, strict=True) if index < 0]
         if missing:
             raise ConfigError(f"loop.initial: {file}: sample {missing[0]} is not in the pool ({len(missing)} are not)")
+        require_readable(self.pool, ids, indices, f"loop.initial: {file}")
         if len(ids) < 2 * self.config.train.workers or len(set(labels)) < 2:
             raise ConfigError(
                 f"loop.initial: {file}: {len(ids)} samples of {len(set(labels))} classes; at least 2 samples per rank "

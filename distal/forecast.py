@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distal.assignments import SNAPSHOT_BALD, dtype_for
-from distal.config import TORCHVISION, Config, ForeignConfig
+from distal.config import TORCHVISION, CompareConfig, Config, ForeignConfig
 from distal.errors import PoolError
 from distal.foreign import matching
 from distal.lists import read_ids
@@ -84,6 +84,12 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
         memory["training rank"] = PROCESS_BYTES + 4 * weights + _n_initial(config) * image_bytes
     forwards = _with_elimination(n_rows, n_eligible, budget) if eliminates else n_rows * n_eligible
     warnings = []
+    if isinstance(config, CompareConfig):
+        n_seeds, n_strategies = config.compare.seeds, len(config.compare.strategies)
+        warnings.append(
+            f"these are the figures of one run that scores every checkpoint; a comparison makes {n_seeds} x "
+            f"{n_strategies}: strategies share the first cycle of a seed, and some need fewer checkpoints"
+        )
     if sum(objects.values()) > MANY_OBJECTS:
         warnings.append(
             f"{sum(objects.values()):,} objects a cycle: more than {MANY_OBJECTS:,} are slow to list and copy; raise "

@@ -21,7 +21,7 @@ from distal.labels import answers as kept
 from distal.labels.answers import Answer, Policy, Settled, settle
 from distal.labels.formats import Format, read_said, write_batch
 from distal.ledger import LABELED, Ledger, write_labels
-from distal.lists import class_index, find
+from distal.lists import class_index, find, require_readable
 from distal.pool import Pool
 from distal.pool.images import write_png
 from distal.records import JsonObject
@@ -154,6 +154,7 @@ def import_labels(path: Path, file: Path, *, allow_unasked: bool = False) -> Jso
             f"{file}: {_some(unasked, 'sample')} not asked for by any batch; nothing was imported; "
             "--allow-unasked takes them all the same"
         )
+    require_readable(pool, names, np.array([place[name] for name in names], np.int64), str(file))
     found = [
         Answer(
             place[each.sample_id],

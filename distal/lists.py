@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from distal.errors import SourceError, one_line
 from distal.hashing import sample_keys
 from distal.pool import Pool
+from distal.pool.images import OK
 from distal.records import STRIPE_SAMPLES, split_blocks
 
 
@@ -87,6 +88,20 @@ def find(pool: Pool, ids: Sequence[str]) -> NDArray[np.int64]:
         hits = np.flatnonzero(wanted[order][at] == keys)
         found[order[at[hits]]] = stripe.start + hits
     return found
+
+
+def require_readable(pool: Pool, ids: Sequence[str], indices: NDArray[np.int64], key: str) -> None:
+    """Raise SourceError when one of some samples is unreadable: of its image nothing is known.
+
+    Args:
+        indices: (n,) their `sample_index`.
+        key: what names the file that they are from.
+    """
+    (status,) = pool.take_samples(indices, ["status"]).columns
+    unreadable = [sample_id for sample_id, told in zip(ids, status.to_pylist(), strict=True) if told != OK]
+    if unreadable:
+        more = f" ({len(unreadable)} are)" if len(unreadable) > 1 else ""
+        raise SourceError(f"{key}: sample {unreadable[0]} is unreadable; leave it out{more}")
 
 
 def listed(pool: Pool, file: Path) -> tuple[list[str], NDArray[np.int64]]:

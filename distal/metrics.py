@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Literal
 
 from ray.util.metrics import Counter, Gauge
@@ -98,27 +99,31 @@ class Meter:
         self._tags = {"run": run} if shard is None else {"run": run, "shard": str(shard)}
         self._values: dict[Metric, float] = {}
         self._told_at = -EVERY_S
+        self._lock = Lock()  # training tells from a thread of its own
 
     def add(self, metric: Metric, amount: float) -> None:
         """Count something."""
-        self._values[metric] = self._values.get(metric, 0) + amount
+        with self._lock:
+            self._values[metric] = self._values.get(metric, 0) + amount
 
     def set(self, metric: Metric, value: float) -> None:
         """Say what something is now."""
-        self._values[metric] = value
+        with self._lock:
+            self._values[metric] = value
 
     def tell(self, *, now: bool = False) -> None:
         """Hand everything to Ray, unless that was done less than a second ago; `now`: also then."""
         if not now and time.monotonic() - self._told_at < EVERY_S:
             return
         self._told_at = time.monotonic()
-        for metric, value in self._values.items():
+        with self._lock:
+            values, self._values = self._values, {}
+        for metric, value in values.items():
             instrument = _instrument(metric)
             if isinstance(instrument, Gauge):
                 instrument.set(value, tags=self._tags)
             elif value > 0:  # Ray refuses to count nothing
                 instrument.inc(value, tags=self._tags)
-        self._values.clear()
 
     def progress(self, state: Progress) -> None:
         """Say how far the scoring of the pool is."""

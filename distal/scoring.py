@@ -27,11 +27,10 @@ from distal.errors import ConfigError, ModelError, UserError
 from distal.foreign import ForeignCheckpoints, Layout, matching, versions
 from distal.hashing import digest
 from distal.ledger import Ledger
-from distal.lists import find, read_ids, read_labels
+from distal.lists import find, read_ids, read_labels, require_readable
 from distal.models import ModelSpec
 from distal.monitor import Display, Silent
 from distal.pool import Pool
-from distal.pool.images import OK
 from distal.records import Block, CheckpointRef, JsonObject, Progress, Window
 from distal.reduce.measures import FROM_VOTES, Votes, dispersion
 from distal.runs import Cycle, Run
@@ -100,8 +99,7 @@ def score_directory(
         chosen = analysis.select_run(
             Path(config.run),
             budget=config.score.budget,
-            measure=config.select.measure,
-            tie_break=config.select.tie_break,
+            how=config.select,
             pool=Path(config.pool.path),
             display=display,
         )
@@ -175,10 +173,7 @@ class _Scoring:
         indices = find(self.pool, ids)
         if (indices < 0).any():
             raise UserError(f"--check: {file}: sample {ids[int(np.argmin(indices))]} is not in the pool")
-        (status,) = self.pool.take_samples(indices, ["status"]).columns
-        unreadable = [i for i, told in enumerate(status.to_pylist()) if told != OK]
-        if unreadable:
-            raise UserError(f"--check: {file}: sample {ids[unreadable[0]]} is unreadable; leave it out")
+        require_readable(self.pool, ids, indices, f"--check: {file}")
         job = self._job(self.cycle.assignments)
         accuracies = []
         if self.watch:

@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -82,17 +82,18 @@ def submit(config: Config | ForeignConfig, address: str, options: Sequence[str] 
     address = _checked(address)
     files = shipped(config, Path.cwd())
     metadata = {"run": config.run, "config_sha256": config.digest("")}
-    with _client(address) as client, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for name, content in files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        client = stack.enter_context(_client(address))
         for job in client.list_jobs():
             if (job.metadata or {}).get("run") == config.run and not job.status.is_terminal():
                 raise RunConflict(
                     f"{config.run}: {job.submission_id} is working on this run ({job.status.value.lower()}); wait "
                     f"until it is done, or stop it and submit again: {_commands(job.submission_id, address)['stop']}"
                 )
-        for name, content in files.items():
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
         job_id = client.submit_job(
             entrypoint=shlex.join(["distal", config.command, CONFIG, *options]),
             submission_id=f"distal-{re.sub(r'[^A-Za-z0-9_-]', '-', Path(config.run).name)}-{uuid.uuid4().hex[:8]}",
@@ -148,6 +149,9 @@ def shipped(config: Config | ForeignConfig, folder: Path) -> dict[str, bytes]:
         Relative paths and contents.
     """
     if isinstance(config, Config) and config.train.command is not None:
+        from distal.train.command import check_command
+
+        check_command(config.train.command)
         _refuse_local_files(config.train.command, folder)
     config = config.with_values({"ray.address": "local"})  # which RAY_ADDRESS, set for every job, turns into its own
     sent = {CONFIG: yaml.safe_dump(to_record(config), sort_keys=False).encode()}
@@ -219,6 +223,7 @@ def _client(address: str) -> Iterator[Any]:
 
     Raises:
         UserError: it is no dashboard, or the token is missing or wrong; at any request.
+        DistalError: the connection is lost, or a request is refused.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
     from ray.exceptions import AuthenticationError
@@ -233,6 +238,8 @@ def _client(address: str) -> Iterator[Any]:
         except (OSError, RuntimeError, ValueError) as error:
             raise _nobody(address, error) from error
         yield client
+    except (OSError, RuntimeError) as error:
+        raise DistalError(f"{address}: the dashboard does not answer as it should ({one_line(error)})") from error
     except AuthenticationError as error:
         told = "refuses this token" if "authentication failed" in str(error).lower() else "asks for a token"
         raise UserError(

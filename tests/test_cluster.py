@@ -12,7 +12,7 @@ from distal.cluster import Node, divide, find_slots
 from distal.errors import ConfigError
 from distal.pool import Pool
 from distal.runs import Run
-from tests.helpers import small_overrides
+from tests.helpers import small_overrides, wait_until
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 
@@ -68,11 +68,22 @@ class TestSlots:
         assert (slots.device, slots.scoring, slots.training(workers=2, threads=4)) == ("cuda", 8, 2)
         assert slots.train_threads(2) == 8  # half of the CPUs over the GPUs of a node
         assert divide(nodes, "cpu").scoring == 160
-        with pytest.raises(ConfigError, match="device: cuda, but no node of the cluster has a GPU; set device=cpu"):
+        with pytest.raises(ConfigError, match="device: cuda, but the cluster has no node with a GPU; add one, or set"):
             divide([Node(8)], "cuda")
 
+    def test_unequal_nodes_hold_all_ranks(self) -> None:
+        roles = [Node(64, role="train"), Node(8, role="train"), Node(4, role="score")]
+        assert divide(roles, "cpu").train_threads(2) == 32
+        gpus = [Node(48, gpus=4, role="train"), Node(8, gpus=1, role="train"), Node(4, gpus=1, role="score")]
+        assert divide(gpus, "auto").train_threads(5) == 8
+        assert divide(gpus, "auto").train_threads(4) == 12
+
+    def test_a_cluster_that_has_no_node_yet(self) -> None:
+        with pytest.raises(ConfigError, match="device: auto, but the cluster has no node with a CPU or a GPU; add one"):
+            divide([Node(0)], "auto")
+
     def test_those_of_a_cluster(self, cluster: str) -> None:
-        assert find_slots("auto") == divide([Node(3)], "cpu")
+        assert find_slots("auto", 0, print) == divide([Node(3)], "cpu")
 
 
 def test_a_cluster_is_never_joined_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,3 +151,28 @@ def test_training_and_scoring_on_nodes_of_their_own(
     assert len(run.summary()["cycles"]) == 2
     (log,) = (run.path / "events").iterdir()
     assert '"slots": 2' in log.read_text()
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_a_run_waits_for_the_first_node(pool: Pool, tmp_path: Path) -> None:
+    """A cluster that is being started has a head first, which only conducts."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    log = tmp_path / "log"
+    overrides = [*small_overrides(tmp_path / "run", pool, None), f"ray.address={nodes.address}", "loop.cycles=1"]
+    try:
+        with log.open("w") as out:
+            process = subprocess.Popen([sys.executable, "-m", "distal", "run", CONFIG, *overrides], stderr=out)
+        try:
+            waits = "waiting for a node with a CPU or a GPU to join the cluster, for 600 s at most"
+            wait_until(lambda: process.poll() is not None or waits in log.read_text())
+            assert process.poll() is None, log.read_text()
+            nodes.add_node(num_cpus=2)
+            assert process.wait(timeout=200) == 0, log.read_text()
+        finally:
+            process.kill()
+            process.wait()
+    finally:
+        nodes.shutdown()

@@ -350,6 +350,13 @@ class TestMistakes:
         assert "\n" not in str(caught.value)
         assert not run.exists()
 
+    def test_a_first_set_of_unreadable_images(self, cluster: str, pool: Pool, tmp_path: Path) -> None:
+        ids = pool.samples(0, 8)["sample_id"].to_pylist()
+        file = tmp_path / "first.csv"
+        file.write_text("sample_id,label\n" + "".join(f"{name},{i % 4}\n" for i, name in enumerate(ids)))
+        with pytest.raises(UserError, match=rf"loop.initial: .*first.csv: sample {ids[7]} is unreadable; leave it out"):
+            driver.run(small_config(tmp_path / "run", pool, None, f"loop.initial={file}"))
+
     def test_no_such_pool(self, pool: Pool, tmp_path: Path) -> None:
         missing = f"pool.path={tmp_path / 'missing'}"
         self.refuse(PoolError, "no such pool; make it with `distal pool build", tmp_path / "run", pool, None, missing)

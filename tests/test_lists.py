@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distal.errors import SourceError
-from distal.lists import find, read_ids, read_labels
+from distal.lists import find, read_ids, read_labels, require_readable
 from distal.pool import Pool
 
 CLASSES = ("cat", "dog", "7")
@@ -71,3 +71,13 @@ def test_samples_are_found_by_id(pool: Pool) -> None:
     order = np.random.default_rng(0).permutation(240)[:100]
     assert np.array_equal(find(pool, [ids[i] for i in order]), order)
     assert find(pool, ["nobody", ids[3]]).tolist() == [-1, 3]
+
+
+def test_unreadable_samples_are_named(pool: Pool) -> None:
+    ids = pool.samples(0, 240)["sample_id"].to_pylist()
+    unreadable = [i for i, told in enumerate(pool.samples(0, 240)["status"].to_pylist()) if told != "ok"]
+    assert len(unreadable) == 2
+    readable = [i for i in range(240) if i not in unreadable]
+    require_readable(pool, [ids[i] for i in readable], np.array(readable), "file")
+    with pytest.raises(SourceError, match=rf"file: sample {ids[unreadable[0]]} is unreadable; leave it out \(2 are\)"):
+        require_readable(pool, ids, np.arange(240), "file")

@@ -194,6 +194,18 @@ def test_another_measure_selects_again_without_scoring(
     assert other["images_scored"] == scored[1]["images_scored"]
 
 
+def test_another_kind_of_batch_selects_again_without_scoring(
+    scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+) -> None:
+    """As a run that asked for it from the start."""
+    run = tmp_path / "run"
+    shutil.copytree(scored[0], run)
+    power = ("select.batch=power", "select.beta=0.1")
+    again = score_directory(foreign_config(run, pool, folder, *power))
+    fresh = score_directory(foreign_config(tmp_path / "fresh", pool, folder, *power))
+    assert again["selection_sha256"] == fresh["selection_sha256"] != scored[1]["selection_sha256"]
+
+
 def test_the_order_of_checkpoints_is_told(pool: Pool, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "ck")
     shutil.copy2(folder / f"epoch{T}.pt", tmp_path / "ck" / "best.pt")
@@ -288,7 +300,7 @@ class TestKnownSamples:
             score_directory(foreign_config(tmp_path / "run", pool, folder), check=tmp_path / "missing.csv")
         bad = pool.samples(7, 8)["sample_id"][0].as_py()
         (tmp_path / "known.csv").write_text(f"sample_id,label\n{bad},1\n")
-        with pytest.raises(UserError, match=f"sample {bad} is unreadable; leave it out"):
+        with pytest.raises(UserError, match=rf"--check: .*known.csv: sample {bad} is unreadable; leave it out"):
             score_directory(foreign_config(tmp_path / "run", pool, folder), check=tmp_path / "known.csv")
 
 

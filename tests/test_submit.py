@@ -130,6 +130,8 @@ class TestShipped:
         config = small_config(folder / "run", pool, None, "train.command=python unused.py {labels} {checkpoints}")
         with pytest.raises(ConfigError, match="train.command: 'unused.py' is a file of this directory"):
             shipped(config, folder)
+        with pytest.raises(ConfigError, match="cannot be split into words"):
+            shipped(small_config(folder / "run", pool, None, "train.command=python 'x {checkpoints}"), folder)
         absolute = small_config(folder / "run", pool, None, "train.command=python /data/train.py {checkpoints}")
         assert set(shipped(absolute, folder)) == {CONFIG}
 

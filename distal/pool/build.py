@@ -21,6 +21,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
+from distal import cluster
 from distal.arrays import Array, create_array
 from distal.errors import Damage, DiskFull, DistalError, PoolError, SourceError, one_line
 from distal.hashing import sample_keys
@@ -305,12 +306,11 @@ def _in_order(source: Source, blocks: list[Block], dest: Path, layout: Layout) -
     """Run one task per block, a bounded number at a time, and yield the results in block order."""
     task = ray.remote(num_cpus=1, max_retries=2)(_pack_block)
     source_ref = ray.put(source)
-    window = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     running: dict[int, ray.ObjectRef[Any]] = {}
     submitted = 0
     try:
         for block in blocks:
-            while submitted < len(blocks) and submitted < block.index + window:
+            while submitted < len(blocks) and submitted < block.index + 4 * cluster.n_cpus():
                 running[submitted] = task.remote(source_ref, blocks[submitted], dest, layout)
                 submitted += 1
             yield block, ray.get(running.pop(block.index))
