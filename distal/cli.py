@@ -275,7 +275,7 @@ def select(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run, or of `distal score`.")],
+    config: Annotated[Path, typer.Argument(help="YAML file of a run, a comparison, or `distal score`.")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
