@@ -95,6 +95,7 @@ def test_every_epoch_publishes_a_checkpoint_and_the_loss_falls(one_rank: TrainJo
     assert not (one_rank.folder / "train" / "ray").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_job_is_not_trained_again(one_rank: TrainJob) -> None:
     """The state says three epochs are done: nothing is trained, a checkpoint that is missing is committed."""
     before = weights(one_rank)
@@ -154,6 +155,7 @@ def test_a_state_from_other_inputs_is_refused(one_rank: TrainJob, tmp_path: Path
         read_state(other)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_lost_is_not_trained_again(
     one_rank: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +212,7 @@ def test_divergence_stops_at_once_and_says_what_to_do(pool: Pool, tmp_path: Path
     assert events == []
 
 
+@pytest.mark.slow
 def test_ranks_that_always_die_end_the_run(pool: Pool, tmp_path: Path) -> None:
     doomed = job(tmp_path, pool, max_failures=0)
     model = replace(doomed.model, config=ModelConfig(name="tests.train.test_launch:deadly"))
