@@ -22,7 +22,6 @@ from distal.score.loop import score
 from distal.score.scorers import Scorers
 
 SCORER_THREADS = 1
-NODES_S = 600.0
 
 AnyConfig = TypeVar("AnyConfig", Config, ForeignConfig)
 
@@ -59,9 +58,7 @@ class Attempt:
         What it came to when the run began holds, also on a cluster where it would come to something else.
         """
         kept = self.constants.get("device", config.device)
-        device = kept if config.device == "auto" else config.device
-        patience_s = 0.0 if cluster.is_own(config.ray.address) else NODES_S
-        self.slots = cluster.find_slots(device, patience_s, self.display.say)
+        self.slots = cluster.find_slots(kept if config.device == "auto" else config.device)
         self.constants = self.constants or inputs.constants(config, self._pool, self.slots)
         return inputs.resolved(config, self.constants)
 

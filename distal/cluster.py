@@ -225,16 +225,13 @@ def _keeping_signal_handlers() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def find_slots(device: str, patience_s: float, say: Callable[[str], None]) -> Slots:
-    """The slots of the connected cluster.
+def wait_for_node(device: str, patience_s: float, say: Callable[[str], None]) -> None:
+    """Wait for the first node that has what the device needs: the cluster may just be starting.
 
     Args:
         device: `device` of the configuration: auto, cpu or cuda.
-        patience_s: how long to wait for the first node that has what the device needs: a cluster may just be starting.
+        patience_s: how long, in seconds. Then `find_slots` tells what is missing.
         say: told what is waited for.
-
-    Raises:
-        ConfigError: no such node has come.
     """
     deadline = time.monotonic() + patience_s
     told = False
@@ -243,6 +240,17 @@ def find_slots(device: str, patience_s: float, say: Callable[[str], None]) -> Sl
             say(f"waiting for a {missing} to join the cluster, for {patience_s:.0f} s at most")
             told = True
         time.sleep(1)
+
+
+def find_slots(device: str) -> Slots:
+    """The slots of the connected cluster.
+
+    Args:
+        device: `device` of the configuration: auto, cpu or cuda.
+
+    Raises:
+        ConfigError: no node has what the device needs.
+    """
     return divide(_nodes(), device)
 
 

@@ -269,7 +269,8 @@ class TrainConfig(Section):
     )
     workers: Integer = key(1, "DDP ranks (gloo on CPU, NCCL on GPU). Part of the answer: sums are ordered by it.", ge=1)
     threads: Count | Auto = key(
-        "auto", "CPU threads of a rank. auto: half of the CPU slots over all ranks, the rest score."
+        "auto",
+        "CPU threads of a rank. auto: half of the CPUs over all ranks, the rest score; all of nodes that only train.",
     )
     max_failures: Integer = key(
         3,
@@ -300,7 +301,8 @@ class ScoreConfig(Section):
 
     actors: Count | Auto = key(
         "auto",
-        "Scoring actors. auto: one per free CPU slot, or GPU. For more than find room autoscaling adds score nodes.",
+        "Scoring actors. auto: one per free CPU slot, or GPU. For more than find room an autoscaler is asked for nodes "
+        "where some are labelled for scoring.",
         ANY_TIME,
     )
     precision: Literal["auto", "fp32", "bf16"] = key(
@@ -620,10 +622,10 @@ class CompareSection(Section):
         "letters, digits and `_.@=+-`.",
         min_length=2,
     )
-    seeds: Count = key(10, "How many, from `seed` on. A seed decides the first set, the weights and the order.", ge=1)
-    references: tuple[str, ...] = key(("random", "entropy"), "Strategies that the others are tested against.")
-    metric: Metric = key("accuracy", "What of eval.metrics is compared.")
-    level: float = key(0.05, "Chance of a false find over all tests together; intervals are at 1 - level.", gt=0, lt=1)
+    seeds: Count = key(10, "How many, from `seed` on. One decides first set, weights and order.", ANY_TIME, ge=1)
+    references: tuple[str, ...] = key(("random", "entropy"), "Strategies that the others are tested against.", ANY_TIME)
+    metric: Metric = key("accuracy", "What of eval.metrics is compared.", ANY_TIME)
+    level: float = key(0.05, "Chance of a false find over all tests; intervals are at 1 - level.", ANY_TIME, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -933,13 +935,16 @@ def markdown() -> str:
         "*May change* says what a run that exists accepts. **never**: the key is part of what the run is. **next",
         "cycle**: fixed once a cycle has begun, free for the cycles after it. **may move**: the place may change, the",
         "content may not. **any time**: it affects speed or length, or what to put up with, never a result.",
+        "`distal score` has one cycle: there **next cycle** is never, but for `select` and `score.budget`, which may",
+        "change any time unless `score.eliminate` is `exact`.",
     ]
     lines += _tables(Config)
     lines += ["", "# Scoring a directory of checkpoints", ""]
     lines += ["`distal score` takes a file of these sections; `ray` and `select` are those of a run."]
     lines += _tables(ForeignConfig, leave_out=("ray", "select"))
     lines += ["", "# Comparing strategies", ""]
-    lines += ["`distal compare` takes a file of the sections of a run, and one more:"]
+    lines += ["`distal compare` takes a file of the sections of a run, where `loop.balance` is false by default, and"]
+    lines += ["one more:"]
     lines += _tables(CompareConfig, leave_out=[name for name in SECTIONS if name != "compare"])
     return "\n".join(lines) + "\n"
 

@@ -25,6 +25,7 @@ from distal.storage import require_writable, write_bytes
 
 PACKAGES = ("torch", "ray", "zarr", "numpy")
 NEEDED = ("model.weights", "checkpoints.path")  # what is read by the nodes, beside the pools
+FIRST_NODE_S = 600.0
 WAIT_S = 120.0
 
 
@@ -60,7 +61,7 @@ class Found:
 
 
 def check(config: Root, run: Path, pools: Sequence[Pool], display: Display) -> None:
-    """Ask every node that may work on the run, unless that is only the driver's own.
+    """Wait for the first node; then ask every one that may work on the run, unless that is only the driver's own.
 
     Args:
         run: the run directory, which exists.
@@ -68,6 +69,8 @@ def check(config: Root, run: Path, pools: Sequence[Pool], display: Display) -> N
     Raises:
         UserError: naming the nodes that cannot take part; what each of them lacks is said before, a line each.
     """
+    if not cluster.is_own(config.ray.address):
+        cluster.wait_for_node(config.device, FIRST_NODE_S, display.say)
     if cluster.is_alone():
         return
     display.say("asking every node for the pool, the run directory and its versions")

@@ -83,7 +83,7 @@ class TestSlots:
             divide([Node(0)], "auto")
 
     def test_those_of_a_cluster(self, cluster: str) -> None:
-        assert find_slots("auto", 0, print) == divide([Node(3)], "cpu")
+        assert find_slots("auto") == divide([Node(3)], "cpu")
 
 
 def test_a_cluster_is_never_joined_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +170,7 @@ def test_a_run_waits_for_the_first_node(pool: Pool, tmp_path: Path) -> None:
             wait_until(lambda: process.poll() is not None or waits in log.read_text())
             assert process.poll() is None, log.read_text()
             nodes.add_node(num_cpus=2)
+            wait_until(lambda: process.poll() is not None or "asking every node" in log.read_text())
             assert process.wait(timeout=200) == 0, log.read_text()
         finally:
             process.kill()
