@@ -280,8 +280,8 @@ class _Pass:
         self.on_event("actor_refused", actor=actor, reason=one_line(error))
         self.scorers.look_around()
         for waiting in self.scorers.unplaced:
-            if waiting != actor:
-                self._forget(waiting)
+            if waiting != actor and self._forget(waiting):
+                self.plan.actor_left(waiting)
         if not self.scorers.send_away(actor):
             raise error from None
 
