@@ -282,6 +282,8 @@ class _Driver:
         if not n_eligible:
             self.display.say(f"every eligible image is labelled: the loop ends before cycle {cycle.index}")
             return False
+        if n_eligible < budget and cycle.index == 0:  # later on that is how a pool ends
+            raise ConfigError(f"loop.budget: {budget} is more than the {n_eligible} candidates; lower it")
         if n_eligible < budget:
             self.display.say(
                 f"cycle {cycle.index}: {n_eligible} eligible images are left, fewer than the budget of {budget}; "

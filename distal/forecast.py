@@ -114,7 +114,9 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
 
 
 def _alternatives(config: Config | ForeignConfig, n_rows: int, n_eligible: int, budget: int) -> list[JsonObject]:
-    """Cheaper ways, with the forwards that they leave."""
+    """Cheaper ways, with the forwards that they leave; none where nothing can be selected anyway."""
+    if n_eligible < budget:
+        return []
     forwards = n_rows * n_eligible
     every = (
         "train.checkpoint_every=2" if isinstance(config, Config) else "half of the checkpoints (checkpoints.pattern)"
@@ -133,7 +135,7 @@ def _alternatives(config: Config | ForeignConfig, n_rows: int, n_eligible: int, 
                 "forwards": _with_elimination(n_rows, n_eligible, budget),
             }
         )
-    return [{**way, "saves": 1 - way["forwards"] / max(1, forwards)} for way in ways]
+    return [{**way, "saves": 1 - way["forwards"] / forwards} for way in ways if way["forwards"] < forwards]
 
 
 def _with_elimination(n_rows: int, n_eligible: int, budget: int) -> int:

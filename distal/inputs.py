@@ -70,7 +70,7 @@ def _open(
     if pool.n_unreadable:
         display.say(
             f"{folder}: {pool.n_unreadable} of {pool.n_samples} images are unreadable and left out; "
-            "the reasons are in samples.parquet"
+            "`distal pool info` names some, samples.parquet all"
         )
     return pool
 

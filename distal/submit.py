@@ -239,7 +239,10 @@ def _client(address: str) -> Iterator[Any]:
             raise _nobody(address, error) from error
         yield client
     except (OSError, RuntimeError) as error:
-        raise DistalError(f"{address}: the dashboard does not answer as it should ({one_line(error)})") from error
+        raise DistalError(
+            f"{address}: the cluster does not take the request ({one_line(error)}); if that stays so, dashboard.log "
+            "and dashboard_agent.log on its head say why"
+        ) from error
     except AuthenticationError as error:
         told = "refuses this token" if "authentication failed" in str(error).lower() else "asks for a token"
         raise UserError(

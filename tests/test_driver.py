@@ -357,6 +357,10 @@ class TestMistakes:
         with pytest.raises(UserError, match=rf"loop.initial: .*first.csv: sample {ids[7]} is unreadable; leave it out"):
             driver.run(small_config(tmp_path / "run", pool, None, f"loop.initial={file}"))
 
+    def test_a_budget_that_the_first_cycle_cannot_have(self, cluster: str, pool: Pool, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"loop.budget: 239 is more than the \d+ candidates; lower it"):
+            driver.run(small_config(tmp_path / "run", pool, None, "loop.budget=239"))
+
     def test_no_such_pool(self, pool: Pool, tmp_path: Path) -> None:
         missing = f"pool.path={tmp_path / 'missing'}"
         self.refuse(PoolError, "no such pool; make it with `distal pool build", tmp_path / "run", pool, None, missing)

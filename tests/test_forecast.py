@@ -47,3 +47,9 @@ def test_a_directory_of_checkpoints(pool: Pool, tmp_path: Path) -> None:
     assert warnings[0].startswith("200,")
     assert "more than 100,000" in warnings[0]
     assert "the budget of 500 is more than the 238 candidates" in warnings[1]
+
+
+def test_nothing_is_cheaper_where_nothing_can_be_selected(pool: Pool, tmp_path: Path) -> None:
+    told = forecast(small_config(tmp_path / "run", pool, None, "loop.budget=5000"))
+    assert told["alternatives"] == []
+    assert any("budget of 5,000 is more than" in warning for warning in told["warnings"])

@@ -21,18 +21,20 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distal.arrays import Array
 from distal.errors import Damage, PoolError
-from distal.records import Block, JsonObject, auto_block_size, split_blocks
+from distal.records import STRIPE_SAMPLES, Block, JsonObject, auto_block_size, split_blocks
 from distal.storage import names_in, open_parquet, parquet_errors, read_json, write_bytes
 
 MANIFEST, SAMPLES, IMAGES = "pool.json", "samples.parquet", "images.zarr"
 BUILDING = "building.json"  # written first and removed last: a folder that has it holds an unfinished build
 
 MAX_PART_SAMPLES = 8192
+SHOWN = 5
 
 OK = "ok"
 UNREADABLE = "unreadable: "
@@ -144,6 +146,7 @@ class Pool:
             "n_samples": self.n_samples,
             "n_labeled": self.n_labeled,
             "n_unreadable": self.n_unreadable,
+            **({"unreadable": self._some_unreadable()} if self.n_unreadable else {}),
             "image_shape": [channels, height, width],
             "classes": None if self.classes is None else dict(zip(self.classes, self.class_counts, strict=True)),
             "mean": list(self.mean),
@@ -152,6 +155,17 @@ class Pool:
             "samples_per_chunk": self.chunk_size,
             "content_sha256": self.content_sha256,
         }
+
+    def _some_unreadable(self) -> list[str]:
+        """The first unreadable samples, each with the reason."""
+        found: list[str] = []
+        for block in split_blocks(self.n_samples, STRIPE_SAMPLES):
+            rows = self.samples(block.start, block.stop, ["sample_id", "status"])
+            bad = rows.filter(pc.not_equal(rows["status"], OK)).to_pylist()
+            found += [f"{row['sample_id']} ({row['status'].removeprefix(UNREADABLE)})" for row in bad]
+            if len(found) >= SHOWN:
+                break
+        return found[:SHOWN]
 
     @cached_property
     def has_groups(self) -> bool:

@@ -78,6 +78,7 @@ def test_statistics_are_those_of_the_readable_pixels(pool: Pool, source: Path) -
     assert pool.mean == pytest.approx([readable.mean()], abs=1e-12)
     assert pool.std == pytest.approx([readable.std()], abs=1e-12)
     assert (pool.n_unreadable, pool.n_labeled, pool.classes) == (2, 238, CLASSES)
+    assert pool.describe()["unreadable"] == [f"s1-{i:05} (not an image of a known format)" for i in (7, 201)]
 
 
 def test_layout_on_disk(pool: Pool) -> None:
