@@ -10,6 +10,7 @@ import keyword
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
@@ -872,6 +873,7 @@ def _one_line(error: ValidationError, kind: type[Root]) -> str:
         prefix = "".join(f"{part}." for part in outer)
         siblings = {n[len(prefix) :].partition(".")[0] for n in keys if n.startswith(prefix)}
         text = f"unknown key {prefix}{last}; known keys: {', '.join(sorted(prefix + s for s in siblings))}"
+        text += "".join(f"; did you mean {prefix}{near}?" for near in get_close_matches(last, sorted(siblings), 1))
     elif first["type"] == "missing" and parts == ["model", "normalize"]:
         text = (
             "model.normalize is missing: these weights were not trained with this pool's statistics; give mean and "
@@ -883,10 +885,15 @@ def _one_line(error: ValidationError, kind: type[Root]) -> str:
         text = f"{name} is missing; set it in the file or as {name}=..."
     elif first["type"] == "value_error":
         text = f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
-        text += f", got {first['input']!r}" if isinstance(first["input"], str) else ""
+        given = first["input"]
+        text += f", got {given!r}" if isinstance(given, str) and repr(given) not in text else ""
     else:
         allowed = " or ".join(
-            dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in errors if e["loc"][:2] == first["loc"][:2])
+            dict.fromkeys(
+                e["msg"].removeprefix("Input should be ").partition(", unable to parse")[0]
+                for e in errors
+                if e["loc"][:2] == first["loc"][:2]
+            )
         )
         text = f"{name} must be {allowed}, got {first['input']!r}"
     others = len({e["loc"][:2] for e in errors}) - 1

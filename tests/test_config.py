@@ -84,6 +84,8 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (["pool.pth=x"], "unknown key pool.pth; known keys: pool.block_size, pool.classes, pool.limit"),
         (["trian.lr=1"], "unknown key trian; known keys: device, durable, eval, label, loop"),
+        (["train.epoch=1"], r"unknown key train.epoch; known keys: .*; did you mean train.epochs\?$"),
+        (["train.lr=abc"], "train.lr must be a valid number, got 'abc'$"),
         (["loop.budget=true"], "loop.budget must be a valid integer, got True"),
         (["pool.limit=10.0"], "pool.limit must be .*, got 10.0"),
         (["train.lr=.inf"], "train.lr must be a finite number, got inf"),
