@@ -8,6 +8,7 @@
     │   ├── SourceError          what a pool is built from
     │   ├── PoolError            a packed pool that is missing, unfinished or does not fit
     │   ├── RunConflict          a run directory that belongs to other inputs
+    │   │   └── Unfit            an actor of another kind than the others
     │   ├── ModelError           a model or weights that do not fit the pool
     │   ├── UnknownFormat        a file written by another version of distal
     │   ├── Diverged             a loss or a logit that is not finite

@@ -93,7 +93,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["train.lr=-1"], "train.lr must be greater than 0, got -1"),
         (["loop.budget=0"], "loop.budget must be greater than or equal to 1, got 0"),
         (["pool.block_size=x"], "pool.block_size must be .* or 'auto', got 'x'"),
-        (["select.measure=foo"], "select.measure: 'foo' is unknown; known: dispersion, .*, random, got 'foo'"),
+        (["select.measure=foo"], "select.measure: 'foo' is unknown; known: dispersion, .*, random$"),
         (["select.measure=margin@last=2"], "margin has no window; a window is for dispersion, "),
         (["select.measure=flips@first=2"], "'first=2' is no part of a window; those are from=N, last=N or a share"),
         (["select.measure=flips@last=-1"], "'last=-1' must be larger"),

@@ -449,11 +449,16 @@ def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, refe
 
 
 class SeesNoPool(Scorer):
-    """The second actor is on a node that lacks the folder of the pool."""
+    """The second actor is on a node that lacks the folder of the pool, and says so when the first one is at work."""
 
     def ready(self, job: Job) -> dict[str, str]:
-        elsewhere = self._name.endswith("-1") or not self._name.startswith("partly")
-        return super().ready(replace(job, pool=Path("/nowhere")) if elsewhere else job)
+        first = job.assignments.with_name("first is ready")
+        if self._name == "partly-0":
+            first.touch()
+            return super().ready(job)
+        while self._name == "partly-1" and not first.exists():
+            time.sleep(0.05)
+        return super().ready(replace(job, pool=Path("/nowhere")))
 
 
 def test_an_actor_that_cannot_see_the_pool_is_sent_away(
