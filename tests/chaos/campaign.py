@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import ray
 from ray.cluster_utils import Cluster
@@ -30,6 +31,7 @@ from ray.cluster_utils import Cluster
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.runs import Run
+from distal.score.eliminate import histogram, survivors
 from distal.storage import files_below
 from tests.helpers import content, flip, write_source
 
@@ -74,6 +76,13 @@ class Strike:
         return {name: value for name, value in vars(self).items() if name not in ("committed", "damaged")}
 
 
+def compile_kernels() -> None:
+    """Have what elimination calls compiled, and kept on disk: in an actor it takes longer than `STUCK_S`."""
+    votes, eligible = np.zeros((3, 8), np.uint8), np.ones(8, bool)
+    histogram(votes, eligible, 4, 8)
+    survivors(votes, eligible, 4, 0)
+
+
 class Lab:
     """A pool, a cluster, and the answer of an undisturbed run.
 
@@ -93,6 +102,7 @@ class Lab:
         self.nodes: list[Any] = []
 
     def __enter__(self) -> Lab:
+        compile_kernels()
         self.start_cluster()
         connected = ray.is_initialized()  # in a test run, to the cluster of the other tests, which can pack as well
         if not connected:
