@@ -7,15 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distal import cluster, inputs, metrics
 from distal.assignments import Assignments
-from distal.config import Config, ForeignConfig, Root
+from distal.config import Config, ForeignConfig
 from distal.lease import Lease
 from distal.metrics import Meter
 from distal.models import ModelSpec
 from distal.monitor import Display
 from distal.pool import Pool
-from distal.records import JsonObject, Progress
+from distal.records import CheckpointRef, JsonObject, Progress
 from distal.runs import Run
 from distal.score.job import Elimination, Job, Producer, Scored
 from distal.score.loop import score
@@ -74,6 +77,7 @@ class Attempt:
             n_labeled: samples of the pool that need no score.
         """
         gpu = {"num_gpus": 1} if self.slots.device == "cuda" else {}
+        self._mixed = config.score.mixed_hardware == "allow"
         asked = None if config.score.actors == "auto" else config.score.actors
         present = partial(cluster.scoring_slots, self.slots)
 
@@ -120,7 +124,6 @@ class Attempt:
 
     def fill(
         self,
-        config: Root,
         job: Job,
         assignments: Assignments,
         producer: Producer,
@@ -134,7 +137,6 @@ class Attempt:
         """Score what is missing in some assignments; see `score`.
 
         Args:
-            config: tells how patient to be, and with which hardware.
             metered: whether this is the scoring that metrics tell of.
             event: values that every event gets.
         """
@@ -145,12 +147,18 @@ class Attempt:
             producer,
             elimination=elimination,
             n_expected=n_expected,
-            mixed_hardware=config.score.mixed_hardware == "allow",
-            stuck_after=config.score.stuck_after,
+            mixed_hardware=self._mixed,
             progress=progress,
             on_progress=partial(self.progress, metered=metered),
             on_event=partial(self.event, **event),
         )
+
+    def outputs(
+        self, job: Job, assignments: Assignments, indices: NDArray[np.int64], ref: CheckpointRef, names: Collection[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        """What a checkpoint gives for some samples, by actors that may score there; see `Scorers.outputs`."""
+        begun = None if self._mixed else assignments.attributes.get("fingerprint")
+        return self.scorers.outputs(job, indices, ref, names, begun)
 
     def progress(self, progress: Progress, *, metered: bool = False) -> None:
         """Show how far the run is. Raises RunConflict when it is not ours any more."""

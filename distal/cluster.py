@@ -389,7 +389,8 @@ def in_tasks(work: Callable[[Item], Item], items: Sequence[Item]) -> Iterator[It
     waiting = list(reversed(items))
     running: list[Any] = []
     while waiting or running:
-        while waiting and len(running) < 2 * n_cpus():
+        window = 2 * n_cpus()
+        while waiting and len(running) < window:
             running.append(task.remote(shared, waiting.pop()))
         ready, running = ray.wait(running)
         try:

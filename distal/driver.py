@@ -282,9 +282,9 @@ class _Driver:
         if not n_eligible:
             self.display.say(f"every eligible image is labelled: the loop ends before cycle {cycle.index}")
             return False
-        if n_eligible < budget and cycle.index == 0:  # later on that is how a pool ends
-            raise ConfigError(f"loop.budget: {budget} is more than the {n_eligible} candidates; lower it")
         if n_eligible < budget:
+            if cycle.index == 0:  # later on that is how a pool ends
+                raise ConfigError(f"loop.budget: {budget} is more than the {n_eligible} candidates; lower it")
             self.display.say(
                 f"cycle {cycle.index}: {n_eligible} eligible images are left, fewer than the budget of {budget}; "
                 "it takes all of them"
@@ -383,7 +383,6 @@ class _Driver:
             progress = Progress(cycle.index, "train + score", epochs=config.train.epochs)
             if n_rows:
                 scored = self.attempt.fill(
-                    self.config,
                     job,
                     assignments,
                     training,
@@ -459,7 +458,7 @@ class _Driver:
         job = replace(self.attempt.job(_begun(cycle), pool, path), first_index=index)
         producer = Published([checkpoints.read(cycle.checkpoints, index)])
         progress = Progress(cycle.index, name)
-        self.attempt.fill(self.config, job, assignments, producer, progress, n_expected=1, cycle=cycle.index)
+        self.attempt.fill(job, assignments, producer, progress, n_expected=1, cycle=cycle.index)
         return labels[labels >= 0], assignments
 
     def _reduce(self, cycle: Cycle) -> None:
@@ -513,8 +512,6 @@ class _Driver:
         last = checkpoints.read(cycle.checkpoints, len(config.train.checkpoint_epochs) - 1)
         job = self.attempt.job(config, self.pool, cycle.assignments)
         assignments = Assignments.open(cycle.assignments)
-        mixed = self.config.score.mixed_hardware == "allow"
-        begun = None if mixed else assignments.attributes.get("fingerprint")
         return select(
             Scores.open(cycle.scores),
             assignments,
@@ -525,7 +522,7 @@ class _Driver:
             seed=config.seed,
             cycle=cycle.index,
             last_row=len(scored_epochs(config)) - 1,
-            outputs=lambda indices, names: self.attempt.scorers.outputs(job, indices, last, names, begun),
+            outputs=lambda indices, names: self.attempt.outputs(job, assignments, indices, last, names),
             expected=expected,
         )
 

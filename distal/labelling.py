@@ -135,7 +135,8 @@ def import_labels(path: Path, file: Path, *, allow_unasked: bool = False) -> Jso
     said = read_said(file)
     pool = Pool.open(waiting.pool).require(waiting.pool_sha256)
     names = list(dict.fromkeys(each.sample_id for each in said))
-    place = dict(zip(names, find(pool, names).tolist(), strict=True))
+    indices = find(pool, names)
+    place = dict(zip(names, indices.tolist(), strict=True))
     unknown = [name for name, index in place.items() if index < 0]
     if unknown:
         raise SourceError(f"{file}: {_some(unknown, 'sample')} not in the pool; nothing was imported")
@@ -154,7 +155,7 @@ def import_labels(path: Path, file: Path, *, allow_unasked: bool = False) -> Jso
             f"{file}: {_some(unasked, 'sample')} not asked for by any batch; nothing was imported; "
             "--allow-unasked takes them all the same"
         )
-    require_readable(pool, names, np.array([place[name] for name in names], np.int64), str(file))
+    require_readable(pool, names, indices, str(file))
     found = [
         Answer(
             place[each.sample_id],

@@ -389,7 +389,6 @@ class _Scoring:
         title: str = STAGE,
     ) -> Scored:
         return self.attempt.fill(
-            self.config,
             job,
             assignments,
             producer,

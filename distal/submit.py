@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -82,12 +82,7 @@ def submit(config: Config | ForeignConfig, address: str, options: Sequence[str] 
     address = _checked(address)
     files = shipped(config, Path.cwd())
     metadata = {"run": config.run, "config_sha256": config.digest("")}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        for name, content in files.items():
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        client = stack.enter_context(_client(address))
+    with _written(files) as folder, _client(address) as client:
         for job in client.list_jobs():
             if (job.metadata or {}).get("run") == config.run and not job.status.is_terminal():
                 raise RunConflict(
@@ -102,6 +97,17 @@ def submit(config: Config | ForeignConfig, address: str, options: Sequence[str] 
             entrypoint_num_cpus=0,
         )
     return Submitted(job_id, address, **metadata, commands=_commands(job_id, address))
+
+
+@contextmanager
+def _written(files: Mapping[str, bytes]) -> Iterator[str]:
+    """A folder with some files, while it is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        yield folder
 
 
 def follow(submitted: Submitted, say: Callable[[str], None]) -> JsonObject:

@@ -310,7 +310,8 @@ def _in_order(source: Source, blocks: list[Block], dest: Path, layout: Layout) -
     submitted = 0
     try:
         for block in blocks:
-            while submitted < len(blocks) and submitted < block.index + 4 * cluster.n_cpus():
+            window = min(block.index + 4 * cluster.n_cpus(), len(blocks))
+            while submitted < window:
                 running[submitted] = task.remote(source_ref, blocks[submitted], dest, layout)
                 submitted += 1
             yield block, ray.get(running.pop(block.index))

@@ -22,7 +22,7 @@ from distal.score.eliminate import Barrier, barrier_rows, decide
 from distal.score.job import Done, Elimination, Job, Order, Producer, Scored
 from distal.score.plan import Plan, Work, actors_allowed
 from distal.score.predict import difference
-from distal.score.scorers import MAX_FAILED, STUCK_S, WAITS_S, Scorers, answered
+from distal.score.scorers import MAX_FAILED, WAITS_S, Scorers, answered
 from distal.storage import read_json, write_json
 
 POLL_S = 0.2
@@ -40,7 +40,6 @@ def score(
     elimination: Elimination | None = None,
     n_expected: int | None = None,
     mixed_hardware: bool = False,
-    stuck_after: float = STUCK_S,
     progress: Progress,
     on_progress: Callable[[Progress], None],
     on_event: Callable[..., None] = lambda name, **values: None,
@@ -55,7 +54,6 @@ def score(
         elimination: None: every eligible sample is scored at every checkpoint.
         n_expected: how many checkpoints there will be, for people; None: unknown.
         mixed_hardware: whether actors with another fingerprint than the first may join; else they are sent away.
-        stuck_after: seconds without a finished batch after which an actor that has work is replaced.
         progress: what is known of the cycle; `on_progress` is called with it, brought up to date.
         on_event: called with the name and the values of what happened.
 
@@ -72,7 +70,6 @@ def score(
         elimination,
         n_expected,
         mixed_hardware,
-        stuck_after,
         progress,
         on_progress,
         on_event,
@@ -91,7 +88,6 @@ class _Pass:
         elimination: Elimination | None,
         n_expected: int | None,
         mixed_hardware: bool,
-        stuck_after: float,
         progress: Progress,
         on_progress: Callable[[Progress], None],
         on_event: Callable[..., None],
@@ -103,7 +99,7 @@ class _Pass:
         self.elimination = elimination
         self.n_expected = n_expected
         self.mixed_hardware = mixed_hardware
-        self.stuck_after = stuck_after
+        self.stuck_after = scorers.stuck_after
         self.progress = progress
         self.on_progress = on_progress
         self.on_event = on_event
@@ -278,11 +274,11 @@ class _Pass:
     def _refuse(self, actor: int, error: Exception) -> None:
         """Send an actor away that cannot score on its node, or whose predictions could differ in their last bits."""
         self.on_event("actor_refused", actor=actor, reason=one_line(error))
-        self.scorers.look_around()
+        self.scorers.send_away(actor)
         for waiting in self.scorers.unplaced:
-            if waiting != actor and self._forget(waiting):
+            if self._forget(waiting):
                 self.plan.actor_left(waiting)
-        if not self.scorers.send_away(actor):
+        if not self.scorers.slots:
             raise error from None
 
     def _commit(self, ref: Any, done: Done) -> None:

@@ -41,7 +41,8 @@ class Scorers:
         slots: counts the CPU slots, or GPUs, that there are or may come to be, without those of some nodes. When nodes
             are lost the actors that they had wait for others to come.
         cache_bytes, threads, run: see `Scorer`.
-        stuck_after: seconds without an answer after which an actor that is asked something is replaced.
+        stuck_after: seconds without a finished batch, or without an answer, after which an actor that has work is
+            replaced.
         still_ours: raises when this attempt has lost the right to go on.
         on_event: called with the name and the values of what happened.
     """
@@ -67,9 +68,9 @@ class Scorers:
         self._shards: dict[int, int] = {}
         self._find_slots = slots
         self._avoided: set[str] = set()  # ids of nodes
-        self._stuck_after, self._still_ours, self._on_event = stuck_after, still_ours, on_event
+        self._still_ours, self._on_event = still_ours, on_event
         self._without_room_since: float | None = None
-        self.asked = asked
+        self.asked, self.stuck_after = asked, stuck_after
         self.slots = slots(())
         self.actors: dict[int, Any] = {}
         self.processes: dict[int, cluster.Process] = {}
@@ -228,29 +229,29 @@ class Scorers:
                     if not isinstance(error.cause, Unfit):
                         raise error.cause from None
                     waiting.appendleft(call)
-                    if not self.send_away(actor):
+                    self.send_away(actor)
+                    for unplaced in self.unplaced:
+                        self.drop(unplaced)
+                    if not self.slots:
                         raise error.cause from None
                 except RayError as error:
                     lost(actor, call, one_line(error))
             for ref, (actor, call, since) in list(working.items()):
-                if time.monotonic() - since > self._stuck_after:
+                if time.monotonic() - since > self.stuck_after:
                     del working[ref]
-                    lost(actor, call, f"no answer for {self._stuck_after:.0f} s")
+                    lost(actor, call, f"no answer for {self.stuck_after:.0f} s")
         return [answers[call] for call in range(len(calls))]
 
-    def send_away(self, actor: int) -> bool:
-        """Stop an actor, and start none on its node again. Returns whether there is another node, or another actor.
+    def send_away(self, actor: int) -> None:
+        """Stop an actor, and start none on its node again.
 
-        Those that wait for room are stopped, too: they could find it there. They are asked for anew.
+        The caller stops those that wait for room, too: they could find it there.
         """
         self.look_around()
         if actor in self.processes:
             self._avoided.add(self.processes[actor].node_id)
         self.drop(actor)
-        for unplaced in self.unplaced:
-            self.drop(unplaced)
         self.slots = self._count()
-        return self.slots > 0
 
     def drop(self, actor: int) -> None:
         """Stop one actor, and free its slot, also when it does not listen to Ray any more."""

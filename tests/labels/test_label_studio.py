@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -30,7 +29,7 @@ from distal.labelling import export_labels, import_labels
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.runs import Run
-from tests.helpers import CLASSES, small_config, write_source
+from tests.helpers import CLASSES, free_ports, small_config, write_source
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 N = 100
@@ -58,18 +57,12 @@ class LabelStudio:
         self.call("POST", f"/api/tasks/{task}/annotations/", body)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def label_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabelStudio]:
     folder = tmp_path_factory.mktemp("label-studio")
     venv.create(folder / "venv", with_pip=True)
     subprocess.run([folder / "venv/bin/pip", "install", "--quiet", "label-studio"], check=True, timeout=900)
-    port = free_port()
+    (port,) = free_ports(1)
     environment = {
         **os.environ, "LABEL_STUDIO_BASE_DATA_DIR": str(folder), "COLLECT_ANALYTICS": "false",
         "LATEST_VERSION_CHECK": "false", "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",

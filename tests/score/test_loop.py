@@ -33,7 +33,7 @@ from distal.score.job import Job, Order, Scored
 from distal.score.loop import score
 from distal.score.predict import Prediction, Predictor
 from distal.score.scorer import Scorer
-from distal.score.scorers import Scorers
+from distal.score.scorers import STUCK_S, Scorers
 from tests.helpers import flip
 
 ROWS, BLOCK, BATCH = 4, 32, 16
@@ -117,7 +117,7 @@ def run(job: Job, assignments: Assignments, scorers: Scorers, n_actors: int, **o
     )
 
 
-def new_scorers(prefix: str, cache_bytes: int = 2**20) -> Scorers:
+def new_scorers(prefix: str, cache_bytes: int = 2**20, stuck_after: float = STUCK_S) -> Scorers:
     """Actors of half a CPU each, on the only node that there is."""
     return Scorers(
         prefix,
@@ -126,7 +126,7 @@ def new_scorers(prefix: str, cache_bytes: int = 2**20) -> Scorers:
         slots=lambda avoided: 0 if avoided else 1,
         cache_bytes=cache_bytes,
         threads=1,
-        stuck_after=4,
+        stuck_after=stuck_after,
     )
 
 
@@ -265,7 +265,7 @@ def test_killed_actors_are_replaced_and_change_nothing(pool: Pool, tmp_path: Pat
 def test_a_stuck_actor_is_replaced(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
     """SIGSTOP: the process is there and does nothing, nor does it answer. Woken up later, it changes nothing either."""
     job, assignments = prepare(tmp_path, pool)
-    scorers = new_scorers("stuck")
+    scorers = new_scorers("stuck", stuck_after=2.0)
     reasons: list[str] = []
     stopped: list[int] = []
 
@@ -277,7 +277,7 @@ def test_a_stuck_actor_is_replaced(pool: Pool, tmp_path: Path, reference: dict[s
             stopped.append(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
             os.kill(stopped[0], signal.SIGSTOP)
 
-    run(job, assignments, scorers, 1, on_event=on_event, stuck_after=2.0)
+    run(job, assignments, scorers, 1, on_event=on_event)
     scorers.shrink(0)
     assert digest(assignments.path) == reference
     assert len(reasons) == 1
@@ -307,9 +307,9 @@ def test_an_actor_that_hangs_before_it_has_work_is_replaced(
     monkeypatch.setattr("distal.score.scorers.Scorer", HangsAtFirst)
     monkeypatch.setattr("distal.score.loop.WAITS_S", 8.0)
     job, assignments = prepare(tmp_path, pool)
-    scorers = new_scorers(prefix)
+    scorers = new_scorers(prefix, stuck_after=2.0)
     events: list[str] = []
-    run(job, assignments, scorers, 1, on_event=lambda name, **_: events.append(name), stuck_after=2.0)
+    run(job, assignments, scorers, 1, on_event=lambda name, **_: events.append(name))
     scorers.shrink(0)
     assert digest(assignments.path) == reference
     assert events.count(told) >= 1
@@ -504,7 +504,7 @@ def test_what_actors_had_in_hand_is_asked_of_others(pool: Pool, scorers: Scorers
     indices = np.arange(8, 200)  # three pieces
     expected = scorers.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
     scorers.shrink(0)
-    four = new_scorers("four")
+    four = new_scorers("four", stuck_after=4.0)
     four.slots = 4
     for number, where in ((signal.SIGKILL, slice(None)), (signal.SIGSTOP, slice(1))):
         four.grow(4)
