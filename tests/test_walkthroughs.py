@@ -55,11 +55,11 @@ def test_your_training(tmp_path: Path) -> None:
     (tmp_path / "loop-score.yaml").write_text(scored)
     inside, beside = blocks("your-training.md", "sh")
     shell(tmp_path, inside)
-    run = Run.open(tmp_path / "runs" / "mine")
+    run = Run.open(tmp_path / yaml.safe_load(loop)["run"])
     assert len(run.ledger(before=1)) == 300
     assert committed(run.cycle(1).checkpoints) == list(range(6))
     shell(tmp_path, beside)
-    (selection,) = (tmp_path / "runs" / "scored").glob("cycles/000/analyses/*/selection-100.parquet")
+    (selection,) = (tmp_path / yaml.safe_load(scored)["run"]).glob("cycles/000/analyses/*/selection-100.parquet")
     assert len(Selection.read(selection)) == 100
     assert committed(tmp_path / "out") == list(range(8))
 
@@ -103,7 +103,8 @@ def test_labels_from_people(tmp_path: Path) -> None:
     """Four cycles; the ledger is the same whether answers come in one file or in many, once or twice."""
     ledgers = {}
     (text,) = blocks("labeling.md", "yaml")
-    cycles = yaml.safe_load(text)["loop"]["cycles"]
+    config = yaml.safe_load(text)
+    cycles = config["loop"]["cycles"]
     assert cycles == 4
     for name, files in (("one", 1), ("many", 4)):
         folder = tmp_path / name
@@ -112,9 +113,9 @@ def test_labels_from_people(tmp_path: Path) -> None:
         for cycle in range(-1, cycles - 1):
             assert "waiting for labels" in shell(folder, RUN)
             shell(folder, EXPORT)
-            play(folder, Pool.open(folder / "pools" / "mine"), cycle, files)
+            play(folder, Pool.open(folder / config["pool"]["path"]), cycle, files)
         assert "waiting" not in shell(folder, RUN)
-        run = Run.open(folder / "runs" / "mine")
+        run = Run.open(folder / config["run"])
         ledgers[name] = [run.ledger(before=cycle).sha256 for cycle in range(cycles)]
         last = run.ledger(before=cycles - 1)
         assert len(last.declined) > 0
