@@ -21,7 +21,7 @@ def test_a_run_under_fire_ends_with_the_same_answer(tmp_path: Path) -> None:
         check(disturb(lab, 0, faults, False, expected, seed=3))
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault(tmp_path: Path, fault: str) -> None:
     with Lab(tmp_path, 2000) as lab:
