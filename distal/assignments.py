@@ -7,14 +7,12 @@
       eligible      (n_samples,) bool, chunks (block_size,): which samples are scored in this cycle
       margin, ...   (T, n_samples) float16, chunks (1, block_size): recorded beside the assignments
       probabilities (T, n_samples, C) float32, chunks (1, block_size, C): recorded likewise
-      snapshot_bald (n_samples, C + 2) float32, chunks (block_size, C + 2): sums over the checkpoints so far, see `Sums`
     assignments.zarr.json   layout, classes, weights of each row, fingerprint; sealed
 
 Row t is the checkpoint with `checkpoint_index` t; column i is the sample with `sample_index` i. The fill value of
 `assignments` is the largest value of its dtype and is no class: UNASSIGNED. A block's recorded chunks are written first
 and its `assignments` chunk last, so the existence of that chunk is the commit: the array is its own journal. Chunks are
-only ever written whole, by one actor at a time, so no lock is needed. Sums tell themselves which rows they include, so
-a row that is scored twice is added once.
+only ever written whole, and two actors that score the same block write the same bytes, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from distal.records import Block, JsonObject, split_blocks
 from distal.storage import read_json, temporary_folder, write_bytes, write_json
 
 ARRAY, ELIGIBLE = "assignments", "eligible"
-PROBABILITIES, SNAPSHOT_BALD = "probabilities", "snapshot_bald"
+PROBABILITIES = "probabilities"
 READERS = 8  # threads that check chunks
 
 LabelArray = NDArray[np.unsignedinteger[Any]]
@@ -56,45 +54,6 @@ def dtype_for(n_classes: int) -> np.dtype[Any]:
 def unassigned(dtype: np.dtype[Any]) -> int:
     """UNASSIGNED: the largest value of `dtype`, which no class has."""
     return int(np.iinfo(dtype).max)
-
-
-class Sums:
-    """What the checkpoints so far add up to, for the samples of some blocks.
-
-    Args:
-        columns: (n, C + 2) float32: the sum of each class probability, the sum of the entropies in nats, and the number
-            of rows included, which are the first ones.
-    """
-
-    def __init__(self, columns: NDArray[np.float32]) -> None:
-        self.columns = columns
-
-    @property
-    def probabilities(self) -> NDArray[np.float32]:
-        """Sum of p over the rows included: (n, C)."""
-        return self.columns[:, :-2]
-
-    @property
-    def entropies(self) -> NDArray[np.float32]:
-        """Sum of H(p) over the rows included, in nats: (n,)."""
-        return self.columns[:, -2]
-
-    @property
-    def n_rows(self) -> int:
-        """Rows included; 0 when there are no samples."""
-        return int(self.columns[:1, -1].sum())
-
-    def add(
-        self, row: int, positions: NDArray[np.integer], p: NDArray[np.float32], entropy: NDArray[np.float32]
-    ) -> None:
-        """Add a row for some samples, unless it is included; `end` says when all samples have it."""
-        if row >= self.n_rows:
-            self.columns[positions, :-2] += p
-            self.columns[positions, -2] += entropy
-
-    def end(self, row: int) -> None:
-        """The rows up to this one are included."""
-        self.columns[:, -1] = max(self.n_rows, row + 1)
 
 
 @dataclass(frozen=True)
@@ -179,10 +138,6 @@ class Assignments:
                 recorded=recorded,
             )
         assignments = cls.open(path)
-        for what, files in assignments.damaged_sums():
-            on_damage(what)
-            for file in files:
-                file.unlink(missing_ok=True)
         for block, damage in list(assignments.damaged_eligible()):
             on_damage(str(damage))
             assignments._arrays[ELIGIBLE].write((slice(block.start, block.stop),), eligible(block.start, block.stop))
@@ -209,8 +164,7 @@ class Assignments:
             fill_value = None if np.isnan(array.fill_value) else array.fill_value
             if (array.shape, array.chunks, array.dtype, fill_value) != layout[:4]:
                 raise Damage(f"{path / name}: its metadata has changed (shape, chunks, dtype or fill value)")
-        recorded = tuple(name for name in attributes["recorded"] if name != SNAPSHOT_BALD)
-        return cls(path, attributes["n_classes"], recorded, attributes, arrays)
+        return cls(path, attributes["n_classes"], tuple(attributes["recorded"]), attributes, arrays)
 
     @classmethod
     def restore_metadata(cls, path: Path) -> None:
@@ -303,41 +257,6 @@ class Assignments:
         if rows is None:
             return array.read((slice(None), columns), complete=complete)
         return np.concatenate([array.read((slice(row, row + 1), columns), complete=complete) for row in rows])
-
-    @property
-    def sums_up(self) -> bool:
-        """Whether sums over the checkpoints are kept."""
-        return SNAPSHOT_BALD in self._arrays
-
-    def sums(self, block: Block) -> Sums:
-        """What the checkpoints so far add up to for a block; nothing before the first one. Raises Damage."""
-        array = self._arrays[SNAPSHOT_BALD]
-        if not array.chunk_path(block.index, 0).exists():
-            return Sums(np.zeros((len(block), self.n_classes + 2), np.float32))
-        return Sums(array.read((slice(block.start, block.stop),)))
-
-    def write_sums(self, block: Block, sums: Sums) -> None:
-        """Replace the sums of a block, before the rows they include are committed. Raises DiskFull."""
-        self._arrays[SNAPSHOT_BALD].write((slice(block.start, block.stop),), sums.columns)
-
-    def damaged_sums(self) -> Iterator[tuple[str, list[Path]]]:
-        """Every block whose sums do not decode, or lack a row that is committed: what is wrong, and the chunks to
-        delete to have the block scored again."""
-        if not self.sums_up:
-            return
-        committed = [self.committed(row) for row in range(self.n_rows)]
-        for block in self.blocks:
-            rows = [row for row, blocks in enumerate(committed) if block.index in blocks]
-            file = self.chunk(SNAPSHOT_BALD, None, block)
-            try:
-                n_rows = self.sums(block).n_rows
-            except Damage as damage:
-                what = str(damage)
-            else:
-                if not rows or n_rows > rows[-1]:
-                    continue
-                what = f"{self.path / SNAPSHOT_BALD}: block {block.index} lacks row {rows[-1]}"
-            yield what, [*(self.chunk(ARRAY, row, block) for row in rows), file]
 
     def read_recorded(self, name: str, row: int, start: int, stop: int) -> NDArray[np.floating[Any]]:
         """Columns [start, stop) of one row of a recorded array, NaN where not eligible.
@@ -439,10 +358,8 @@ def _layouts(
     """Of every array its shape, chunks, dtype, fill value (None: NaN) and the names of its axes."""
     dtype = dtype_for(n_classes)
     shape, chunks, names = (n_rows, n_samples), (1, block_size), ("checkpoint", "sample")
-    single = np.dtype(np.float32)
     special = {
-        PROBABILITIES: ((*shape, n_classes), (*chunks, n_classes), single, None, (*names, "class")),
-        SNAPSHOT_BALD: ((n_samples, n_classes + 2), (block_size, n_classes + 2), single, None, ("sample", "sum")),
+        PROBABILITIES: ((*shape, n_classes), (*chunks, n_classes), np.dtype(np.float32), None, (*names, "class"))
     }
     usual = (shape, chunks, np.dtype(np.float16), None, names)
     return {

@@ -324,8 +324,6 @@ class _Inspection:
             if row < len(kept) and kept[row] not in (None, checksum):
                 what = f"{path}: row {row} was scored with other weights than checkpoint {row} has now"
                 self.found.append(Damaged(what, advice="put the old checkpoint back from a copy"))
-        for what, files in assignments.damaged_sums():
-            self.found.append(Damaged(what, tuple(files), redo))
         for row in range(assignments.n_rows):
             for name, block, damage in assignments.damaged(row):
                 # With its recorded values missing a block is scored again; its labels must come out the same.

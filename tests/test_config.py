@@ -100,7 +100,6 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["select.measure=flips@last=2.5"], "'last=2.5' must be a whole number"),
         (["select.batch=k_centre"], "select.batch must be 'top_k', 'power'"),
         (["select.candidate_factor=0.5"], "select.candidate_factor must be greater than or equal to 1, got 0.5"),
-        (["select.measure=snapshot_bald"], "select.measure: snapshot_bald needs score.record to contain it"),
         (["score.eliminate=exact", "select.batch=power"], "score.eliminate: exact is for select.batch: top_k, not for"),
         (
             ["select.measure=flips@last=1"],
