@@ -44,7 +44,7 @@ from distal.runs import Cycle, Run
 from distal.score.job import Elimination, Published, Scored
 from distal.scores import Scores
 from distal.selection import Selection, short_of
-from distal.storage import be_durable, sha256
+from distal.storage import be_durable, names_in, sha256
 from distal.strategies import scored_epochs
 from distal.train.command import run_command
 from distal.train.launch import Ranks, abandon, train
@@ -299,6 +299,7 @@ class _Driver:
         config = _begun(cycle)
         label_files = tuple(self.directory.label_files(before=cycle.index))
         ledger = Ledger.read(label_files)
+        answers = names_in(self.directory.answers)  # kept, so that one that goes missing is missed
         self.attempt.meter.set(metrics.CYCLE, cycle.index)
         self.attempt.meter.set(metrics.LABELLED, len(ledger))
         warm_from = None
@@ -340,6 +341,7 @@ class _Driver:
                 run_command(config.train.command, job, self.pool, given_up)
             return {
                 "n_labeled": len(ledger),
+                "answers": answers,
                 "device": self.slots.device,
                 "world_size": self.ranks.workers,
                 "deterministic": self.slots.device == "cpu",  # a GPU may lack such a kernel; see `be_deterministic`

@@ -43,6 +43,7 @@ from distal.records import JsonObject
 from distal.selection import Selection
 
 EXPECTED = "expected.json"
+CYCLE = re.compile(r"\d{3,}", re.ASCII)
 STAGES = ("train", "score", "test", "reduce", "select", "label")
 
 
@@ -406,8 +407,12 @@ class Run:
 
     def begun_cycles(self) -> list[Cycle]:
         """The cycles that have a `cycle.yaml`, in order."""
-        cycles = [self.cycle(int(name)) for name in storage.names_in(self.path / "cycles") if name.isdigit()]
-        return [cycle for cycle in cycles if cycle.config is not None]
+        return [cycle for cycle in self.cycles() if cycle.config is not None]
+
+    def cycles(self) -> list[Cycle]:
+        """The folders of cycles, begun or not, in order."""
+        names = storage.names_in(self.path / "cycles")
+        return [self.cycle(index) for index in sorted(int(name) for name in names if CYCLE.fullmatch(name))]
 
     def label_files(self, before: int) -> list[Path]:
         """The files that make up the ledger at the start of cycle `before`."""
