@@ -7,7 +7,8 @@
       eligible      (n_samples,) bool, chunks (block_size,): which samples are scored in this cycle
       margin, ...   (T, n_samples) float16, chunks (1, block_size): recorded beside the assignments
       probabilities (T, n_samples, C) float32, chunks (1, block_size, C): recorded likewise
-    assignments.zarr.json   layout, classes, weights of each row, fingerprint; sealed
+    assignments.zarr.json   layout and classes; sealed
+    assignments.zarr.begun/ fingerprint.json, and <row>.json: the machine and the weights that scoring was begun with
 
 Row t is the checkpoint with `checkpoint_index` t; column i is the sample with `sample_index` i. The fill value of
 `assignments` is the largest value of its dtype and is no class: UNASSIGNED. A block's recorded chunks are written first
@@ -18,8 +19,10 @@ only ever written whole, and two actors that score the same block write the same
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,10 +33,11 @@ from numpy.typing import NDArray
 from distal.arrays import METADATA, Array, create_array, create_group
 from distal.errors import ConfigError, Damage
 from distal.records import Block, JsonObject, split_blocks
-from distal.storage import read_json, temporary_folder, write_bytes, write_json
+from distal.storage import create_folder, create_json, names_in, read_json, temporary_folder, write_bytes
 
 ARRAY, ELIGIBLE = "assignments", "eligible"
 PROBABILITIES = "probabilities"
+FINGERPRINT, ROW = "fingerprint.json", re.compile(r"\d{5,}\.json", re.ASCII)
 READERS = 8  # threads that check chunks
 
 LabelArray = NDArray[np.unsignedinteger[Any]]
@@ -64,7 +68,7 @@ class Assignments:
         path: the `assignments.zarr` folder.
         n_classes: classes are 0 .. n_classes - 1.
         recorded: names of the arrays that have a row per checkpoint beside the assignments.
-        attributes: kept beside it: the layout, the fingerprint of the machine that scores it, the weights of each row.
+        attributes: the layout, as kept beside it.
     """
 
     path: Path
@@ -85,27 +89,25 @@ class Assignments:
         eligible: Iterable[NDArray[np.bool_]],
         recorded: Sequence[str] = (),
     ) -> Self:
-        """Lay out the arrays; no assignment exists yet.
+        """Lay out the arrays; no assignment exists yet. What another driver has laid out meanwhile stays.
 
         Args:
             n_rows: T, the number of checkpoints that the cycle will have.
             eligible: for each block in order, which of its samples are to be scored: (len(block),) bool.
         """
-        record_path(path).unlink(missing_ok=True)
-        arrays = _lay_out(path, n_rows, n_samples, block_size, n_classes, recorded)
-        flags = arrays[ELIGIBLE]
-        for block, flag in zip(split_blocks(n_samples, block_size), eligible, strict=True):
-            flags.write((slice(block.start, block.stop),), flag)
-        # Written last: arrays without it were cut off while they were laid out.
+        with temporary_folder(path) as beside:  # they appear whole, and never in place of others
+            flags = _lay_out(beside, n_rows, n_samples, block_size, n_classes, recorded)[ELIGIBLE]
+            for block, flag in zip(split_blocks(n_samples, block_size), eligible, strict=True):
+                flags.write((slice(block.start, block.stop),), flag)
+            create_folder(beside, path)
         layout = {"n_rows": n_rows, "n_samples": n_samples, "block_size": block_size}
-        record = {**layout, "n_classes": n_classes, "recorded": list(recorded), "weights": [None] * n_rows}
-        write_json(record_path(path), record)
+        create_json(record_path(path), {**layout, "n_classes": n_classes, "recorded": list(recorded)})
         return cls.open(path)
 
     @classmethod
     def begun(cls, path: Path) -> bool:
         """Whether the arrays are laid out; False also when that was cut off, and nothing can have been scored."""
-        return record_path(path).exists()
+        return record_path(path).exists() and path.exists()
 
     @classmethod
     def take_up(
@@ -155,7 +157,7 @@ class Assignments:
             Damage: there are no assignments, or their metadata is not valid.
         """
         try:
-            attributes = read_json(record_path(path), required=("n_rows", "n_classes", "recorded", "weights"))
+            attributes = read_json(record_path(path), required=LAYOUT)
         except FileNotFoundError:
             raise Damage(f"{path}: no assignments here") from None
         arrays = {}
@@ -275,10 +277,25 @@ class Assignments:
 
     def adopt_fingerprint(self, fingerprint: dict[str, str]) -> dict[str, str]:
         """Keep the first fingerprint that is offered; returns the one that is kept. For the driver alone."""
-        if "fingerprint" not in self.attributes:
-            self._keep("fingerprint", fingerprint)
-        kept: dict[str, str] = self.attributes["fingerprint"]
+        kept = self.fingerprint
+        if kept is None:
+            create_json(begun_path(self.path) / FINGERPRINT, fingerprint)
+            kept = read_json(begun_path(self.path) / FINGERPRINT)
         return kept
+
+    @property
+    def fingerprint(self) -> dict[str, str] | None:
+        """What the machines that score have in common; None before the first one has joined."""
+        with suppress(FileNotFoundError):
+            return read_json(begun_path(self.path) / FINGERPRINT)
+        return None
+
+    @property
+    def weights(self) -> dict[int, str]:
+        """Which weights the rows that are begun are scored with: their sha256."""
+        folder = begun_path(self.path)
+        names = [name for name in names_in(folder) if ROW.fullmatch(name)]
+        return {int(name[:-5]): read_json(folder / name, required=("weights",))["weights"] for name in names}
 
     def adopt_weights(self, row: int, sha256: str) -> None:
         """Keep which weights a row is scored with. For the driver alone, before it hands the row out.
@@ -286,14 +303,14 @@ class Assignments:
         Raises:
             Damage: the row was begun with other weights.
         """
-        weights: list[str | None] = list(self.attributes["weights"])
-        if weights[row] is None:
-            weights[row] = sha256
-            self._keep("weights", weights)
-        elif weights[row] != sha256:
+        path = begun_path(self.path) / f"{row:05d}.json"
+        if create_json(path, {"weights": sha256}):
+            return
+        kept = read_json(path, required=("weights",))["weights"]
+        if kept != sha256:
             raise Damage(
-                f"{self.path}: row {row} was begun with weights {str(weights[row])[:12]}, and checkpoint {row} now is "
-                f"{sha256[:12]}; put the old checkpoint back, or remove {self.path} to score all rows again"
+                f"{self.path}: row {row} was begun with weights {kept[:12]}, and checkpoint {row} now is "
+                f"{sha256[:12]}; put the old checkpoint back, or remove {self.path}* to score all rows again"
             )
 
     def damaged(self, row: int) -> Iterator[tuple[str, Block, Damage]]:
@@ -335,10 +352,6 @@ class Assignments:
         where = (*(() if row is None else (row,)), block.index)
         return array.chunk_path(*where, *[0] * (len(array.shape) - len(where)))
 
-    def _keep(self, name: str, value: object) -> None:
-        self.attributes[name] = value
-        write_json(record_path(self.path), self.attributes)
-
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path; a handle is opened where it is used."""
         return (type(self).open, (self.path,))
@@ -347,6 +360,11 @@ class Assignments:
 def record_path(path: Path) -> Path:
     """The sealed record beside the arrays: what Zarr's own metadata, which has no checksum, is held against."""
     return path.with_name(f"{path.name}.json")
+
+
+def begun_path(path: Path) -> Path:
+    """The folder beside the arrays with what scoring was begun with: a file for each thing, created exclusively."""
+    return path.with_name(f"{path.name}.begun")
 
 
 LAYOUT = ("n_rows", "n_samples", "block_size", "n_classes", "recorded")

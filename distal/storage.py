@@ -44,7 +44,7 @@ DURABLE = "DISTAL_DURABLE"
 
 TEMPORARY = (".tmp", ".partial")  # ours, and Zarr's
 MAX_JSON_BYTES, MAX_YAML_BYTES = 2**28, 2**22
-"""A longer record is none of ours: of 10 billion samples `elimination.json` has some 50 MiB."""
+"""A longer record is none of ours: what is decided at a barrier has some bytes per block."""
 
 _PARQUET_FORMAT, _PARQUET_SEAL = b"distal.format", b"distal.sha256"
 _NO_SEAL = b"0" * 64
@@ -111,6 +111,20 @@ def create_bytes(path: Path, data: bytes) -> bool:
         try:
             os.link(temporary, path)  # unlike replace, link refuses an existing target, atomically
         except FileExistsError:
+            return False
+        if is_durable():
+            _flush(path.parent)
+        return True
+
+
+def create_folder(made: Path, path: Path) -> bool:
+    """Move a folder to where it belongs, unless there is one: the first one stays. Returns whether this call did it."""
+    with disk_errors(path):
+        try:
+            made.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
             return False
         if is_durable():
             _flush(path.parent)
@@ -358,13 +372,23 @@ def read_json(path: Path, required: Sequence[str] = ()) -> JsonObject:
 
 def write_yaml(path: Path, record: JsonObject) -> None:
     """Write a YAML record atomically, with the format version."""
+    write_bytes(path, _yaml(record))
+
+
+def create_yaml(path: Path, record: JsonObject) -> bool:
+    """Create a YAML record unless it is there; returns whether this call did it."""
+    return create_bytes(path, _yaml(record))
+
+
+def _yaml(record: JsonObject) -> bytes:
     import yaml
 
     class Plain(yaml.SafeDumper):
         def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002
             return True
 
-    write_bytes(path, yaml.dump(_sealed(record), Dumper=Plain, sort_keys=False).encode())
+    text: str = yaml.dump(_sealed(record), Dumper=Plain, sort_keys=False)
+    return text.encode()
 
 
 def read_yaml(path: Path, required: Sequence[str] = ()) -> JsonObject:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distal import checkpoints, foreign
-from distal.assignments import ELIGIBLE, Assignments, record_path
+from distal.assignments import ELIGIBLE, Assignments, begun_path, record_path
 from distal.config import Config, ForeignConfig
 from distal.errors import Damage, UnknownFormat, one_line
 from distal.hashing import digest
@@ -32,6 +32,7 @@ from distal.pool import Pool
 from distal.pool.images import IMAGES, MANIFEST, SAMPLES, begin_content, parts
 from distal.records import JsonObject, Progress
 from distal.runs import EXPECTED, STAGES, Analysis, Cycle, Run, Staged
+from distal.score.eliminate import barrier_rows
 from distal.scores import Scores
 from distal.selection import Selection
 from distal.storage import (
@@ -118,12 +119,13 @@ def repair(path: Path, display: Display | None = None) -> JsonObject:
     run = _run(path)
     deleted: list[str] = []
     mended: list[str] = []
-    with Lease(run.path, run.attempt, display.say):
+    with Lease(run.path, run.attempt, display.say) as lease:
         n_swept = sweep(run.path)
         found = _inspect(path, display).found
         for damaged in found:
             if damaged.advice:
                 continue
+            lease.require()
             if damaged.redo is not None:
                 _invalidate(*damaged.redo)
             if damaged.mend is not None:
@@ -258,7 +260,7 @@ class _Inspection:
         for name in ("test", "val"):
             evaluated = name in markers.get("test", {}).get("inputs", ())
             self._assignments(cycle, "test", cycle.held_out(name), range(1 if evaluated else 0), 0, {})
-        self._elimination(cycle, config, complete="score" in markers)
+        self._elimination(cycle, config, n_rows if "score" in markers else 0)
         if "reduce" in markers:
             self._scores(cycle.scores, (cycle, "reduce"))
         if "select" in markers:
@@ -292,14 +294,17 @@ class _Inspection:
         if entries and "score" in markers:
             self._look(partial(_indexed, cycle, refs, markers["score"]), advice=COPY)
         self._assignments(cycle, "score", cycle.assignments, range(n_rows), recorded_from, refs)
-        self._elimination(cycle, config, complete="score" in markers)
+        self._elimination(cycle, config, n_rows if "score" in markers else 0)
         self._analyses(cycle)
 
-    def _elimination(self, cycle: Cycle, config: Config | ForeignConfig, *, complete: bool) -> None:
+    def _elimination(self, cycle: Cycle, config: Config | ForeignConfig, n_rows: int) -> None:
         """What was decided at each barrier; it is decided the same again from the assignments."""
-        if complete and config.score.eliminate == "exact" and not cycle.elimination.exists():
-            self.found.append(Damaged(f"{cycle.elimination}: missing", redo=(cycle, "score")))
-        self._look_at_file(read_json, cycle.elimination, redo=(cycle, "score"))
+        decided = names_in(cycle.elimination)
+        if config.score.eliminate == "exact" and n_rows:
+            for name in {f"{row:05d}.json" for row in barrier_rows(n_rows)} - {*decided}:
+                self.found.append(Damaged(f"{cycle.elimination / name}: missing", redo=(cycle, "score")))
+        for name in decided:
+            self._look_at_file(read_json, cycle.elimination / name, redo=(cycle, "score"))
 
     def _markers(self, cycle: Cycle, stages: tuple[str, ...]) -> dict[str, JsonObject]:
         """The completion markers that can be read."""
@@ -356,9 +361,11 @@ class _Inspection:
         self._read(1)
         for block, damage in assignments.damaged_eligible():
             self.found.append(Damaged(str(damage), (assignments.chunk(ELIGIBLE, None, block),), redo))
-        kept = assignments.attributes["weights"]
+        for name in names_in(begun_path(path)):
+            self._look(partial(read_json, begun_path(path) / name), advice=COPY)
+        kept = self._look(partial(getattr, assignments, "weights"), advice=COPY) or {}
         for row, checksum in weights.items():
-            if row < len(kept) and kept[row] not in (None, checksum):
+            if kept.get(row, checksum) != checksum:
                 what = f"{path}: row {row} was scored with other weights than checkpoint {row} has now"
                 self.found.append(Damaged(what, advice="put the old checkpoint back from a copy"))
         if complete.stop > assignments.n_rows:
@@ -370,6 +377,9 @@ class _Inspection:
                 self.found.append(Damaged(str(damage), (assignments.chunk(name, row, block),), redo))
             committed = assignments.committed(row)
             self._read(len(committed))
+            if committed and row not in kept:
+                what = f"{begun_path(path)}: the weights that row {row} was scored with are missing"
+                self.found.append(Damaged(what, advice=COPY))
             if row in complete:
                 whole = assignments.committed(row, recorded=row >= recorded_from)
                 for block in assignments.blocks:

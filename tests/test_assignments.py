@@ -221,7 +221,7 @@ def test_a_row_is_scored_with_one_set_of_weights(tmp_path: Path) -> None:
     again.adopt_weights(0, "b" * 64)
     with pytest.raises(Damage, match="row 1 was begun with weights a{12}, and checkpoint 1 now is c{12}"):
         again.adopt_weights(1, "c" * 64)
-    assert Assignments.open(assignments.path).attributes["weights"] == ["b" * 64, "a" * 64, None]
+    assert Assignments.open(assignments.path).weights == {0: "b" * 64, 1: "a" * 64}
 
 
 def test_the_first_fingerprint_is_kept(tmp_path: Path) -> None:

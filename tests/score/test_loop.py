@@ -385,7 +385,7 @@ def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, refe
     run(first, assignments, scorers, 1)
     scorers._arguments = (2**20, 2)  # the next actor has two threads
     job, mixed = prepare(tmp_path / "mixed", pool, published=ROWS - 1)
-    mixed.adopt_fingerprint(assignments.attributes["fingerprint"])
+    mixed.adopt_fingerprint(assignments.fingerprint)
     events: list[tuple[str, object]] = []
 
     class Waiting(Silent):
