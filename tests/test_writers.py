@@ -56,18 +56,6 @@ def begun(path: Path) -> Path:
     return path
 
 
-def holders(run: Path, taken: list[Lease]) -> list[Lease]:
-    """Those who would go on."""
-    able = []
-    for lease in taken:
-        try:
-            lease.require()
-        except Superseded:
-            continue
-        able.append(lease)
-    return able
-
-
 @pytest.mark.parametrize("n_before", [0, 1, 3])
 @pytest.mark.parametrize("comes_to_nothing", [False, True])
 def test_one_lease_is_held_whoever_was_paused(
@@ -94,11 +82,10 @@ def test_one_lease_is_held_whoever_was_paused(
             taken.append(lease)
 
         def others() -> None:
+            state["was_paused"] = not taken
             for name in ("b", "c", "d"):
                 with Lease(run, name) as lease:
                     taken.append(lease)
-                    if name == "d":
-                        break
 
         return (lambda: take("a")), others
 
@@ -106,13 +93,12 @@ def test_one_lease_is_held_whoever_was_paused(
         run, taken = state["run"], state["taken"]
         assert isinstance(run, Path)
         assert isinstance(taken, list)
-        able = holders(run, taken)
-        mine = [lease for lease in taken if lease._me.attempt == "a"]
-        assert len(mine) == 1
-        assert [lease.number for lease in able].count(max(lease.number for lease in able)) == 1
-        # Of those that are there, the one with the largest number is the only one that goes on.
-        there = names_in(run / "driver")
-        assert len([lease for lease in able if f"{lease.number:06d}.json" in there]) == 1
+        (mine,) = (lease for lease in taken if lease._me.attempt == "a")
+        if state["was_paused"]:  # the others have ended when it gets the lease, so it has it
+            mine.require()
+            assert names_in(run / "driver")[-1] == f"{mine.number:06d}.json"
+        if not comes_to_nothing:
+            assert len({lease.number for lease in taken}) == len(taken)
 
     assert interleavings(begin, check) > 3
 
@@ -325,7 +311,7 @@ def test_a_run_and_a_cycle_are_begun_once(fresh: Callable[[], Path]) -> None:
             run = Run(path)
             run.begin({"seed": 0}, {"score.batch_size": seed})
             cycle = run.cycle(0)
-            if cycle.config is None:
+            if not (cycle.folder / "cycle.yaml").exists():  # `config` has a lock between the threads of a process
                 cycle.begin(config.with_values({"train.lr": seed / 100}))
 
         def second() -> None:
