@@ -250,7 +250,7 @@ class TrainConfig(Section):
         "`{cycle}` are numbers. It publishes as many checkpoints as epochs and checkpoint_every say. Of the keys below "
         "only these, workers and threads count.",
     )
-    epochs: Integer = key(15, "Passes over the labelled samples.", ge=1)
+    epochs: Integer = key(15, "Passes over the labelled samples.", ge=1, le=100_000)
     checkpoint_every: Integer = key(1, "Epochs between checkpoints; the last epoch always gives one.", ge=1)
     batch_size: Integer = key(64, "Images per optimizer step, over all ranks together.", ge=1)
     lr: float = key(0.05, "Initial learning rate of SGD with Nesterov momentum.", gt=0)

@@ -36,7 +36,7 @@ from typing import Any, Self
 
 from distal import storage
 from distal.config import Config, ForeignConfig, Root, from_record, to_record
-from distal.errors import Damage, RunConflict, Superseded
+from distal.errors import Damage, RunConflict, Superseded, one_line
 from distal.hashing import digest
 from distal.ledger import Ledger, label_files
 from distal.records import JsonObject
@@ -219,7 +219,9 @@ class Cycle(Staged):
         try:
             return from_record(record)
         except ValueError as error:
-            raise Damage(f"{self.folder / 'cycle.yaml'}: not the configuration of a cycle ({error})") from error
+            raise Damage(
+                f"{self.folder / 'cycle.yaml'}: not the configuration of a cycle ({one_line(error)[:300]})"
+            ) from error
 
     def begin(self, config: Root) -> None:
         """Write `cycle.yaml`; from here on the configuration of this cycle is fixed."""

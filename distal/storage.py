@@ -14,7 +14,6 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import stat
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fsspec.core import split_protocol
 
+from distal import machine
 from distal.errors import ConfigError, Damage, DiskFull, UnknownFormat, one_line
 from distal.hashing import digest
 from distal.records import JsonObject
@@ -320,13 +320,13 @@ def parquet_errors(path: Path) -> Iterator[None]:
         raise Damage(f"{path}: damaged ({one_line(error)})") from error  # such as a page that fails its checksum
 
 
-def read_bytes(path: Path, limit: float = math.inf) -> bytes:
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """A whole file.
 
     A run directory may come from anybody: a FIFO in place of a file would block for ever, a device never end.
 
     Args:
-        limit: bytes that it may have.
+        limit: bytes that it may have; None: half of the memory.
 
     Raises:
         FileNotFoundError: no such file.
@@ -334,8 +334,9 @@ def read_bytes(path: Path, limit: float = math.inf) -> bytes:
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
+        limit = machine.memory_bytes() // 2 if limit is None else limit
         if size > limit:
-            raise Damage(f"{path}: {size:,} bytes; at most {limit:,} were written")
+            raise Damage(f"{path}: {size:,} bytes, at most {limit:,} are read")
         return file.read()
 
 

@@ -39,6 +39,7 @@ from distal.storage import (
     check_parquet,
     files_below,
     names_in,
+    read_bytes,
     read_json,
     read_sealed,
     read_table,
@@ -229,7 +230,7 @@ class _Inspection:
         """What people said. Each file says in its name how many there were before it, and the hash of what it holds."""
         advice = "import the answers again from a copy"
         numbers = []
-        for name in names_in(folder):
+        for name in self._look(partial(names_in, folder), place=folder, advice=COPY) or []:
             named = ANSWERS.fullmatch(name)
             if named is None:
                 self.found.append(Damaged(f"{folder / name}: not a file of answers", advice="move it elsewhere"))
@@ -499,7 +500,7 @@ def _sound(path: Path) -> bool:
 
 def _unchanged(path: Path, checksum: str) -> None:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         raise Damage(f"{path}: missing") from None
     if sha256(data) != checksum:
