@@ -27,7 +27,7 @@ def copy(small_run: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_case(small_run: Path, tmp_path: Path, step: int) -> None:
     """One after the other in one process: no other error than those that the command makes a line of."""
     wrong = {}
