@@ -21,7 +21,7 @@ from distal.labels import answers as kept
 from distal.labels.answers import Answer, Policy, Settled, settle
 from distal.labels.formats import Format, read_said, write_batch
 from distal.ledger import LABELED, Ledger, write_labels
-from distal.lists import class_index, find, require_readable
+from distal.lists import find, label_reader, require_readable
 from distal.pool import Pool
 from distal.pool.images import write_png
 from distal.records import JsonObject
@@ -140,8 +140,8 @@ def import_labels(path: Path, file: Path, *, allow_unasked: bool = False) -> Jso
     unknown = [name for name, index in place.items() if index < 0]
     if unknown:
         raise SourceError(f"{file}: {_some(unknown, 'sample')} not in the pool; nothing was imported")
-    by_name = {name: index for index, name in enumerate(waiting.classes)}
-    labels = {each.label: class_index(each.label, by_name, len(by_name)) for each in said if each.label is not None}
+    index_of = label_reader(waiting.classes, len(waiting.classes))
+    labels = {each.label: index_of(each.label) for each in said if each.label is not None}
     strange = [name for name, label in labels.items() if label is None]
     if strange:
         raise SourceError(

@@ -62,10 +62,10 @@ def read_said(path: Path) -> list[Said]:
 
 
 def _of_table(path: Path) -> Iterable[Said]:
-    table = read_any_table(path, ("sample_id", *LABEL_COLUMNS, "annotator", "status"))
-    there = [name for name in LABEL_COLUMNS if name in table.column_names]
-    if "sample_id" not in table.column_names or not there:
-        raise SourceError(f"{path}: has no columns sample_id and label; it has {', '.join(table.column_names)}")
+    names, table = read_any_table(path, ("sample_id", *LABEL_COLUMNS, "annotator", "status"))
+    there = [name for name in LABEL_COLUMNS if name in names]
+    if "sample_id" not in names or not there:
+        raise SourceError(f"{path}: has no columns sample_id and label; it has {', '.join(names)}")
     if len(there) > 1:
         raise SourceError(f"{path}: {' and '.join(there)} could each be the label; keep one of them")
     wanted = [name for name in table.column_names if name in ("sample_id", there[0], "annotator", "status")]
