@@ -92,8 +92,8 @@ def read_labels(path: Path, key: str, classes: Sequence[str] | None, n_classes: 
             )
         if classes is not None and name in classes and classes.index(name) != label:
             raise SourceError(
-                f"{key}: {path}: label {shown(given)!r} of {shown(sample_id)} is class {shown(classes[label])}, and its "
-                f"class_name is {shown(name)}; give class names as label, or take the column class_name out"
+                f"{key}: {path}: label {shown(given)!r} of {shown(sample_id)} is class {shown(classes[label])}, and "
+                f"its class_name is {shown(name)}; give class names as label, or take the column class_name out"
             )
         labels.append(label)
     return ids, labels
@@ -191,18 +191,23 @@ def _columns(path: Path, key: str, *names: str, optional: Sequence[str] = ()) ->
     return table
 
 
-def read_any_table(path: Path, names: Sequence[str]) -> tuple[list[str], pa.Table]:
+def read_any_table(path: Path, names: Sequence[str], most_rows: int | None = None) -> tuple[list[str], pa.Table]:
     """The columns of a CSV or Parquet file of somebody else, and a table of those among `names` that it has.
 
     In CSV they are text: 007 is a name, not a number. What `csv_text` did is undone.
 
+    Args:
+        most_rows: how many a Parquet file may have, a small one of which can hold billions; None: any number.
+
     Raises:
-        ValueError: a column is there twice; pyarrow's errors are ValueErrors, KeyErrors and OSErrors, too.
+        ValueError: a column is there twice, or too many rows; and whatever pyarrow raises.
     """
     if path.suffix.lower() == ".parquet":
         with pq.ParquetFile(path) as file:
             there = list(file.schema_arrow.names)
             wanted = _once(there, names)
+            if most_rows is not None and file.metadata.num_rows > most_rows:
+                raise ValueError(f"{file.metadata.num_rows} rows are more than {most_rows}; split it into parts")
             return there, file.read(columns=wanted).select(wanted)
     table = pyarrow.csv.read_csv(
         path,
