@@ -24,7 +24,7 @@ from distal.records import STRIPE_SAMPLES, split_blocks
 _FORMULA = "'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"  # some spreadsheets take the full-width signs as well
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")  # digits of any script
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
-_SHOWN_CHARACTERS = 60
+MOST_HEADER_BYTES = 2**16
 
 
 def csv_text(text: str) -> str:
@@ -36,10 +36,10 @@ def csv_text(text: str) -> str:
     return f"'{text}" if re.match(_FORMULA, text) else text
 
 
-def shown(value: object) -> str:
-    """A value from somebody's file for one line of a terminal: short, and without control characters."""
+def shown(value: object, most: int = 60) -> str:
+    """A value from somebody's file for one line of a terminal: `most` characters, and no control characters."""
     text = value if isinstance(value, str) else repr(value)
-    text = text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
+    text = text if len(text) <= most else f"{text[: most - 3]}..."
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
@@ -184,10 +184,10 @@ def _columns(path: Path, key: str, *names: str, optional: Sequence[str] = ()) ->
             index = table.column_names.index("sample_id")
             table = table.set_column(index, "sample_id", table["sample_id"].cast(pa.string()))
     except Exception as error:
-        raise SourceError(f"{key}: {path} cannot be read ({one_line(error)})") from error
+        raise SourceError(f"{key}: {path} cannot be read ({shown(one_line(error), 200)})") from error
     for name in names:
         if name not in table.column_names:
-            raise SourceError(f"{key}: {path} has no column {name!r}; it has {shown(', '.join(there))}")
+            raise SourceError(f"{key}: {path} has no column {name!r}; it has {shown(', '.join(there), 200)}")
     return table
 
 
@@ -197,7 +197,7 @@ def read_any_table(path: Path, names: Sequence[str], most_rows: int | None = Non
     In CSV they are text: 007 is a name, not a number. What `csv_text` did is undone.
 
     Args:
-        most_rows: how many a Parquet file may have, a small one of which can hold billions; None: any number.
+        most_rows: how many there may be, as a small Parquet file can hold billions; None: any number.
 
     Raises:
         ValueError: a column is there twice, or too many rows; and whatever pyarrow raises.
@@ -206,17 +206,25 @@ def read_any_table(path: Path, names: Sequence[str], most_rows: int | None = Non
         with pq.ParquetFile(path) as file:
             there = list(file.schema_arrow.names)
             wanted = _once(there, names)
-            if most_rows is not None and file.metadata.num_rows > most_rows:
-                raise ValueError(f"{file.metadata.num_rows} rows are more than {most_rows}; split it into parts")
+            _refuse_more(file.metadata.num_rows, most_rows)
             return there, file.read(columns=wanted).select(wanted)
+    with path.open("rb") as file:
+        if len(file.readline(MOST_HEADER_BYTES + 1)) > MOST_HEADER_BYTES:
+            raise ValueError(f"its first line, the names of the columns, has more than {MOST_HEADER_BYTES} bytes")
     table = pyarrow.csv.read_csv(
         path,
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
     )
+    _refuse_more(len(table), most_rows)
     wanted = _once(table.column_names, names)
     undo = partial(pc.replace_substring_regex, pattern=rf"\A'({_FORMULA})", replacement=r"\1", max_replacements=1)
     return table.column_names, pa.table([undo(table[name]) for name in wanted], names=wanted)
+
+
+def _refuse_more(n_rows: int, most: int | None) -> None:
+    if most is not None and n_rows > most:
+        raise ValueError(f"{n_rows} rows are more than {most}; split it into parts")
 
 
 def _once(there: Sequence[str], names: Sequence[str]) -> list[str]:

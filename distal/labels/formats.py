@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
@@ -27,8 +26,8 @@ CANNOT_TELL = "cannot tell"
 CONTROL = "choice"  # the name of our control in the labelling configuration
 LABEL_COLUMNS = ("label", CONTROL, "class", "class_name")
 ASKED = ("sample_id", "image", "uri")
-MOST_BYTES = 2**28
-MOST_ROWS = 10_000_000
+BROKEN = "half-written, or not what annotators send"
+MOST_BYTES, MOST_ROWS = 2**26, 2_000_000  # 64 MiB of JSON can be 1.5 GB of objects
 
 _TIME = TypeAdapter(datetime)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -56,6 +55,9 @@ class _Foreign(BaseModel):
     """A part of an export of Label Studio; keys that are not named are ignored."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
+
+
+_Part = TypeVar("_Part", bound=_Foreign)
 
 
 class _Choices(_Foreign):
@@ -94,9 +96,6 @@ class _Task(_Foreign):
     updated_at: datetime | None = None
 
 
-_TASKS = TypeAdapter(list[_Task])
-
-
 def unsure_word(classes: Sequence[str]) -> str:
     """What annotators write or choose when they cannot tell; another word when that is the name of a class."""
     word, names = CANNOT_TELL, {name.strip().casefold() for name in classes}
@@ -125,17 +124,13 @@ def read_said(path: Path, unsure: str = CANNOT_TELL) -> list[Said]:
     if not size:
         raise SourceError(f"{path}: empty")
     if size > MOST_BYTES:
-        raise SourceError(f"{path}: {size / 2**20:,.0f} MiB are more than {MOST_BYTES // 2**20}; split it into parts")
+        raise SourceError(f"{path}: {size:,} bytes are more than {MOST_BYTES:,}; split it into parts")
     try:
         said = list(_of_label_studio(path, unsure) if path.suffix.lower() == ".json" else _of_table(path, unsure))
     except SourceError:
         raise
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise SourceError(f"{path}: half-written, or not what annotators send ({where}: {first['msg']})") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: half-written, or not what annotators send ({shown(one_line(error))})") from error
+        raise SourceError(f"{path}: {BROKEN} ({shown(one_line(error), 200)})") from error
     if not said:
         raise SourceError(f"{path}: says nothing of any sample")
     return said
@@ -146,51 +141,59 @@ def _of_table(path: Path, unsure: str) -> Iterable[Said]:
     names, table = read_any_table(path, known, MOST_ROWS)
     there = [name for name in LABEL_COLUMNS if name in names]
     if "sample_id" not in names or not there:
-        raise SourceError(f"{path}: has no columns sample_id and label; it has {shown(', '.join(names))}")
+        raise SourceError(f"{path}: has no columns sample_id and label; it has {shown(', '.join(names), 200)}")
     if len(there) > 1:
         raise SourceError(f"{path}: {' and '.join(there)} could each be the label; keep one of them")
-    for place, row in enumerate(table.to_pylist(), start=1):
+    rows = (row for batch in table.to_batches(max_chunksize=10_000) for row in batch.to_pylist())
+    for place, row in enumerate(rows, start=1):
         if row["sample_id"] in (None, ""):
             raise SourceError(f"{path}: row {place} has no sample_id")
-        label = row[there[0]]
-        yield _said(
-            str(row["sample_id"]),
-            None if label is None else str(label),
-            row.get("status"),
-            row.get("annotator"),
-            row.get("updated_at"),
-            place,
-            unsure,
-        )
+        label = None if row[there[0]] is None else str(row[there[0]])
+        who, time = row.get("annotator"), row.get("updated_at")
+        yield _said(str(row["sample_id"]), label, row.get("status"), who, time, place, unsure)
 
 
 def _of_label_studio(path: Path, unsure: str) -> Iterable[Said]:
-    tasks = _TASKS.validate_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
-    controls = set[str]().union(*map(_controls, tasks))
+    tasks = json.loads(path.read_bytes())
+    if not isinstance(tasks, list):
+        raise ValueError("a list of tasks was expected")
+    controls, place = set[str](), 0
+    for number, each in enumerate(tasks, start=1):
+        task = _valid(_Task, each, number)
+        controls |= _controls(task)
+        for sample_id, choices, status, annotator, time in _answers_of(task, number):
+            place += 1
+            yield _said(sample_id, _only(choices, sample_id), status, annotator, time, place, unsure)
     if controls and CONTROL not in controls:
         raise SourceError(
             f"{path}: no answer of the control {CONTROL!r}, which the exported labelling configuration defines; keep "
             "its name"
         )
-    place = 0
-    for number, task in enumerate(tasks):
-        if task.annotations is None:  # JSON-MIN
-            place += 1
-            if task.sample_id is None:
-                raise ValueError(f"{number}: neither annotations nor sample_id")
-            choices = [task.choice] if isinstance(task.choice, str) else task.choice.choices if task.choice else []
-            label = _only(choices, task.sample_id)
-            yield _said(task.sample_id, label, None, _name(task.annotator), task.updated_at, place, unsure)
-            continue
-        for annotation in task.annotations:
-            place += 1
-            if task.data is None:
-                raise ValueError(f"{number}: no data")
-            ours = [_Choices.model_validate(each.value) for each in annotation.result if each.from_name == CONTROL]
-            label = _only([name for each in ours for name in each.choices], task.data.sample_id)
-            status = SKIPPED if annotation.was_cancelled else None
-            who = _name(annotation.completed_by)
-            yield _said(task.data.sample_id, label, status, who, annotation.updated_at, place, unsure)
+
+
+def _valid(model: type[_Part], value: object, number: int) -> _Part:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"task {number}: {where}{': ' if where else ''}{first['msg']}") from None
+
+
+def _answers_of(task: _Task, number: int) -> Iterator[tuple[str, list[str], str | None, str | None, datetime | None]]:
+    """Of each annotation: sample_id, choices, status, annotator, time."""
+    if task.annotations is None:  # JSON-MIN
+        if task.sample_id is None:
+            raise ValueError(f"task {number} has neither annotations nor sample_id")
+        choices = [task.choice] if isinstance(task.choice, str) else task.choice.choices if task.choice else []
+        yield task.sample_id, choices, None, _name(task.annotator), task.updated_at
+    for annotation in task.annotations or ():
+        if task.data is None:
+            raise ValueError(f"task {number} has no data")
+        ours = [_valid(_Choices, each.value, number) for each in annotation.result if each.from_name == CONTROL]
+        choices = [choice for each in ours for choice in each.choices]
+        status = SKIPPED if annotation.was_cancelled else None
+        yield task.data.sample_id, choices, status, _name(annotation.completed_by), annotation.updated_at
 
 
 def _controls(task: _Task) -> set[str]:
@@ -224,6 +227,7 @@ def _said(
     elif name is None:
         chosen = SKIPPED
     who = None if annotator is None else str(annotator).strip() or None
+    "".join((sample_id, name or "", who or "")).encode()  # JSON can hold half of a character; no sample is called so
     return Said(sample_id, name, chosen, who, None if time in (None, "") else _microseconds(time, sample_id), row)
 
 
