@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distal.errors import SourceError
@@ -50,6 +50,7 @@ LABELS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(["cat", "dog", "7", "1", "2", "-1", "1.5", "007", "٣", "²", "x7"]), min_size=2, unique=True
@@ -107,6 +108,7 @@ FORMULAS = st.tuples(
 TEXTS = st.one_of(st.text(min_size=1), FORMULAS.map("".join))
 
 
+@settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=20))
 def test_no_cell_is_a_formula_and_reading_undoes_it(texts: list[str]) -> None:
     cells = [csv_text(text) for text in texts]

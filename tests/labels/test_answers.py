@@ -82,7 +82,7 @@ def waiting_of(run: Run) -> Waiting:
     return waiting
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(steps, min_size=1, max_size=10), st.sampled_from(["majority", "first", "reask"]))
 def test_histories(pool: Pool, history: list[File | str | int], policy: Policy) -> None:
     """Files, annotators, repetitions and cycles in any order come to what the reference says, cycle by cycle."""

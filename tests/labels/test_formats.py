@@ -51,7 +51,7 @@ def test_ids_come_back_as_they_were(names: list[str], fmt: Format) -> None:
 @settings(deadline=None)
 @given(st.lists(st.text(), min_size=2, max_size=5, unique=True))
 def test_the_labelling_configuration_parses_or_is_refused(classes: list[str]) -> None:
-    cannot_hold = any(ord(c) < 32 and c not in "\t\n\r" or ord(c) >> 1 == 0x7FFF for name in classes for c in name)
+    cannot_hold = any((ord(c) < 32 and c not in "\t\n\r") or ord(c) >> 1 == 0x7FFF for name in classes for c in name)
     if cannot_hold:  # https://www.w3.org/TR/xml/#charsets, surrogates aside, which `st.text` has not
         with pytest.raises(ConfigError, match="cannot hold; export with --format csv"):
             labelling_xml(classes)
