@@ -59,12 +59,14 @@ def test_every_file_ends_in_its_line(corpus: Corpus, start: Start, tmp_path: Pat
 
 COMMAND = """
 import json, resource, sys
+from typer.main import get_command
+
 from distal.cli import app
 
-codes = {}
+command, codes = get_command(app), {}
 for file in sys.argv[2:]:
     try:
-        app(["labels", "import", sys.argv[1], file], prog_name="distal")
+        command(["labels", "import", sys.argv[1], file], prog_name="distal")
     except SystemExit as end:
         codes[file] = end.code
 print(json.dumps([codes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
