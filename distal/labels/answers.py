@@ -13,6 +13,7 @@ Importers need no lock: file n is created exclusively, and whoever finds it take
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,8 @@ SCHEMA = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
     ]
 )
+
+_NUMBER = b"distal.import"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +158,15 @@ def add(folder: Path, answers: Sequence[Answer]) -> Added:
     """
     brought = last_words(answers)
     while True:
-        names = _names(folder)
-        before = last_words(answer for name in names for answer in _read(folder / name))
+        number = n_imports(folder)
+        before = last_words(answer for each in range(number) for answer in read_import(folder, each))
         new = [answer for who, answer in brought.items() if who not in before or answer.supersedes(before[who])]
         changed = [each for each in new if _changes(each, before.get((each.sample_index, each.annotator)))]
         if not new:
             return Added(None, [], [])
-        path = folder / _name(len(names))
-        table = pa.Table.from_pylist([asdict(answer) for answer in new], schema=SCHEMA)
+        path = _path(folder, number)
+        schema = SCHEMA.with_metadata({_NUMBER: str(number)})
+        table = pa.Table.from_pylist([asdict(answer) for answer in new], schema=schema)
         if create_bytes(path, bytes(table_bytes(table))):
             return Added(path, new, changed)
 
@@ -172,31 +176,35 @@ def _changes(answer: Answer, before: Answer | None) -> bool:
 
 
 def read(folder: Path) -> list[Answer]:
-    """All answers, in the order in which they were imported.
+    """All answers, in the order in which they were imported; raises like `read_import`."""
+    return [answer for number in range(n_imports(folder)) for answer in read_import(folder, number)]
+
+
+def n_imports(folder: Path) -> int:
+    """How many files the log has, told by the largest number."""
+    found = (re.match(r"(\d+).*\.parquet", name, re.ASCII) for name in names_in(folder))
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def read_import(folder: Path, number: int) -> list[Answer]:
+    """The answers of one file of the log.
+
+    Args:
+        number: in [0, n_imports).
 
     Raises:
-        Damage: a file is missing or has changed.
-        UnknownFormat: another version wrote one.
+        Damage: the file is missing, has changed, or is another one of the log.
+        UnknownFormat: another version wrote it.
     """
-    return [answer for name in _names(folder) for answer in _read(folder / name)]
-
-
-def _read(path: Path) -> Iterable[Answer]:
+    path = _path(folder, number)
     table = read_table(path)
     if table.schema.names != SCHEMA.names:
         raise UnknownFormat(f"{path}: has other columns than this version of distal writes; import the answers again")
-    at = SCHEMA.get_field_index("time")
-    return (Answer(**row) for row in table.set_column(at, "time", table["time"].cast(pa.int64())).to_pylist())
+    if (table.schema.metadata or {}).get(_NUMBER) != str(number).encode():
+        raise Damage(f"{path}: not the answers that were imported under this number; put them back from a copy")
+    times = table["time"].cast(pa.int64())
+    return [Answer(**row) for row in table.set_column(SCHEMA.get_field_index("time"), "time", times).to_pylist()]
 
 
-def _names(folder: Path) -> list[str]:
-    """The files of the log, in order."""
-    found = [name for name in names_in(folder) if name.endswith(".parquet")]
-    for number, name in enumerate(found):
-        if name != _name(number):
-            raise Damage(f"{folder / _name(number)}: missing; put it back from a copy (there is {name})")
-    return found
-
-
-def _name(number: int) -> str:
-    return f"{number:06d}.parquet"
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.parquet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -177,7 +178,10 @@ def test_a_file_of_the_log_that_is_missing_is_damage(tmp_path: Path) -> None:
     for label in (0, 1, 2):
         add(tmp_path, [answer(label)])
     (tmp_path / "000001.parquet").unlink()
-    with pytest.raises(Damage, match="000001.parquet: missing; put it back"):
+    with pytest.raises(Damage, match="000001.parquet: missing"):
+        read(tmp_path)
+    shutil.copy(tmp_path / "000002.parquet", tmp_path / "000001.parquet")
+    with pytest.raises(Damage, match="000001.parquet: not the answers that were imported under this number"):
         read(tmp_path)
 
 
