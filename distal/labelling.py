@@ -242,8 +242,9 @@ def _refuse_contradictions(file: Path, unnamed: Sequence[Answer]) -> None:
 def _too_late(known: Ledger, added: Added) -> list[str]:
     """The samples of new answers that are not used: a trained cycle has another label."""
     label_of = dict(zip(known.indices.tolist(), known.labels.tolist(), strict=True))
+    changed = set(added.changed)
     late = [a for a in added.new if a.sample_index in label_of and a.label != label_of[a.sample_index]]
-    return list(dict.fromkeys(a.sample_id for a in late if a.status == LABELED or a in added.changed))
+    return list(dict.fromkeys(a.sample_id for a in late if a.status == LABELED or a in changed))
 
 
 def export_labels(
