@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import os
 import pickle
-import platform
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from distal.pool import Pool
 from distal.pool.build import build
 from distal.pool.decode import Unreadable, decode
 from distal.pool.sources import open_source
+from distal.processes import this_process
 from distal.storage import write_json
 from tests.helpers import CLASSES, SIDE, png, write_source
 
@@ -188,13 +189,32 @@ class TestRoom:
 
     def test_a_build_that_is_at_work_is_not_interrupted(self, cluster: str, source: Path, tmp_path: Path) -> None:
         dest = tmp_path / "pool"
-        write_json(dest / "building.json", {"host": platform.node(), "pid": os.getpid()})
+        write_json(dest / "building.json", asdict(this_process()))
         self.refused(source, dest, f"process {os.getpid()} on .* is packing this pool; wait until it is done")
-        write_json(dest / "building.json", {"host": "another host", "pid": 1})
-        self.refused(source, dest, "process 1 on another host is packing this pool")
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            replace(this_process(), host="another host", pid=1),
+            replace(this_process(), machine="another boot"),
+            {"host": this_process().host, "pid": os.getpid()},  # written by nobody that is known
+        ],
+    )
+    def test_one_that_cannot_be_seen_is_at_work_while_there_are_signs_of_it(
+        self, cluster: str, source: Path, tmp_path: Path, other: object
+    ) -> None:
+        dest = tmp_path / "pool"
+        write_json(dest / "building.json", other if isinstance(other, dict) else asdict(other))
+        self.refused(source, dest, "process .* is packing this pool")
         long_ago = time.time() - 3600
         os.utime(dest / "building.json", (long_ago, long_ago))
         assert build(str(source), dest).n_samples == 240
+
+    def test_another_process_with_the_same_id_is_not_at_work(self, cluster: str, source: Path, tmp_path: Path) -> None:
+        """Process ids are used again: this one was another's when the build was interrupted."""
+        me = this_process()
+        write_json(tmp_path / "pool" / "building.json", asdict(replace(me, started=me.started - 100)))
+        assert build(str(source), tmp_path / "pool").n_samples == 240
 
     def test_a_lost_record_is_not_an_interrupted_build(self, cluster: str, source: Path, tmp_path: Path) -> None:
         """Days of packing are not thrown away because one small file is missing."""
