@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
@@ -330,7 +330,7 @@ class _Packing:
         self._task = ray.remote(num_returns="streaming", max_retries=2)(_pack)
         self._running: deque[Any] = deque()
 
-    def in_order(self, blocks: list[Block]) -> Iterator[tuple[Block, _Part]]:
+    def in_order(self, blocks: list[Block]) -> Generator[tuple[Block, _Part], None, None]:
         """Run a bounded number of tasks at a time, and yield what comes of each block, in their order."""
         ranges = self._source.ranges(blocks)
         threads = cluster.cpus_for(len(ranges))

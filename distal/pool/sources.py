@@ -33,7 +33,7 @@ from distal.pool.decode import FORMATS, MAX_BYTES
 from distal.records import Block, JsonObject
 from distal.storage import read_regular
 
-READ_ROWS = 1024  # of a Parquet file at a time, or fewer when they are large
+READ_ROWS = 128  # of a Parquet file at a time, or fewer when they are large
 READ_BYTES = 16 * 2**20
 MAX_RANGE_WASTE = 16  # of so many rows of Parquet one may be decoded twice
 MAX_PATHS = 100  # over which links may lead to one folder
