@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,13 +18,15 @@ import pytest
 import ray
 import zarr
 
-from distal.errors import Damage, PoolError, SourceError
+from distal.errors import Damage, DistalError, PoolError, SourceError
 from distal.hashing import sample_key
 from distal.pool import Pool
-from distal.pool.build import build
+from distal.pool.build import Layout, _chunk_size, build
 from distal.pool.decode import Unreadable, decode
-from distal.pool.sources import open_source
+from distal.pool.images import parts
+from distal.pool.sources import Row, open_source
 from distal.processes import this_process
+from distal.records import Block
 from distal.storage import write_json
 from tests.helpers import CLASSES, SIDE, png, write_source
 
@@ -236,6 +240,84 @@ def interrupted(source: Path, dest: Path) -> Path:
     assert not (dest / "pool.json").exists(), "the build was quicker than the kill"
     time.sleep(1)  # until its tasks have ended, too
     return dest
+
+
+@pytest.mark.parametrize("sizes", [[2000], [100] * 20, [777, 777, 446], [1] * 3 + [1997]])
+def test_a_pool_does_not_depend_on_how_its_source_is_cut(cluster: str, tmp_path: Path, sizes: list[int]) -> None:
+    """Nor on how many threads decode it: `2000` and `1997` are one task, with as many as a node has."""
+    path = write_source(tmp_path / "whole.parquet", 2000, seed=5)
+    table = pq.read_table(path)
+    images = table["image"].to_pylist()
+    images[3], images[1501] = b"no image", images[1501][:50]
+    table = table.set_column(1, "image", pa.array(images))
+    with pq.ParquetWriter(tmp_path / "cut.parquet", table.schema) as writer:
+        for start, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False):
+            writer.write_table(table.slice(start, size), row_group_size=size)
+    pool = build(str(tmp_path / "cut.parquet"), tmp_path / "pool")
+    assert pool.content_sha256 == CONTENT_SHA256
+    assert pool.chunk_size == 128
+    assert np.array_equal(pool.read(0, 2000), expected_images(tmp_path / "cut.parquet"))
+    assert pool.samples(0, 2000)["sample_id"].to_pylist() == table["sample_id"].to_pylist()
+
+
+CONTENT_SHA256 = "XXX"
+"""Of those 2000 images, when each block was a task of its own that read whole row groups."""
+
+
+def test_two_tasks_never_write_to_one_chunk() -> None:
+    """Of very small images a chunk of 16 MiB would hold more samples than a task packs."""
+    for n_samples in (100, 10_000, 600_000, 5_000_000):
+        for side in (1, 16, 28, 224):
+            layout = Layout((side, side), "grey", resize=False, recolour=False)
+            chunk = _chunk_size(n_samples, layout)
+            assert all(part.start % chunk == 0 for part in parts(n_samples))
+            assert chunk * side * side <= 16 * 2**20
+
+
+class Deadly:
+    """A source at whose sample 300 the process that reads it dies, until it has died often enough."""
+
+    classes = None
+
+    def __init__(self, deaths: Path, n_deaths: int) -> None:
+        self.deaths, self.n_deaths = deaths, n_deaths
+
+    def __len__(self) -> int:
+        return 600
+
+    def rows(self, start: int, stop: int) -> Iterator[Row]:
+        for i in range(start, stop):
+            if i == 300 and len(list(self.deaths.iterdir())) < self.n_deaths:
+                (self.deaths / str(time.time_ns())).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield Row(str(i), str(i), png(np.full((2, 2), i % 256, dtype=np.uint8)))
+
+    def part(self, start: int, stop: int) -> Deadly:
+        return self
+
+    def ranges(self, blocks: list[Block]) -> list[list[Block]]:
+        return [blocks[:1], blocks[1:4], blocks[4:]]
+
+
+@pytest.mark.parametrize(("n_deaths", "survives"), [(1, True), (4, True), (99, False)])
+def test_a_task_that_dies_again_and_again_is_tried_alone(
+    cluster: str, tmp_path: Path, n_deaths: int, survives: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tries beside others, and three alone."""
+    (tmp_path / "deaths").mkdir()
+    monkeypatch.setattr("distal.pool.build.open_source", lambda *_, **__: Deadly(tmp_path / "deaths", n_deaths))
+    monkeypatch.setattr("distal.pool.build.learn_layout", lambda *_: Layout((2, 2), "grey", False, False))
+    if survives:
+        pool = build("deadly", tmp_path / "pool")
+        assert pool.read(0, 600)[:, 0, 0, 0].tolist() == [i % 256 for i in range(600)]
+        assert len(list((tmp_path / "deaths").iterdir())) == n_deaths
+    else:
+        with pytest.raises(
+            DistalError, match=r"packs samples \[256, 384\) of the source died again and again"
+        ) as caught:
+            build("deadly", tmp_path / "pool")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "pool").exists()
 
 
 def test_no_pool(tmp_path: Path) -> None:
