@@ -191,7 +191,7 @@ def largest() -> bytes:
 
 
 def write_folder(root: Path) -> Expected:
-    """A folder of all of them, and of what is no file."""
+    """A folder of all of them, of a link that leads out of it, and of what is no file."""
     root.mkdir(parents=True)
     expected: Expected = {}
     for name, data in valid().items():
@@ -207,10 +207,13 @@ def write_folder(root: Path) -> Expected:
     (root / "loop.png").symlink_to("loop.png")
     (root / "broken.png").symlink_to("nowhere.png")
     (root / os.fsdecode(b"name-\xff.png")).write_bytes(valid()["rgb.png"])
+    (root.parent / "away.png").write_bytes(valid()["rgb.png"])
+    (root / "link.png").symlink_to("../away.png")
     (root / "folder.png").mkdir()
     (root / "notes.txt").write_text("not looked at")
     return expected | {
         "largest.png": READABLE,
+        "link.png": READABLE,
         "sparse.png": r"the file cannot be read \(more than 400,000,000 bytes\)",
         "fifo.jpg": r"the file cannot be read \(not a regular file\)",
         "loop.png": r"the file cannot be read \(Too many levels of symbolic links\)",

@@ -90,7 +90,7 @@ class TestBuild:
 
     def packed(self, cluster: str, source: Path, expected: images.Expected, pool: Path) -> Pool:
         command = [sys.executable, "-m", "distal", "pool", "build", str(source), str(pool), "--size=16x16", "--json"]
-        command += ["--channels=grey", f"--ray-address={cluster}"]
+        command += ["--channels=grey", "--follow-symlinks", f"--ray-address={cluster}"]
         with Watch() as watch:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         print(f"{source.name}: at most {watch.most / 1e9:.2f} GB resident in a process")
