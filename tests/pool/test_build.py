@@ -260,7 +260,7 @@ def test_a_pool_does_not_depend_on_how_its_source_is_cut(cluster: str, tmp_path:
     assert pool.samples(0, 2000)["sample_id"].to_pylist() == table["sample_id"].to_pylist()
 
 
-CONTENT_SHA256 = "XXX"
+CONTENT_SHA256 = "ee86e997319ed4f412d03c3eb6c5e28d8a539fcabb7527163a50cb94134667f5"
 """Of those 2000 images, when each block was a task of its own that read whole row groups."""
 
 
