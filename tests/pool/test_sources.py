@@ -554,6 +554,9 @@ class TestTorchvision:
         copy = pickle.loads(pickle.dumps(source))
         assert list(copy.rows(0, 20)) == rows
         assert list(copy.rows(18, 30)) == rows[18:]
+        part = pickle.loads(pickle.dumps(source.part(5, 9)))
+        assert list(part.rows(5, 9)) == rows[5:9]
+        assert part.images.shape == (4, 32, 32, 3)
         assert copy.classes == source.classes
 
     def test_grey_images(self, root: Path) -> None:
