@@ -522,6 +522,9 @@ def pool_build(
     label_column: Annotated[str, typer.Option(help="Column of labels, if any.")] = "label",
     class_column: Annotated[str, typer.Option(help="Column of class names, if any.")] = "class_name",
     group_column: Annotated[str, typer.Option(help="Column of groups, if any.")] = "group_id",
+    follow_symlinks: Annotated[
+        bool, typer.Option("--follow-symlinks", help="Also follow links that lead out of the source's folder.")
+    ] = False,
     ray_address: Annotated[str, typer.Option(help="local, auto or host:port.")] = "local",
     as_json: Json = False,
 ) -> None:
@@ -550,6 +553,7 @@ def pool_build(
                     columns=columns,
                     size=shape,
                     channels=channels,
+                    follow_symlinks=follow_symlinks,
                     on_progress=lambda done, total: terminal.progress(
                         Progress(-1, "packing", images_scored=done, images=total)
                     ),

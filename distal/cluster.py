@@ -380,7 +380,13 @@ def n_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def in_tasks(work: Callable[[Item], Item], items: Sequence[Item]) -> Iterator[Item]:
+def cpus_for(n_tasks: int) -> int:
+    """CPUs that each of some tasks can have when all of them run at once, on any node with CPUs; at least 1."""
+    smallest = min((node.cpus for node in _nodes() if node.cpus), default=1)
+    return max(1, min(smallest, n_cpus() // n_tasks))
+
+
+def in_tasks(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """Do `work` for every item in Ray tasks, a bounded number at a time, and yield the results as they come."""
     import ray
 

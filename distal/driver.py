@@ -79,6 +79,8 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
             if waiting is not None:
                 return waiting
             if directory.identity is None:  # it keeps the content of the pools, so once is enough
+                if held_out:
+                    connect()
                 inputs.check_overlap(config, pool, held_out, display)
             lease = stack.enter_context(begin(directory, display))
             connect()

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from distal import cluster
 from distal.assignments import dtype_for
 from distal.cluster import Slots
 from distal.config import NAMED, AnyRoot, Config, Root
-from distal.errors import ConfigError, PoolError, UserError
+from distal.errors import ConfigError, Damage, DiskFull, PoolError, UnknownFormat, UserError
 from distal.lists import listed, read_text
 from distal.models import ModelSpec
 from distal.monitor import Display
 from distal.pool import Pool
 from distal.pool.build import build
-from distal.pool.images import MANIFEST, OK
-from distal.records import STRIPE_SAMPLES, JsonObject, Progress, auto_block_size, split_blocks
+from distal.pool.images import MANIFEST, OK, parts
+from distal.records import STRIPE_SAMPLES, Block, JsonObject, Progress, auto_block_size, split_blocks
+from distal.storage import read_json, write_json
 from distal.strategies import strategy
 from distal.train.command import check_command
 
@@ -192,28 +197,18 @@ def _check_held_out(key: str, other: Pool, pool: Pool, classes: tuple[str, ...])
 def check_overlap(config: Config, pool: Pool, held_out: Mapping[str, Pool], display: Display) -> None:
     """Refuse images to evaluate on whose pixels are in the pool as well, or say that there are some.
 
-    The pool is read once, a chunk at a time; what stays in memory is a hash for each image of `held_out`.
+    Ray tasks read the pool once, each with a hash for every image of `held_out`. The result is kept in the folder of
+    the images to evaluate on, for all runs on the same images. Ray must be running.
 
     Raises:
         PoolError: there are some, and `eval.allow_overlap` is not set.
     """
-    if not held_out:
-        return
-    hashes = {name: dict(_pixel_hashes(other)) for name, other in held_out.items()}
-    wanted = {each for of_one in hashes.values() for each in of_one.values()}
-    found: dict[bytes, int] = {}
-    for index, each in _pixel_hashes(pool, display):
-        if each in wanted:
-            found.setdefault(each, index)
-    for name, other in held_out.items():
-        shared = {index: found[each] for index, each in hashes[name].items() if each in found}
-        if not shared:
+    for name, overlap in _find_overlaps(pool, held_out, display).items():
+        if not overlap["n_shared"]:
             continue
-        here = _sample_id(other, next(iter(shared)))
-        there = _sample_id(pool, next(iter(shared.values())))
         text = (
-            f"eval.{name}: {len(shared)} of its {other.n_readable} images are in the pool as well, pixel by pixel, "
-            f"such as {here}, which is {there} there"
+            f"eval.{name}: {overlap['n_shared']} of its {held_out[name].n_readable} images are in the pool as well, "
+            f"pixel by pixel, such as {overlap['here']}, which is {overlap['there']} there"
         )
         if not config.eval.allow_overlap:
             raise PoolError(
@@ -223,16 +218,104 @@ def check_overlap(config: Config, pool: Pool, held_out: Mapping[str, Pool], disp
         display.say(f"warning: {text}")
 
 
-def _pixel_hashes(pool: Pool, display: Display | None = None) -> Iterator[tuple[int, bytes]]:
-    """The `sample_index` and a 128-bit hash of the pixels of every readable image, in order."""
-    for part in split_blocks(pool.n_samples, pool.chunk_size):
-        images = np.ascontiguousarray(pool.read(part.start, part.stop).transpose(0, 2, 3, 1)).reshape(len(part), -1)
-        (status,) = pool.columns(part.start, part.stop, "status")
-        for offset in np.flatnonzero(status == OK).tolist():
-            yield part.start + offset, hashlib.blake2b(images[offset], digest_size=16).digest()
-        if display is not None:
-            done = Progress(-1, "looking for images to evaluate on", images_scored=part.stop, images=pool.n_samples)
-            display.progress(done)
+def _find_overlaps(pool: Pool, held_out: Mapping[str, Pool], display: Display) -> dict[str, JsonObject]:
+    """How many images of each are in the pool as well, and the names of the first one in both."""
+    overlaps: dict[str, JsonObject] = {}
+    hashes = {}
+    for name, other in held_out.items():
+        if other.image_shape != pool.image_shape:
+            display.say(f"eval.{name}: images of another shape than those of the pool; none is looked for there")
+        elif (kept := _kept_overlap(pool, other)) is not None:
+            overlaps[name] = kept
+        else:
+            hashes[name] = _all_hashes(other)
+    for name, found in _find_hashes(pool, hashes, display).items():
+        overlaps[name] = _overlap(pool, held_out[name], found)
+        with suppress(OSError, DiskFull):  # where nothing can be written, the next run looks again
+            write_json(_overlap_path(pool, held_out[name]), overlaps[name])
+    return {name: overlaps[name] for name in held_out if name in overlaps}
+
+
+def _overlap_path(pool: Pool, other: Pool) -> Path:
+    return other.path / "overlaps" / f"{pool.content_sha256}.json"
+
+
+def _kept_overlap(pool: Pool, other: Pool) -> JsonObject | None:
+    """What an earlier run found, if it was about these images."""
+    try:
+        kept = read_json(_overlap_path(pool, other), required=("held_out", "n_shared"))
+    except (FileNotFoundError, Damage, UnknownFormat):  # found anew
+        return None
+    return kept if kept["held_out"] == other.content_sha256 else None
+
+
+def _overlap(pool: Pool, other: Pool, found: NDArray[np.int64]) -> JsonObject:
+    """What is kept and said.
+
+    Args:
+        found: (n, 2): `sample_index` in `other`, and of the first equal image in the pool, in the order of `other`.
+    """
+    here, there = map(int, found[0]) if len(found) else (None, None)
+    return {
+        "held_out": other.content_sha256,
+        "n_shared": len(found),
+        "here": None if here is None else _sample_id(other, here),
+        "there": None if there is None else _sample_id(pool, there),
+    }
+
+
+def _find_hashes(
+    pool: Pool, hashes: Mapping[str, tuple[NDArray[np.int64], NDArray[np.bytes_]]], display: Display
+) -> dict[str, NDArray[np.int64]]:
+    """For each set, (n, 2): the images that the pool has too, and where it has them first."""
+    if not hashes:
+        return {}
+    wanted = np.unique(np.concatenate([each for _, each in hashes.values()]))
+    first = np.full(len(wanted), pool.n_samples)
+    n_done = 0
+    for n_samples, places, indices in cluster.in_tasks(partial(_find_in_part, pool, wanted), parts(pool.n_samples)):
+        np.minimum.at(first, places, indices)
+        n_done += n_samples
+        done = Progress(-1, "looking for images to evaluate on", images_scored=n_done, images=pool.n_samples)
+        display.progress(done)
+    found = {}
+    for name, (here, each) in hashes.items():
+        there = first[np.searchsorted(wanted, each)]
+        found[name] = np.stack([here, there], axis=1)[there < pool.n_samples]
+    return found
+
+
+def _find_in_part(
+    pool: Pool, wanted: NDArray[np.bytes_], part: Block
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+    """Places in `wanted`, which is sorted, of the images of a part that are there, and their `sample_index`."""
+    indices, hashes = _pixel_hashes(pool, part)
+    places = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+    equal = wanted[places] == hashes
+    return len(part), places[equal], indices[equal]
+
+
+def _all_hashes(pool: Pool) -> tuple[NDArray[np.int64], NDArray[np.bytes_]]:
+    """Of all readable images, in the order of `sample_index`."""
+    found = sorted(cluster.in_tasks(partial(_pixel_hashes, pool), parts(pool.n_samples)), key=_first_index)
+    return np.concatenate([indices for indices, _ in found]), np.concatenate([hashes for _, hashes in found])
+
+
+def _first_index(found: tuple[NDArray[np.int64], NDArray[np.bytes_]]) -> int:
+    return int(found[0][0]) if len(found[0]) else -1
+
+
+def _pixel_hashes(pool: Pool, part: Block) -> tuple[NDArray[np.int64], NDArray[np.bytes_]]:
+    """The readable images of a part: `sample_index`, (n,), and a 128-bit hash of the pixels, (n,) of 16 bytes."""
+    (status,) = pool.columns(part.start, part.stop, "status")
+    indices = part.start + np.flatnonzero(status == OK)
+    hashes: list[bytes] = []
+    for start in range(part.start, part.stop, pool.chunk_size):
+        stop = min(start + pool.chunk_size, part.stop)
+        images = np.ascontiguousarray(pool.read(start, stop).transpose(0, 2, 3, 1)).reshape(stop - start, -1)
+        some = indices[(indices >= start) & (indices < stop)] - start
+        hashes += [hashlib.blake2b(images[i], digest_size=16).digest() for i in some]
+    return indices, np.array(hashes, "S16")
 
 
 def _sample_id(pool: Pool, index: int) -> str:

@@ -19,8 +19,6 @@ A driver that was paused may write after its successor has begun. What then? Eve
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import threading
 import time
@@ -31,9 +29,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import psutil
-
 from distal.errors import DiskFull, DistalError, RunConflict, Superseded
+from distal.processes import ProcessIdentity, this_process
 from distal.storage import create_json, names_in, read_json, write_json
 
 FOLDER = "driver"
@@ -43,20 +40,14 @@ NAME = re.compile(r"\d{6,}\.json", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Holder:
+class Holder(ProcessIdentity):
     """A driver.
 
     Attributes:
-        machine: boot and process namespace in which `pid` means something; empty where that is not known.
-        pid, started: process, and when it started (seconds since 1970): a process id is used again.
         beat: grows while it lives.
         released: whether it ended by itself.
     """
 
-    host: str
-    machine: str
-    pid: int
-    started: float
     attempt: str
     beat: int = 0
     released: bool = False
@@ -64,24 +55,10 @@ class Holder:
     @classmethod
     def this_process(cls, attempt: str) -> Self:
         """What this process is as a driver."""
-        pid = os.getpid()
-        return cls(platform.node(), _machine(), pid, psutil.Process(pid).create_time(), attempt)
+        return cls(**asdict(this_process()), attempt=attempt)
 
     def __str__(self) -> str:
-        return f"attempt {self.attempt} (process {self.pid} on {self.host})"
-
-    def lives(self) -> bool | None:
-        """Whether its process is there; None when that cannot be told from here.
-
-        A name is not enough: other machines and containers may have the same one, and their processes cannot be seen.
-        """
-        if (self.host, self.machine) != (platform.node(), _machine()):
-            return None
-        try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return f"attempt {self.attempt} ({super().__str__()})"
 
 
 class Lease:
@@ -204,11 +181,3 @@ def lease_path(run: Path, number: int) -> Path:
 
 def _numbers(run: Path) -> list[int]:
     return sorted(int(name.removesuffix(".json")) for name in names_in(run / FOLDER) if NAME.fullmatch(name))
-
-
-def _machine() -> str:
-    """The boot of this machine and the namespace of its process ids."""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    return str(int(psutil.boot_time()))

@@ -57,7 +57,7 @@ LADDER = [
         "cluster",
         "metrics",
     ],
-    ["config", "records", "storage", "hashing", "plugins", "errors", "machine"],
+    ["config", "records", "storage", "hashing", "machine", "processes", "plugins", "errors"],
 ]
 STAGES = LADDER[2]
 MAY_IMPORT_RAY = {

@@ -1,4 +1,4 @@
-"""Pack a source into a pool: decode once, in parallel, one Ray task per block.
+"""Pack a source into a pool: read and decode once, in parallel, in Ray tasks.
 
 The order of samples is the order of the source, whatever the number of tasks. `pool.json` is written last,
 so a build that was interrupted leaves no pool behind.
@@ -7,12 +7,14 @@ so a build that was interrupted leaves no pool behind.
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +27,12 @@ from distal import cluster
 from distal.arrays import Array, create_array
 from distal.errors import Damage, DiskFull, DistalError, PoolError, SourceError, one_line
 from distal.hashing import sample_keys
-from distal.pool.decode import Channels, Unreadable, decode, is_grey, pixels
+from distal.pool.decode import Channels, Unreadable, decode, is_grey, pixels, quiet
 from distal.pool.images import (
     BUILDING,
     IMAGES,
     MANIFEST,
+    MAX_PART_SAMPLES,
     OK,
     SAMPLES,
     SCHEMA,
@@ -40,7 +43,8 @@ from distal.pool.images import (
     parts,
 )
 from distal.pool.sources import Columns, Row, Source, open_source
-from distal.records import Block, auto_block_size
+from distal.processes import ProcessIdentity, this_process
+from distal.records import Block, JsonObject, auto_block_size
 from distal.storage import (
     create_json,
     parquet_writer,
@@ -78,6 +82,9 @@ class Layout:
         return (*self.size, 1 if self.channels == "grey" else 3)
 
 
+_Packed = tuple[Row, str, NDArray[np.uint8] | None]
+
+
 @dataclass(frozen=True)
 class _Part:
     """What a build task returns for one block; its images are in the array already."""
@@ -96,6 +103,7 @@ def build(
     columns: Columns | None = None,
     size: tuple[int, int] | None = None,
     channels: Literal["auto", "grey", "rgb"] = "auto",
+    follow_symlinks: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pool:
     """Pack `source` into a pool at `dest`. Ray must be running.
@@ -106,6 +114,7 @@ def build(
         columns: names of the columns in Parquet.
         size: (H, W) to resize to. None: all images must have one size.
         channels: grey or rgb, to which every image is turned. auto: grey when all images are, else rgb.
+        follow_symlinks: also pack what links that lead out of a source's folder lead to.
         on_progress: called with (samples done, samples).
 
     Raises:
@@ -114,11 +123,17 @@ def build(
         PoolError: `dest` holds something else.
         DiskFull: no space left. Like after every other error, nothing is left in `dest`.
     """
-    opened = open_source(source, columns)
+    opened = open_source(source, columns, follow_symlinks=follow_symlinks)
     layout = learn_layout(opened, source, size, channels)
     _make_room(dest)
+    made_from = {
+        "source": source,
+        "columns": asdict(columns or Columns()),
+        "follow_symlinks": follow_symlinks,
+        "layout": asdict(layout),
+    }
     try:
-        return _build(opened, source, columns or Columns(), dest, layout, on_progress)
+        return _build(opened, made_from, dest, layout, on_progress)
     except DiskFull as error:
         raise DiskFull(f"{dest}: no space left on device; nothing was kept; free some space and build again") from error
     finally:
@@ -140,24 +155,28 @@ def _make_room(dest: Path) -> None:
     if BUILDING in found:
         _check_interrupted(dest)
     _discard(dest)
-    if not create_json(dest / BUILDING, {"host": platform.node(), "pid": os.getpid()}):
+    if not create_json(dest / BUILDING, asdict(this_process())):
         _check_interrupted(dest)
 
 
 def _check_interrupted(dest: Path) -> None:
     """Make sure that an unfinished build is not another process's, at work now."""
-    builder = read_json(dest / BUILDING, required=("host", "pid"))
-    if builder["host"] == platform.node():
-        try:
-            os.kill(builder["pid"], 0)
-        except ProcessLookupError:
-            return
-    elif time.time() - max(path.stat().st_mtime for path in (dest / BUILDING, *dest.glob(f"{IMAGES}/c"))) > STALE_S:
-        return
-    raise PoolError(
-        f"{dest}: process {builder['pid']} on {builder['host']} is packing this pool; wait until it is done, or remove "
-        "the folder if it is not"
-    )
+    builder = _builder(dest)
+    lives = builder.lives()
+    if lives is None:
+        last_sign = max(path.stat().st_mtime for path in (dest / BUILDING, *dest.glob(f"{IMAGES}/c")))
+        lives = time.time() - last_sign <= STALE_S
+    if lives:
+        raise PoolError(
+            f"{dest}: {builder} is packing this pool; wait until it is done, or remove the folder if it is not"
+        )
+
+
+def _builder(dest: Path) -> ProcessIdentity:
+    try:
+        return ProcessIdentity(**read_json(dest / BUILDING))
+    except (Damage, TypeError):  # such as a file that a power loss left empty
+        return ProcessIdentity("an unknown host", "", 0, 0.0)
 
 
 def _discard(dest: Path) -> None:
@@ -182,16 +201,17 @@ def learn_layout(
     grey = True
     first: tuple[int, int] | None = None
     looked = 0
-    for row in source.rows(0, len(source)):
-        try:
-            image = decode(_data(row))
-        except Unreadable:
-            continue
-        first = first or (image.height, image.width)
-        grey = grey and is_grey(image)
-        looked += 1
-        if looked == _MAX_SAMPLED or not grey or asked:
-            break
+    with quiet():
+        for row in source.rows(0, len(source)):
+            try:
+                image = decode(_data(row))
+            except Unreadable:
+                continue
+            first = first or (image.height, image.width)
+            grey = grey and is_grey(image)
+            looked += 1
+            if looked == _MAX_SAMPLED or not grey or asked:
+                break
     if first is None:
         raise SourceError(f"{name}: none of its {len(source)} images can be decoded")
     if channels == "auto":
@@ -222,10 +242,12 @@ def pack_again(path: Path) -> list[str]:
                 content.update(pool.part_sha256(part))
             except Damage as damage:
                 if not damaged:
-                    source = open_source(pool.source, Columns(**record["columns"]))
+                    follow = record.get("follow_symlinks", False)
+                    source = open_source(pool.source, Columns(**record["columns"]), follow_symlinks=follow)
                     _create_images(beside / IMAGES, pool.n_samples, layout)
                 damaged.append((part, str(damage)))
-                content.update(_pack_block(source, part, beside, layout).sha256)
+                (packed,) = _pack(source, [part], beside, layout)
+                content.update(packed.sha256)
         if content.hexdigest() != pool.content_sha256:
             return []
         for part, _ in damaged:
@@ -243,7 +265,7 @@ def _replace_damaged(images: Array, again: Array, part: Block) -> None:
 
 
 def _build(
-    source: Source, name: str, columns: Columns, dest: Path, layout: Layout, on_progress: Callable[[int, int], None]
+    source: Source, made_from: JsonObject, dest: Path, layout: Layout, on_progress: Callable[[int, int], None]
 ) -> Pool:
     n_samples = len(source)
     _create_images(dest / IMAGES, n_samples, layout)
@@ -252,9 +274,9 @@ def _build(
     n_unreadable = 0
     height, width, channels = layout.shape
     content = begin_content(n_samples, (channels, height, width), source.classes)
-    blocks = parts(n_samples)
-    with parquet_writer(dest / SAMPLES, SCHEMA) as writer:
-        for block, part in _in_order(source, blocks, dest, layout):
+    packing = _Packing(source, dest, layout).in_order(parts(n_samples))
+    with closing(packing), parquet_writer(dest / SAMPLES, SCHEMA) as writer:
+        for block, part in packing:
             histogram += part.histogram
             class_counts += part.class_counts
             n_unreadable += part.n_unreadable
@@ -262,15 +284,13 @@ def _build(
             writer.write_table(part.table)
             on_progress(block.stop, n_samples)
     if n_unreadable == n_samples:
-        raise SourceError(f"{name}: none of its {n_samples} images can be decoded")
+        raise SourceError(f"{made_from['source']}: none of its {n_samples} images can be decoded")
 
     mean, std = _statistics(histogram)
     write_json(
         dest / MANIFEST,
         {
-            "source": name,
-            "columns": asdict(columns),
-            "layout": asdict(layout),
+            **made_from,
             "n_samples": n_samples,
             "n_unreadable": n_unreadable,
             "channels": layout.shape[2],
@@ -294,56 +314,124 @@ def _create_images(path: Path, n_samples: int, layout: Layout) -> None:
 
 
 def _chunk_size(n_samples: int, layout: Layout) -> int:
-    """Samples in an image chunk: the block size, halved until a chunk is at most 16 MiB."""
+    """Samples in an image chunk: the block size, halved until a chunk is at most 16 MiB and inside of one part."""
     height, width, channels = layout.shape
-    chunk = auto_block_size(n_samples)
+    chunk = min(auto_block_size(n_samples), MAX_PART_SAMPLES)  # two tasks must not write to one chunk
     while chunk > 1 and chunk * height * width * channels > MAX_CHUNK_BYTES:
         chunk //= 2
     return chunk
 
 
-def _in_order(source: Source, blocks: list[Block], dest: Path, layout: Layout) -> Iterator[tuple[Block, _Part]]:
-    """Run one task per block, a bounded number at a time, and yield the results in block order."""
-    task = ray.remote(num_cpus=1, max_retries=2)(_pack_block)
-    source_ref = ray.put(source)
-    running: dict[int, ray.ObjectRef[Any]] = {}
-    submitted = 0
-    try:
+class _Packing:
+    """The tasks of a build: each packs consecutive blocks, so that what it reads is read once."""
+
+    def __init__(self, source: Source, dest: Path, layout: Layout) -> None:
+        self._source, self._dest, self._layout = source, dest, layout
+        self._task = ray.remote(num_returns="streaming", max_retries=2)(_pack)
+        self._running: deque[Any] = deque()
+
+    def in_order(self, blocks: list[Block]) -> Generator[tuple[Block, _Part], None, None]:
+        """Run a bounded number of tasks at a time, and yield what comes of each block, in their order."""
+        ranges = self._source.ranges(blocks)
+        threads = cluster.cpus_for(len(ranges))
+        submitted = 0
+        try:
+            for i, some in enumerate(ranges):
+                window = min(i + 4 * cluster.n_cpus(), len(ranges))
+                while submitted < window:
+                    self._running.append(self._submit(ranges[submitted], threads))
+                    submitted += 1
+                yield from self._results(some)
+                self._running.popleft()
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        finally:
+            # Nothing may write into the folder of a failed build after it has been removed.
+            for results in self._running:
+                ray.cancel(results)
+            self._wait_for(self._running)
+
+    def _submit(self, blocks: list[Block], threads: int) -> Any:
+        part = self._source.part(blocks[0].start, blocks[-1].stop)
+        return self._task.options(num_cpus=threads).remote(part, blocks, self._dest, self._layout, threads)
+
+    def _results(self, blocks: list[Block]) -> Iterator[tuple[Block, _Part]]:
+        """What comes of the blocks of the first task; when its process dies again and again, of one that runs alone."""
+        done = 0
+        try:
+            for block in blocks:
+                yield block, ray.get(next(self._running[0]))
+                done += 1
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError:  # such as no memory left
+            self._wait_for(islice(self._running, 1, None))
+            self._running[0] = self._submit(blocks[done:], threads=1)
+            yield from self._last_results(blocks[done:])
+
+    def _last_results(self, blocks: list[Block]) -> Iterator[tuple[Block, _Part]]:
         for block in blocks:
-            window = min(block.index + 4 * cluster.n_cpus(), len(blocks))
-            while submitted < window:
-                running[submitted] = task.remote(source_ref, blocks[submitted], dest, layout)
-                submitted += 1
-            yield block, ray.get(running.pop(block.index))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError as error:  # such as no memory left, again and again
-        raise DistalError(f"{dest}: packing a block failed ({one_line(error)})") from error
-    finally:
-        # Nothing may write into the folder of a failed build after it has been removed.
-        for ref in running.values():
-            ray.cancel(ref)
-        ray.wait(list(running.values()), num_returns=len(running)) if running else None
+            try:
+                part = ray.get(next(self._running[0]))
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError as error:
+                raise DistalError(
+                    f"{self._dest}: the process that packs samples [{block.start}, {block.stop}) of the source died "
+                    f"again and again, even alone ({one_line(error)}); give it more memory, or take out the image"
+                ) from error
+            yield block, part
+
+    def _wait_for(self, tasks: Iterable[Any]) -> None:
+        ended = [results.completed() for results in tasks]
+        ray.wait(ended, num_returns=len(ended)) if ended else None
 
 
-def _pack_block(source: Source, block: Block, dest: Path, layout: Layout) -> _Part:
-    """Decode one block and write its chunks. Doing it twice writes the same bytes, so a retry is safe."""
+def _pack(source: Source, blocks: list[Block], dest: Path, layout: Layout, threads: int = 1) -> Iterator[_Part]:
+    """Decode consecutive blocks and write their chunks. Doing it twice writes the same bytes, so a retry is safe."""
+    rows = source.rows(blocks[0].start, blocks[-1].stop)
+    with quiet(), ThreadPoolExecutor(threads) as executor:
+        packed = _in_threads(executor, threads, partial(_packed, layout=layout), rows)
+        for block in blocks:
+            yield _pack_block(packed, block, dest, layout, len(source.classes or ()))
+
+
+def _in_threads(
+    executor: ThreadPoolExecutor, threads: int, work: Callable[[Row], _Packed], rows: Iterable[Row]
+) -> Iterator[_Packed]:
+    """`work` of each row, in order; few of them are in hand at a time."""
+    if threads == 1:
+        yield from map(work, rows)
+        return
+    running: deque[Future[_Packed]] = deque()
+    for row in rows:
+        running.append(executor.submit(work, row))
+        if len(running) == 2 * threads:
+            yield running.popleft().result()
+    yield from (each.result() for each in running)
+
+
+def _packed(row: Row, layout: Layout) -> _Packed:
+    """A row without its bytes, which are not needed any more, its status, and its pixels if it has any."""
+    try:
+        return replace(row, data=None), OK, _pixels(row, layout)
+    except Unreadable as error:
+        return replace(row, data=None), UNREADABLE + str(error), None
+
+
+def _pack_block(packed: Iterator[_Packed], block: Block, dest: Path, layout: Layout, n_classes: int) -> _Part:
     array = Array(dest / IMAGES)
-    source_rows = source.rows(block.start, block.stop)
     rows: list[Row] = []
     statuses: list[str] = []
     histogram = np.zeros((layout.shape[2], 256), dtype=np.int64)
     digest = hashlib.sha256()
     for start in range(block.start, block.stop, array.chunks[0]):
         images = np.zeros((min(array.chunks[0], block.stop - start), *layout.shape), dtype=np.uint8)
-        for image, row in zip(images, source_rows, strict=False):
-            rows.append(replace(row, data=None))  # the bytes are not needed any more
-            try:
-                image[:] = _pixels(row, layout)
-            except Unreadable as error:
-                statuses.append(UNREADABLE + str(error))
-            else:
-                statuses.append(OK)
+        for image, (row, status, its_pixels) in zip(images, packed, strict=False):
+            rows.append(row)
+            statuses.append(status)
+            if its_pixels is not None:
+                image[:] = its_pixels
                 histogram += [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(image, -1, 0)]
         array.write((slice(start, start + len(images)),), images)
         digest.update(images.data)
@@ -362,7 +450,7 @@ def _pack_block(source: Source, block: Block, dest: Path, layout: Layout) -> _Pa
             schema=SCHEMA,
         ),
         histogram=histogram,
-        class_counts=np.bincount(np.array(labels, dtype=np.int64), minlength=len(source.classes or ())),
+        class_counts=np.bincount(np.array(labels, dtype=np.int64), minlength=n_classes),
         n_unreadable=len(statuses) - statuses.count(OK),
         sha256=close_part(
             digest, [(r.sample_id, r.label, r.group_id, status) for r, status in zip(rows, statuses, strict=True)]

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import platform
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,15 @@ import pytest
 import ray
 import zarr
 
-from distal.errors import Damage, PoolError, SourceError
+from distal.errors import Damage, DistalError, PoolError, SourceError
 from distal.hashing import sample_key
 from distal.pool import Pool
-from distal.pool.build import build
+from distal.pool.build import Layout, _chunk_size, build
 from distal.pool.decode import Unreadable, decode
-from distal.pool.sources import open_source
+from distal.pool.images import parts
+from distal.pool.sources import Row, open_source
+from distal.processes import this_process
+from distal.records import Block
 from distal.storage import write_json
 from tests.helpers import CLASSES, SIDE, png, write_source
 
@@ -188,13 +193,32 @@ class TestRoom:
 
     def test_a_build_that_is_at_work_is_not_interrupted(self, cluster: str, source: Path, tmp_path: Path) -> None:
         dest = tmp_path / "pool"
-        write_json(dest / "building.json", {"host": platform.node(), "pid": os.getpid()})
+        write_json(dest / "building.json", asdict(this_process()))
         self.refused(source, dest, f"process {os.getpid()} on .* is packing this pool; wait until it is done")
-        write_json(dest / "building.json", {"host": "another host", "pid": 1})
-        self.refused(source, dest, "process 1 on another host is packing this pool")
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            replace(this_process(), host="another host", pid=1),
+            replace(this_process(), machine="another boot"),
+            {"host": this_process().host, "pid": os.getpid()},  # written by nobody that is known
+        ],
+    )
+    def test_one_that_cannot_be_seen_is_at_work_while_there_are_signs_of_it(
+        self, cluster: str, source: Path, tmp_path: Path, other: object
+    ) -> None:
+        dest = tmp_path / "pool"
+        write_json(dest / "building.json", other if isinstance(other, dict) else asdict(other))
+        self.refused(source, dest, "process .* is packing this pool")
         long_ago = time.time() - 3600
         os.utime(dest / "building.json", (long_ago, long_ago))
         assert build(str(source), dest).n_samples == 240
+
+    def test_another_process_with_the_same_id_is_not_at_work(self, cluster: str, source: Path, tmp_path: Path) -> None:
+        """Process ids are used again: this one was another's when the build was interrupted."""
+        me = this_process()
+        write_json(tmp_path / "pool" / "building.json", asdict(replace(me, started=me.started - 100)))
+        assert build(str(source), tmp_path / "pool").n_samples == 240
 
     def test_a_lost_record_is_not_an_interrupted_build(self, cluster: str, source: Path, tmp_path: Path) -> None:
         """Days of packing are not thrown away because one small file is missing."""
@@ -216,6 +240,84 @@ def interrupted(source: Path, dest: Path) -> Path:
     assert not (dest / "pool.json").exists(), "the build was quicker than the kill"
     time.sleep(1)  # until its tasks have ended, too
     return dest
+
+
+@pytest.mark.parametrize("sizes", [[2000], [100] * 20, [777, 777, 446], [1] * 3 + [1997]])
+def test_a_pool_does_not_depend_on_how_its_source_is_cut(cluster: str, tmp_path: Path, sizes: list[int]) -> None:
+    """Nor on how many threads decode it: `2000` and `1997` are one task, with as many as a node has."""
+    path = write_source(tmp_path / "whole.parquet", 2000, seed=5)
+    table = pq.read_table(path)
+    images = table["image"].to_pylist()
+    images[3], images[1501] = b"no image", images[1501][:50]
+    table = table.set_column(1, "image", pa.array(images))
+    with pq.ParquetWriter(tmp_path / "cut.parquet", table.schema) as writer:
+        for start, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False):
+            writer.write_table(table.slice(start, size), row_group_size=size)
+    pool = build(str(tmp_path / "cut.parquet"), tmp_path / "pool")
+    assert pool.content_sha256 == CONTENT_SHA256
+    assert pool.chunk_size == 128
+    assert np.array_equal(pool.read(0, 2000), expected_images(tmp_path / "cut.parquet"))
+    assert pool.samples(0, 2000)["sample_id"].to_pylist() == table["sample_id"].to_pylist()
+
+
+CONTENT_SHA256 = "ee86e997319ed4f412d03c3eb6c5e28d8a539fcabb7527163a50cb94134667f5"
+"""Of those 2000 images, when each block was a task of its own that read whole row groups."""
+
+
+def test_two_tasks_never_write_to_one_chunk() -> None:
+    """Of very small images a chunk of 16 MiB would hold more samples than a task packs."""
+    for n_samples in (100, 10_000, 600_000, 5_000_000):
+        for side in (1, 16, 28, 224):
+            layout = Layout((side, side), "grey", resize=False, recolour=False)
+            chunk = _chunk_size(n_samples, layout)
+            assert all(part.start % chunk == 0 for part in parts(n_samples))
+            assert chunk * side * side <= 16 * 2**20
+
+
+class Deadly:
+    """A source at whose sample 300 the process that reads it dies, until it has died often enough."""
+
+    classes = None
+
+    def __init__(self, deaths: Path, n_deaths: int) -> None:
+        self.deaths, self.n_deaths = deaths, n_deaths
+
+    def __len__(self) -> int:
+        return 600
+
+    def rows(self, start: int, stop: int) -> Iterator[Row]:
+        for i in range(start, stop):
+            if i == 300 and len(list(self.deaths.iterdir())) < self.n_deaths:
+                (self.deaths / str(time.time_ns())).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield Row(str(i), str(i), png(np.full((2, 2), i % 256, dtype=np.uint8)))
+
+    def part(self, start: int, stop: int) -> Deadly:
+        return self
+
+    def ranges(self, blocks: list[Block]) -> list[list[Block]]:
+        return [blocks[:1], blocks[1:4], blocks[4:]]
+
+
+@pytest.mark.parametrize(("n_deaths", "survives"), [(1, True), (4, True), (99, False)])
+def test_a_task_that_dies_again_and_again_is_tried_alone(
+    cluster: str, tmp_path: Path, n_deaths: int, survives: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tries beside others, and three alone."""
+    (tmp_path / "deaths").mkdir()
+    monkeypatch.setattr("distal.pool.build.open_source", lambda *_, **__: Deadly(tmp_path / "deaths", n_deaths))
+    monkeypatch.setattr("distal.pool.build.learn_layout", lambda *_: Layout((2, 2), "grey", False, False))
+    if survives:
+        pool = build("deadly", tmp_path / "pool")
+        assert pool.read(0, 600)[:, 0, 0, 0].tolist() == [i % 256 for i in range(600)]
+        assert len(list((tmp_path / "deaths").iterdir())) == n_deaths
+    else:
+        with pytest.raises(
+            DistalError, match=r"packs samples \[256, 384\) of the source died again and again"
+        ) as caught:
+            build("deadly", tmp_path / "pool")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "pool").exists()
 
 
 def test_no_pool(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import tarfile
 import threading
@@ -20,9 +21,11 @@ import scipy.io
 from torchvision import datasets
 
 from distal.errors import SourceError
+from distal.pool import sources
 from distal.pool.build import build
 from distal.pool.decode import decode
 from distal.pool.sources import Columns, FolderSource, ParquetSource, open_source
+from distal.records import split_blocks
 from tests.helpers import png, write_source
 
 IMAGE = png(np.zeros((2, 2), dtype=np.uint8))
@@ -121,6 +124,14 @@ class TestParquet:
             ({"sample_id": ["a", "b"], "label": [1, 2], "class_name": ["x", "x"]}, "two labels share one name"),
             ({"sample_id": ["a", "b"], "label": [0, -1]}, "label -1 is negative; leave the label of images .* empty"),
             ({"sample_id": pa.array([], pa.string())}, "no rows"),
+            (
+                {"sample_id": ["a", "b"], "group_id": [[1], [2]]},
+                "'group_id' is a list<.*>; as group_id it must hold texts",
+            ),
+            ({"sample_id": ["a"], "group_id": [{"a": 1}]}, "column 'group_id' is a struct<a: int64>; as group_id"),
+            ({"sample_id": [["a"], ["b"]]}, "column 'sample_id' is a list<.*>; as sample_id it must hold texts"),
+            ({"sample_id": ["a"], "label": [1], "class_name": [None]}, "label 1 has no class_name; give it one"),
+            ({"sample_id": pa.array([b"\xff"])}, "column 'sample_id' cannot be read as texts"),
         ],
     )
     def test_contradictions(self, tmp_path: Path, columns: dict[str, object], message: str) -> None:
@@ -141,10 +152,171 @@ class TestParquet:
         with pytest.raises(SourceError, match=r"b\.parquet: its columns differ"):
             open_source(str(tmp_path))
 
+    def test_two_columns_of_one_name(self, tmp_path: Path) -> None:
+        names = ["image", "sample_id", "sample_id"]
+        pq.write_table(pa.Table.from_arrays([[IMAGE], ["a"], ["b"]], names=names), tmp_path / "a.parquet")
+        with pytest.raises(SourceError, match="2 columns are called 'sample_id'; rename all but one"):
+            open_source(str(tmp_path / "a.parquet"))
+
+    def test_groups_that_are_no_text(self, tmp_path: Path) -> None:
+        path = parquet(tmp_path / "a.parquet", sample_id=["a", "b"], group_id=[b"fine", b"\xff\xfe"])
+        with pytest.raises(SourceError, match=r"a\.parquet: column 'group_id' cannot be read as texts"):
+            list(open_source(str(path)).rows(0, 2))
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["a", "a"], "its Hugging Face metadata hold 'a' twice; they must be texts that differ"),
+            (["a", "b", None], "its Hugging Face metadata hold None; they must be texts that differ"),
+            (["a", ["b"]], r"its Hugging Face metadata hold \['b'\]; they must be texts that differ"),
+        ],
+    )
+    def test_class_names_of_hugging_face_that_are_none(self, tmp_path: Path, names: list[object], message: str) -> None:
+        features = {"info": {"features": {"label": {"names": names}}}}
+        table = pa.table({"image": [IMAGE], "label": [0]})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(SourceError, match=message):
+            open_source(str(tmp_path / "a.parquet"))
+
+    def test_paths_of_hugging_face_that_are_none(self, tmp_path: Path) -> None:
+        (tmp_path / "loop.png").symlink_to("loop.png")
+        os.mkfifo(tmp_path / "fifo.png")
+        (tmp_path / "in.png").write_bytes(IMAGE)
+        (tmp_path / "link.png").symlink_to("in.png")
+        reasons = {
+            "a\0b": "the file cannot be read (embedded null byte)",
+            "loop.png": "the file cannot be read (Too many levels of symbolic links)",
+            "fifo.png": "the file cannot be read (not a regular file)",
+            ".": "the file cannot be read (not a regular file)",
+            "link.png": None,
+        }
+        pq.write_table(pa.table({"image": [{"bytes": None, "path": path} for path in reasons]}), tmp_path / "a.parquet")
+        rows = list(open_source(str(tmp_path / "a.parquet")).rows(0, 5))
+        assert [row.error for row in rows] == list(reasons.values())
+        assert rows[-1].data == IMAGE
+        pq.write_table(pa.table({"image": [{"bytes": None, "path": 7}]}), tmp_path / "a.parquet")
+        assert next(open_source(str(tmp_path / "a.parquet")).rows(0, 1)).error == "its path is not text"
+
+    def test_a_damaged_page_loses_the_rest_of_its_row_group(self, tmp_path: Path) -> None:
+        """And no row of another one, whichever range of rows is asked for."""
+        path = tmp_path / "a.parquet"
+        images = [bytes([i % 256]) * 5000 for i in range(1000)]
+        table = pa.table({"image": images, "sample_id": [str(i) for i in range(1000)]})
+        options = {"row_group_size": 500, "data_page_size": 100_000, "write_batch_size": 10, "use_dictionary": False}
+        pq.write_table(table, path, compression="none", write_page_checksum=True, **options)
+        column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+        data = bytearray(path.read_bytes())
+        data[column.data_page_offset + column.total_compressed_size * 3 // 4] ^= 1
+        path.write_bytes(data)
+        source = open_source(str(path))
+        whole = list(source.rows(0, 1000))
+        bad = [i for i, row in enumerate(whole) if row.error]
+        assert bad == list(range(bad[0], 500))
+        assert 250 < bad[0] <= 375
+        assert all(whole[i].error.startswith("row group 0 of its file is damaged (") for i in bad)
+        assert [row.sample_id for row in whole] == [str(i) for i in range(1000)]
+        assert all(row.data == images[i] for i, row in enumerate(whole) if not row.error)
+        for start, stop in [(490, 510), (bad[0] - 1, bad[0] + 1), (0, 10)]:
+            assert list(source.rows(start, stop)) == whole[start:stop]
+
+    def test_a_damaged_page_of_ids_is_one_line(self, tmp_path: Path) -> None:
+        path = parquet(tmp_path / "a.parquet", sample_id=[f"{i:08}" for i in range(3000)])
+        column = pq.ParquetFile(path).metadata.row_group(0).column(1)
+        data = bytearray(path.read_bytes())
+        for i in range(column.dictionary_page_offset, column.data_page_offset):
+            data[i] = 0xFF
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match=r"a\.parquet: row group 0 cannot be read \(.*\); write the file again"):
+            open_source(str(path))
+
+    @pytest.mark.timeout(20)
+    def test_a_fifo_among_parquet_files(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.parquet")
+        with pytest.raises(SourceError, match=r"a\.parquet: not a regular file"):
+            open_source(str(tmp_path))
+
     def test_not_parquet(self, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_text("x")
         with pytest.raises(SourceError, match="not a readable Parquet file"):
             open_source(str(tmp_path / "a.parquet"))
+
+
+LAYOUTS = {
+    "one row group": [20_000],
+    "row groups that divide blocks": [100] * 200,
+    "others": [777] * 25 + [575],
+    "two large ones": [9_000, 11_000],
+}
+
+
+class TestRanges:
+    """What tasks read of Parquet: every row about once, of the files that hold it."""
+
+    @pytest.fixture(params=LAYOUTS)
+    def source(self, request: pytest.FixtureRequest, tmp_path: Path) -> ParquetSource:
+        sizes = LAYOUTS[request.param]
+        table = pa.table({"image": [b"%d" % i for i in range(20_000)], "group_id": [str(i % 7) for i in range(20_000)]})
+        start = 0
+        for number, some in enumerate(np.array_split(sizes, min(len(sizes), 5))):
+            with pq.ParquetWriter(tmp_path / f"{number}.parquet", table.schema) as writer:
+                for size in some.tolist():
+                    writer.write_table(table.slice(start, size), row_group_size=size)
+                    start += size
+        source = open_source(str(tmp_path))
+        assert isinstance(source, ParquetSource)
+        assert len(source) == 20_000
+        return source
+
+    @pytest.mark.parametrize("block_size", [128, 512, 8192])
+    def test_every_row_is_decoded_about_once(
+        self, source: ParquetSource, block_size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decoded = 0
+        read = pq.ParquetFile.iter_batches
+
+        def counting(file: pq.ParquetFile, *args: object, **more: object) -> Iterator[pa.RecordBatch]:
+            nonlocal decoded
+            for batch in read(file, *args, **more):
+                decoded += len(batch) if "image" in batch.schema.names else 0
+                yield batch
+
+        monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
+        blocks = split_blocks(20_000, block_size)
+        ranges = source.ranges(blocks)
+        assert [block for some in ranges for block in some] == blocks
+        found = []
+        for some in ranges:
+            part = pickle.loads(pickle.dumps(source.part(some[0].start, some[-1].stop)))
+            found += list(part.rows(some[0].start, some[-1].stop))
+        assert 20_000 <= decoded <= 1.1 * 20_000
+        assert [row.data for row in found] == [b"%d" % i for i in range(20_000)]
+        assert found == list(source.rows(0, 20_000))
+
+    def test_a_task_opens_the_files_that_it_needs(self, source: ParquetSource, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened = []
+        monkeypatch.setattr(
+            sources, "_open_parquet", lambda path, real=sources._open_parquet: (opened.append(path.name), real(path))[1]
+        )
+        part = source.part(9_990, 10_010)
+        rows = list(part.rows(9_990, 10_010))
+        assert len(rows) == 20
+        assert len(opened) == len(set(opened)) == len({row.uri.split("#")[0] for row in rows})
+
+    def test_a_part_is_small(self, source: ParquetSource) -> None:
+        assert len(pickle.dumps(source.part(5_000, 5_128))) < 2000
+
+
+def test_a_part_of_a_folder_has_its_own_names_only(tmp_path: Path) -> None:
+    for i in range(300):
+        (tmp_path / f"{i:050}.png").write_bytes(IMAGE)
+    source = open_source(str(tmp_path))
+    whole = list(source.rows(0, 300))
+    part = pickle.loads(pickle.dumps(source.part(100, 110)))
+    assert list(part.rows(100, 110)) == whole[100:110]
+    assert list(part.rows(103, 105)) == whole[103:105]
+    assert len(pickle.dumps(source.part(100, 110))) < 2500  # 300 names are 16,000 bytes
+    assert source.ranges(split_blocks(300, 128)) == [[block] for block in split_blocks(300, 128)]
 
 
 class TestFolder:
@@ -173,6 +345,85 @@ class TestFolder:
     def test_both_is_a_mistake(self, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=r"both at the top \(1.png\) and in sub-folders \(dog/1.png\)"):
             self.make(tmp_path, "1.png", "dog/1.png")
+
+    def test_links_inside_the_folder_are_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "c").symlink_to("a", target_is_directory=True)
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "2.png").symlink_to("../a/1.png")
+        source = self.make(tmp_path, "a/1.png")
+        assert source.classes == ("a", "b", "c")
+        rows = [(row.sample_id, row.label, row.data) for row in source.rows(0, 3)]
+        assert rows == [("a/1.png", 0, IMAGE), ("b/2.png", 1, IMAGE), ("c/1.png", 2, IMAGE)]
+
+    @pytest.mark.timeout(20)
+    def test_links_in_a_circle(self, tmp_path: Path) -> None:
+        for name, target in (("a/up", ".."), ("a/self", "."), ("b/over", "../a"), ("a/over", "../b")):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).symlink_to(target, target_is_directory=True)
+        source = self.make(tmp_path, "a/1.png", "b/2.png")
+        ids = [row.sample_id for row in source.rows(0, 9)]
+        assert ids == ["a/1.png", "a/over/2.png", "b/2.png", "b/over/1.png"]
+
+    @pytest.mark.timeout(20)
+    def test_links_that_multiply_the_folders(self, tmp_path: Path) -> None:
+        """Twelve folders, each with a link to every other one: a billion paths."""
+        for i in range(12):
+            (tmp_path / str(i)).mkdir()
+            for j in range(12):
+                (tmp_path / str(i) / f"to-{j}").symlink_to(f"../{j}")
+        with pytest.raises(SourceError, match="links lead to this folder over 100 paths"):
+            self.make(tmp_path, "0/1.png")
+
+    def test_links_that_lead_out_are_counted(self, tmp_path: Path) -> None:
+        (tmp_path / "out/deep").mkdir(parents=True)
+        (tmp_path / "out/deep/3.png").write_bytes(IMAGE)
+        root = tmp_path / "in"
+        (root / "b").mkdir(parents=True)
+        (root / "b" / "2.png").symlink_to(tmp_path / "out/deep/3.png")
+        (root / "b" / "notes.txt").symlink_to("/etc/passwd")  # not looked at
+        (root / "c").symlink_to(tmp_path / "out", target_is_directory=True)
+        message = r"in: 2 links lead out of this folder, such as b/2.png to .*/out/deep/3.png; .* --follow-symlinks"
+        with pytest.raises(SourceError, match=message):
+            self.make(root, "a/1.png")
+        source = open_source(str(root), follow_symlinks=True)
+        assert source.classes == ("a", "b", "c")
+        assert [row.sample_id for row in source.rows(0, 3)] == ["a/1.png", "b/2.png", "c/deep/3.png"]
+        assert [row.data for row in source.rows(0, 3)] == [IMAGE] * 3
+        (tmp_path / "alias").symlink_to("in")  # the folder itself may be a link
+        assert len(open_source(str(tmp_path / "alias"), follow_symlinks=True)) == 3
+
+    def test_a_name_that_is_not_utf8(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / os.fsdecode(b"a/\xff.png")).write_bytes(IMAGE)
+        source = self.make(tmp_path, "a/1.png", "a/\u20ac.png")
+        rows = list(source.part(0, 3).rows(0, 3))
+        assert [row.sample_id for row in rows] == ["a/1.png", "a/\\xff.png", "a/\u20ac.png"]
+        assert [row.error for row in rows] == [None, "its name is not UTF-8", None]
+        self.make(tmp_path, "a/\\xff (1).png")
+        with pytest.raises(SourceError, match=r"two files are called a/\\xff.png, one of them by bytes that are not"):
+            self.make(tmp_path, "a/\\xff.png")
+
+    def test_a_folder_name_that_is_not_utf8(self, tmp_path: Path) -> None:
+        (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+        (tmp_path / os.fsdecode(b"caf\xe9/1.png")).write_bytes(IMAGE)
+        with pytest.raises(SourceError, match=r"the name of the class folder caf\\xe9 is not UTF-8; rename it"):
+            self.make(tmp_path, "a/1.png")
+        with pytest.raises(SourceError, match=r"caf\\xe9: its name is not UTF-8; rename it"):
+            open_source(str(tmp_path / os.fsdecode(b"caf\xe9")))
+
+    @pytest.mark.timeout(20)
+    def test_what_is_no_file(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").mkdir()
+        os.mkfifo(tmp_path / "a.png" / "fifo.png")
+        (tmp_path / "a.png" / "loop.png").symlink_to("loop.png")
+        (tmp_path / "a.png" / "nothing.png").symlink_to("nowhere.png")
+        source = self.make(tmp_path, "a.png/1.png")
+        assert {row.sample_id: row.error for row in source.rows(0, 4)} == {
+            "a.png/1.png": None,
+            "a.png/fifo.png": "the file cannot be read (not a regular file)",
+            "a.png/loop.png": "the file cannot be read (Too many levels of symbolic links)",
+            "a.png/nothing.png": "the file cannot be read (No such file or directory)",
+        }
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match="no Parquet file and no image in this folder"):
@@ -303,6 +554,9 @@ class TestTorchvision:
         copy = pickle.loads(pickle.dumps(source))
         assert list(copy.rows(0, 20)) == rows
         assert list(copy.rows(18, 30)) == rows[18:]
+        part = pickle.loads(pickle.dumps(source.part(5, 9)))
+        assert list(part.rows(5, 9)) == rows[5:9]
+        assert part.images.shape == (4, 32, 32, 3)
         assert copy.classes == source.classes
 
     def test_grey_images(self, root: Path) -> None:
