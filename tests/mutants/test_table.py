@@ -1,0 +1,23 @@
+"""The table of mutants keeps up with the code. What the mutants come to is for `python -m tests.mutants`."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.mutants.__main__ import ROOT
+from tests.mutants.table import MUTANTS, Mutant
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_applies(mutant: Mutant) -> None:
+    original = (ROOT / mutant.file).read_text()
+    changed = mutant.apply(original)
+    assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(original))
+    assert all((ROOT / file).is_file() for file in mutant.killers)
+
+
+def test_names_are_unique() -> None:
+    names = [mutant.name for mutant in MUTANTS]
+    assert len(set(names)) == len(names)
