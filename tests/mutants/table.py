@@ -138,10 +138,9 @@ PLAN = _of(
         "barrier is None or barrier > self._n_rows)",
     ),
     (
-        "plan: rows that never came are pending",
+        "plan: rows that did not come yet are pending",
         "for row in self._published if row < self._n_rows)",
-        "for row in self._published if row < len(self._missing))",
-        "no_more cuts _missing to _n_rows",
+        "for row in range(self._n_rows))",
     ),
     ("plan: a slot is used twice", "free = max(0, slots - training_slots)", "free = slots"),
     ("plan: fewer slots than none", "free = max(0, slots - training_slots)", "free = slots - training_slots"),
@@ -399,7 +398,7 @@ MEASURES = _of(
 
 KERNELS = _of(
     "kernels.py",
-    "reduce/test_measures.py",
+    "test_kernels.py reduce/test_measures.py",
     ("kernels: few classes, the counts of the tile before", "        flat[:] = 0\n", ""),
     (
         "kernels: few classes, missing is a class",
@@ -423,9 +422,8 @@ KERNELS = _of(
     ),
     (
         "kernels: many classes, missing is a class",
-        "largest[i] = k if k > largest[i] else largest[i]\n        n_missing",
-        "largest[i] = max(k, largest[i])\n        n_missing",
-        "the same maximum",
+        "k if k > largest[i] and clipped[i] != last else",
+        "k if k > largest[i] else",
     ),
     (
         "kernels: many classes, the last partial tile",
@@ -450,7 +448,7 @@ KERNELS = _of(
 
 ELIGIBILITY = _of(
     "eligibility.py",
-    "labels/test_oracle.py acquire/test_strategies.py",
+    "test_eligibility.py",
     (
         "eligibility: the sample at the limit",
         "draws <= np.uint64(self.largest_draw)",

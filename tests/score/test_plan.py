@@ -162,6 +162,59 @@ def test_blocks_queued_behind_the_culprit_are_not_blamed() -> None:
     assert not plan.finished
 
 
+def two_owners() -> Plan:
+    """Row 0 of 2 is done: actor 0 has scored the blocks 0 to 3, actor 1 block 4."""
+    plan = plan_with(2, 5, 0, published=1)
+    for work in plan.next_work():
+        plan.done(work)
+    work = plan.next_work()
+    plan.actor_joined(1)
+    for one in [*work, *plan.next_work()]:
+        plan.done(one)
+    return plan
+
+
+def test_blocks_of_an_actor_that_left_are_taken_before_others_are_robbed() -> None:
+    plan = two_owners()
+    plan.actor_left(1)
+    plan.actor_joined(2)
+    plan.published(1)
+    assert next(work.block for work in plan.next_work() if work.actor == 2) == 4
+
+
+def test_a_block_that_failed_belongs_to_nobody() -> None:
+    """An actor that is new takes it before it robs another one."""
+    plan = two_owners()
+    plan.published(1)
+    (failed,) = (work for work in plan.next_work() if work.block == 4)
+    plan.failed(failed, "a bad disk")
+    plan.actor_joined(2)
+    assert next(work.block for work in plan.next_work() if work.actor == 2) == 4
+
+
+def test_a_failure_is_forgotten_once_the_block_is_scored() -> None:
+    """The actor at which it failed may have it again."""
+    plan = plan_with(2, 1, 0, 1, published=1)
+    (work,) = plan.next_work()
+    plan.failed(work, "a bad disk")
+    (work,) = plan.next_work()
+    plan.done(work)
+    plan.actor_left(1)
+    plan.actor_joined(2)
+    plan.published(1)
+    assert plan.next_work() == [Work(0, 0, (1,))]
+
+
+def test_pending_blocks_are_those_of_published_rows() -> None:
+    plan = plan_with(3, 2, 0, published=2, done=((0, 0), (2, 1)))
+    assert plan.n_blocks_pending == 3
+    plan.no_more()
+    assert plan.n_blocks_pending == 3
+    for work in plan.next_work():
+        plan.done(work)
+    assert plan.n_blocks_pending == 0
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_script_of_events_ends_with_everything_done_once(data: st.DataObject) -> None:
@@ -207,6 +260,7 @@ def test_any_script_of_events_ends_with_everything_done_once(data: st.DataObject
             assert work.block not in {other.block for other in working}
             assert not {(row, work.block) for row in work.rows} & done
             assert work.actor in alive
+            assert list(work.rows) == sorted(work.rows)
             working.append(work)
         assert max([sum(w.actor == actor for w in working) for actor in alive], default=0) <= IN_FLIGHT
     step("join")
@@ -422,3 +476,9 @@ class TestBarriers:
         plan.actor_joined(1)
         assert [one.count for one in self.drain(plan)] == [5]
         assert plan.at_barrier
+
+    def test_a_barrier_behind_the_last_row_that_came_is_none(self) -> None:
+        plan = self.plan(2, 0, published=5)
+        plan.no_more()
+        self.drain(plan)
+        assert plan.finished
