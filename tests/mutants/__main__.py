@@ -13,150 +13,26 @@ thus every numba kernel; a changed order of writes or a dropped part of a seed i
 
 from __future__ import annotations
 
+import os
+
+os.environ["RAY_AUTH_MODE"] = "disabled"  # before Ray is imported
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import argparse
 import json
-import os
-import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 
-import psutil
-
 from tests.mutants.table import MUTANTS, Mutant
+from tests.mutants.tree import BROKEN, EQUIVALENT, KILLED, RUN_TIMEOUT_S, SURVIVED, Outcome, Tree
 
-ROOT = Path(__file__).parents[2]
 PARALLEL = 2
-TEST_TIMEOUT_S = 60  # of one test; pytest-timeout fails it, and the fixtures clean up
-RUN_TIMEOUT_S = 300  # of all tests of a mutant
-KILLED, SURVIVED, EQUIVALENT, BROKEN = "killed", "survived", "equivalent", "broken"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one mutant.
-
-    Attributes:
-        verdict: KILLED, SURVIVED, EQUIVALENT, or BROKEN when it could not be tried.
-        by: the test that failed, or why the mutant is broken or equivalent.
-        timed_out: whether the test failed by its time limit.
-    """
-
-    name: str
-    file: str
-    verdict: str
-    by: str
-    timed_out: bool
-    seconds: float
-
-
-class Tree:
-    """A copy of the working tree in which mutants are tried one after the other.
-
-    It stays at one place, so that numba reuses kernels that are not mutated. Python and numba recognise a source file
-    by its time and size, which a mutant may share with the original: no bytecode is kept, and a mutant gets a numba
-    cache of its own when kernels can be changed by it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._path = folder, folder / "tree"
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT, capture_output=True, check=True,
-        )  # fmt: skip
-        for name in filter(None, listed.stdout.decode().split("\0")):
-            if (ROOT / name).is_file():
-                (self._path / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, self._path / name)
-
-    def test(self, files: Sequence[str], kernels: str = "kernels", timeout_s: float = RUN_TIMEOUT_S) -> tuple[int, str]:
-        """Run test files up to the first failure: exit code of pytest, -1 for a time-out, and its output."""
-        environment = os.environ | {
-            "PYTHONPATH": str(self._path),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "NUMBA_CACHE_DIR": str(self._folder / kernels),
-            "OMP_NUM_THREADS": "1",
-            "RAY_AUTH_MODE": "disabled",
-        }
-        options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT_S}", "--hypothesis-profile=ci"]
-        command = [sys.executable, "-m", "pytest", *options, f"--basetemp={self._folder / 'basetemp'}", *files]
-        with (self._folder / "output").open("w+") as output:
-            process = subprocess.Popen(
-                command, cwd=self._path, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
-            )
-            try:
-                code = process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                code = -1
-                _end(process)
-            output.seek(0)
-            return code, output.read()
-
-    def require_own(self) -> None:
-        """Raise RuntimeError unless the copy is what is imported."""
-        environment = os.environ | {"PYTHONPATH": str(self._path)}
-        command = [sys.executable, "-c", "import distal; print(distal.__file__)"]
-        found = subprocess.run(
-            command, cwd=self._path, env=environment, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        if not Path(found).is_relative_to(self._path):
-            raise RuntimeError(f"the tests would import {found}, not the copy in {self._path}")
-
-    @contextmanager
-    def mutated(self, mutant: Mutant) -> Iterator[None]:
-        """With a mutant in place of the original."""
-        file = self._path / mutant.file
-        original = file.read_text()
-        file.write_text(mutant.apply(original))
-        try:
-            yield
-        finally:
-            file.write_text(original)
-
-    def try_out(self, mutant: Mutant) -> Outcome:
-        """Whether a test notices a mutant."""
-        began = time.monotonic()
-
-        def outcome(verdict: str, by: str, timed_out: bool = False) -> Outcome:
-            return Outcome(mutant.name, mutant.file, verdict, by, timed_out, round(time.monotonic() - began, 1))
-
-        own = f"kernels-{mutant.name}"
-        try:
-            with self.mutated(mutant):
-                code, output = self.test(mutant.killers, own if mutant.file.endswith("kernels.py") else "kernels")
-        except ValueError as error:
-            return outcome(BROKEN, str(error))
-        finally:
-            shutil.rmtree(self._folder / own, ignore_errors=True)
-            shutil.rmtree(self._folder / "basetemp", ignore_errors=True)
-        if code == 0:
-            return outcome(*((EQUIVALENT, mutant.equivalent) if mutant.equivalent else (SURVIVED, "")))
-        if code == -1:
-            return outcome(KILLED, f"no end after {RUN_TIMEOUT_S} s", timed_out=True)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-        if code != 1 or failed is None:
-            return outcome(BROKEN, f"pytest ended with {code}: {output[-600:]}")
-        if mutant.equivalent:
-            return outcome(BROKEN, f"named equivalent, and {failed[1]} fails")
-        return outcome(KILLED, failed[1], timed_out="from pytest-timeout" in output)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Kill a process and all it started."""
-    everyone = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    for child in everyone:
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
 
 
 def run(mutants: Sequence[Mutant], parallel: int) -> Iterator[Outcome]:

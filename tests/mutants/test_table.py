@@ -6,8 +6,8 @@ import ast
 
 import pytest
 
-from tests.mutants.__main__ import ROOT
 from tests.mutants.table import MUTANTS, Mutant
+from tests.mutants.tree import ROOT
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
