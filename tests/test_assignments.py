@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distal.arrays import Array, create_array
 from distal.assignments import Assignments, dtype_for, unassigned
 from distal.errors import ConfigError, Damage
 from distal.records import split_blocks
@@ -234,3 +236,71 @@ def test_leftovers_of_a_killed_writer_are_not_blocks(tmp_path: Path) -> None:
     assignments = filled(tmp_path / "a.zarr")
     (assignments.path / "assignments/c/0/1.0123456789abcdef.partial").write_bytes(b"half")
     assert assignments.committed(0) == {0, 1, 2}
+
+
+def test_labels_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of labels is the commit: with a margin that could not be written, nothing is committed."""
+    assignments = create(tmp_path / "a.zarr")
+    write = Array.write
+
+    def fail(array: Array, *arguments: object) -> None:
+        if array.path.name == "margin":
+            raise OSError(errno.EIO, "input/output error")
+        write(array, *arguments)
+
+    monkeypatch.setattr(Array, "write", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        assignments.write(0, assignments.blocks[0], np.zeros(4, np.uint8), {"margin": np.zeros(4, np.float32)})
+    assert not assignments.has(0, assignments.blocks[0])
+
+
+def test_laying_out_anew_that_is_cut_off_is_not_begun(tmp_path: Path) -> None:
+    """The record of older arrays goes first: else chunks of theirs would pass for scored blocks."""
+    filled(tmp_path / "a.zarr")
+
+    def cut_off() -> Iterator[np.ndarray]:
+        yield np.ones(BLOCK, bool)
+        raise OSError(errno.EIO, "input/output error")
+
+    with pytest.raises(OSError, match="input/output error"):
+        Assignments.create(
+            tmp_path / "a.zarr", n_rows=ROWS, n_samples=N, block_size=BLOCK, n_classes=5, eligible=cut_off()
+        )
+    assert not Assignments.begun(tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "chunks", "dtype", "fill"),
+    [
+        ("assignments", (ROWS + 1, N), (1, BLOCK), "uint8", 255),
+        ("assignments", (ROWS, N), (1, BLOCK + 1), "uint8", 255),
+        ("assignments", (ROWS, N), (1, BLOCK), "uint16", 255),
+        ("assignments", (ROWS, N), (1, BLOCK), "uint8", 0),
+        ("margin", (ROWS, N), (1, BLOCK), "float16", 0.0),
+        ("eligible", (N,), (BLOCK,), "bool", True),
+    ],
+)
+def test_another_layout_than_the_record_says_is_damage(
+    tmp_path: Path, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, fill: object
+) -> None:
+    create(tmp_path / "a.zarr")
+    create_array(tmp_path / "a.zarr" / name, shape, chunks, dtype, fill, ("checkpoint", "sample")[-len(shape) :])
+    with pytest.raises(Damage, match=f"{name}: its metadata has changed"):
+        Assignments.open(tmp_path / "a.zarr")
+
+
+def test_what_is_damaged_is_deleted_or_made_again_when_a_cycle_goes_on(tmp_path: Path) -> None:
+    assignments = filled(tmp_path / "a.zarr")
+    eligible = assignments.eligible(0, N)
+    for chunk in ("assignments/c/0/2", "margin/c/1/0", "eligible/c/2"):
+        flip_a_bit(assignments.path / chunk)
+    layout = {"n_rows": ROWS, "n_samples": N, "block_size": BLOCK, "n_classes": 5, "recorded": ("margin",)}
+    said: list[str] = []
+    again = Assignments.take_up(
+        assignments.path, **layout, eligible=lambda start, stop: eligible[start:stop], on_damage=said.append
+    )
+    named = ("eligible: block 2", "assignments: row 0, block 2", "margin: row 1, block 0")
+    assert [any(name in line for line in said) for name in named] == [True] * 3
+    assert len(said) == 3
+    assert np.array_equal(again.eligible(0, N), eligible)
+    assert [again.committed(row, recorded=True) for row in range(ROWS)] == [{0, 1}, {1, 2}, {0, 1, 2}]
