@@ -163,8 +163,8 @@ def test_blocks_queued_behind_the_culprit_are_not_blamed() -> None:
 
 
 def two_owners() -> Plan:
-    """Row 0 of 2 is done: actor 0 has scored the blocks 0 to 3, actor 1 block 4."""
-    plan = plan_with(2, 5, 0, published=1)
+    """Row 0 of 2 is done: actor 0 has scored the blocks 0 to 3, actor 1 the blocks 4 and 5."""
+    plan = plan_with(2, 6, 0, published=1)
     for work in plan.next_work():
         plan.done(work)
     work = plan.next_work()
@@ -172,6 +172,28 @@ def two_owners() -> Plan:
     for one in [*work, *plan.next_work()]:
         plan.done(one)
     return plan
+
+
+def test_a_block_is_queued_by_the_rows_that_wait_now() -> None:
+    """A row was seen before an older one; later block 0 waits with row 7, and block 1 with row 6 already."""
+    plan = plan_with(8, 2, 0, published=1, done=((6, 0),))
+    for rows in ((), (5, 3)):
+        for row in rows:
+            plan.published(row)
+        in_hand = plan.next_work()
+        assert [work.block for work in in_hand] == [0, 1]
+        for row in (6, 7) if rows else ():
+            plan.published(row)
+        for work in in_hand:
+            plan.done(work)
+    assert [(work.block, work.rows) for work in plan.next_work()] == [(1, (6, 7)), (0, (7,))]
+
+
+def test_the_one_with_most_left_is_robbed() -> None:
+    plan = two_owners()
+    plan.actor_joined(2)
+    plan.published(1)
+    assert [(work.actor, work.block) for work in plan.next_work()][:3] == [(0, 0), (1, 4), (2, 1)]
 
 
 def test_blocks_of_an_actor_that_left_are_taken_before_others_are_robbed() -> None:
