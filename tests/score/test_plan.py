@@ -175,18 +175,20 @@ def two_owners() -> Plan:
 
 
 def test_a_block_is_queued_by_the_rows_that_wait_now() -> None:
-    """A row was seen before an older one; later block 0 waits with row 7, and block 1 with row 6 already."""
-    plan = plan_with(8, 2, 0, published=1, done=((6, 0),))
-    for rows in ((), (5, 3)):
-        for row in rows:
-            plan.published(row)
-        in_hand = plan.next_work()
-        assert [work.block for work in in_hand] == [0, 1]
-        for row in (6, 7) if rows else ():
-            plan.published(row)
-        for work in in_hand:
-            plan.done(work)
-    assert [(work.block, work.rows) for work in plan.next_work()] == [(1, (6, 7)), (0, (7,))]
+    """Row 5 was seen before row 3, and both are done; now block 0 waits with row 7, block 1 with row 6 already."""
+    plan = plan_with(8, 3, 0, published=1, done=((6, 0),))
+    while work := plan.next_work():
+        for one in work:
+            plan.done(one)
+    for row in (5, 3):
+        plan.published(row)
+    in_hand = plan.next_work()
+    assert [(work.block, work.rows) for work in in_hand] == [(0, (3, 5)), (1, (3, 5))]
+    for row in (6, 7):
+        plan.published(row)
+    for work in in_hand:
+        plan.done(work)
+    assert [(work.block, work.rows) for work in plan.next_work()] == [(2, (3, 5, 6, 7)), (1, (6, 7))]
 
 
 def test_the_one_with_most_left_is_robbed() -> None:
