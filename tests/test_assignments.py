@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -252,21 +251,6 @@ def test_labels_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OSError, match="input/output error"):
         assignments.write(0, assignments.blocks[0], np.zeros(4, np.uint8), {"margin": np.zeros(4, np.float32)})
     assert not assignments.has(0, assignments.blocks[0])
-
-
-def test_laying_out_anew_that_is_cut_off_is_not_begun(tmp_path: Path) -> None:
-    """The record of older arrays goes first: else chunks of theirs would pass for scored blocks."""
-    filled(tmp_path / "a.zarr")
-
-    def cut_off() -> Iterator[np.ndarray]:
-        yield np.ones(BLOCK, bool)
-        raise OSError(errno.EIO, "input/output error")
-
-    with pytest.raises(OSError, match="input/output error"):
-        Assignments.create(
-            tmp_path / "a.zarr", n_rows=ROWS, n_samples=N, block_size=BLOCK, n_classes=5, eligible=cut_off()
-        )
-    assert not Assignments.begun(tmp_path / "a.zarr")
 
 
 @pytest.mark.parametrize(
