@@ -77,7 +77,7 @@ class Tree:
     def test(self, files: Sequence[str], kernels: str = "kernels", timeout_s: float = RUN_TIMEOUT_S) -> tuple[int, str]:
         """Run test files up to the first failure: exit code of pytest, -1 for a time-out, and its output."""
         output = self._folder / "output"
-        options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT_S}", "--hypothesis-profile=ci"]
+        options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT_S}"]
         arguments = [*options, f"--basetemp={self._folder / 'basetemp'}", *files]
         process = FORKS.Process(target=_pytest, args=(self._path, self._folder / kernels, output, arguments))
         process.start()
@@ -152,7 +152,18 @@ def _pytest(tree: Path, kernels: Path, output: Path, arguments: list[str]) -> No
     import pytest
 
     numba.config.CACHE_DIR = str(kernels)
-    sys.exit(pytest.main(arguments))
+    sys.exit(pytest.main(arguments, plugins=[_Examples()]))
+
+
+class _Examples:
+    """Has Hypothesis draw the same examples in every run, and leave a counterexample as it is: nobody reads it."""
+
+    def pytest_configure(self) -> None:
+        from hypothesis import Phase, settings
+
+        phases = (Phase.explicit, Phase.generate)
+        settings.register_profile("mutants", derandomize=True, database=None, deadline=None, phases=phases)
+        settings.load_profile("mutants")
 
 
 def _end(process: BaseProcess) -> None:
