@@ -489,18 +489,21 @@ def labels_export(
 def labels_import(
     run_directory: RunDirectory,
     file: Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON of Label Studio.")],
+    annotator: Annotated[
+        str | None, typer.Option(help="Who gave the answers that name nobody; by default the name of the file.")
+    ] = None,
     allow_unasked: Annotated[
         bool, typer.Option("--allow-unasked", help="Take labels of samples that no batch asked for, too.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Keep the answers of annotators; twice is as good as once. The next `distal run` goes on with them."""
+    """Keep the answers of annotators. Importing a file again changes nothing. The next `distal run` uses them."""
     from distal.monitor import import_table
 
     def work() -> dict[str, Any]:
         from distal.labelling import import_labels
 
-        return import_labels(run_directory, file, allow_unasked=allow_unasked)
+        return import_labels(run_directory, file, annotator=annotator, allow_unasked=allow_unasked)
 
     _answer(work, as_json, import_table)
 

@@ -31,7 +31,7 @@ from distal.evaluation import evaluate
 from distal.hashing import digest
 from distal.labelling import Waiting
 from distal.labels.oracle import choose_at_random, choose_initial, label_from_pool
-from distal.ledger import Ledger, write_labels
+from distal.ledger import LABELS_PER_RANK, Ledger, too_few, write_labels
 from distal.lists import find, read_labels, require_readable
 from distal.models import ModelSpec
 from distal.monitor import Display, Silent
@@ -97,7 +97,7 @@ def _still_waiting(directory: Run, config: Config, pool: Pool) -> JsonObject | N
     if waiting is None or waiting != _waiting(config, pool, waiting.cycle, waiting.selection):
         return None
     report = waiting.report(directory)
-    return report if report["answered"] < report["needed"] else None
+    return None if report["ready"] else report
 
 
 def _waiting(config: Config, pool: Pool, cycle: int, selection: Path) -> Waiting:
@@ -105,7 +105,9 @@ def _waiting(config: Config, pool: Pool, cycle: int, selection: Path) -> Waiting
     assert pool.classes is not None
     n_asked = len(Selection.read(selection))
     needed = n_asked if config.label.min_labels is None else min(config.label.min_labels, n_asked)
-    return Waiting(cycle, selection, pool.classes, needed, config.label.conflict, pool.path, pool.content_sha256)
+    workers = config.train.workers if cycle < 0 else 0
+    policy = config.label.conflict
+    return Waiting(cycle, selection, pool.classes, needed, workers, policy, pool.path, pool.content_sha256)
 
 
 def _is_complete(directory: Run, config: Config) -> bool:
@@ -205,7 +207,7 @@ class _Driver:
                 random_batch(self.pool, chosen, self.directory.initial_selection)
             waiting = _waiting(self.config, self.pool, -1, self.directory.initial_selection)
             waiting.write(self.directory)
-            if waiting.collect(self.directory) is None:
+            if not waiting.collect(self.directory):
                 return waiting.report(self.directory)
         return None
 
@@ -223,7 +225,7 @@ class _Driver:
     def _enough(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
         """Whole groups may be too large to start from."""
         assert isinstance(self.config.loop.initial, int)
-        if len(chosen) < 2 * self.config.train.workers:
+        if len(chosen) < LABELS_PER_RANK * self.config.train.workers:
             raise ConfigError(
                 f"loop.initial: {self.config.loop.initial}: groups are never cut, and whole ones of {len(chosen)} "
                 "samples fit; training needs at least 2 per rank: raise it"
@@ -241,11 +243,9 @@ class _Driver:
         if missing:
             raise ConfigError(f"loop.initial: {file}: sample {missing[0]} is not in the pool ({len(missing)} are not)")
         require_readable(self.pool, ids, indices, f"loop.initial: {file}")
-        if len(ids) < 2 * self.config.train.workers or len(set(labels)) < 2:
-            raise ConfigError(
-                f"loop.initial: {file}: {len(ids)} samples of {len(set(labels))} classes; at least 2 samples per rank "
-                "and 2 classes are needed"
-            )
+        short = too_few(labels, self.config.train.workers)
+        if short is not None:
+            raise ConfigError(f"loop.initial: {file}: {short}; add some")
         order = np.argsort(indices)
         ordered = [ids[i] for i in order]
         write_labels(self.directory.initial, indices[order], ordered, np.array(labels)[order], file.name)
@@ -254,24 +254,17 @@ class _Driver:
         """Have people label the batch of a cycle; returns what they still have to, if anything."""
         waiting = _waiting(self.config, self.pool, cycle.index, cycle.selection)
 
-        def work() -> JsonObject:
-            collected = waiting.collect(self.directory)
-            assert collected is not None
-            return collected
-
         if cycle.marker("label") is None and not cycle.labels.exists():
             waiting.write(self.directory)
-            report = waiting.report(self.directory)
-            if report["answered"] < report["needed"]:
+            if not waiting.collect(self.directory):  # the one look at the answers: an import may come at any time
+                report = waiting.report(self.directory)
                 self.attempt.event("waiting", cycle=cycle.index, asked=report["asked"], answered=report["answered"])
                 return report
-        elif cycle.marker("label") is None:
-            work = partial(_labelled_before, cycle.labels)
 
         def made_from() -> dict[str, str]:
             return {"selection": cycle.chosen().sha256, "labels": Ledger.read([cycle.labels]).sha256}
 
-        self._stage(cycle, "label", made_from, work)
+        self._stage(cycle, "label", made_from, partial(_came_back, cycle.labels))
         return None
 
     def _begin(self, cycle: Cycle) -> bool:
@@ -299,6 +292,8 @@ class _Driver:
         config = _begun(cycle)
         label_files = tuple(self.directory.label_files(before=cycle.index))
         ledger = Ledger.read(label_files)
+        if cycle.marker("train") is None:
+            self._check_enough(cycle, ledger)
         self.attempt.meter.set(metrics.CYCLE, cycle.index)
         self.attempt.meter.set(metrics.LABELLED, len(ledger))
         warm_from = None
@@ -354,6 +349,15 @@ class _Driver:
         )
         training.start(at_once=cycle.marker("train") is not None)
         return training
+
+    def _check_enough(self, cycle: Cycle, ledger: Ledger) -> None:
+        """`train.workers` may have been raised since the first labels were counted."""
+        least = LABELS_PER_RANK * self.ranks.workers
+        if len(ledger) < least:
+            raise ConfigError(
+                f"train.workers: {self.ranks.workers} ranks need {least} labelled samples, {LABELS_PER_RANK} each, "
+                f"and cycle {cycle.index} has {len(ledger)}; lower train.workers"
+            )
 
     def _score(self, cycle: Cycle, training: _Training) -> None:
         """Score the eligible samples of the pool at every checkpoint, those still to come included."""
@@ -712,10 +716,10 @@ class _Training:
             time.sleep(0.1)  # in slices: one long wait would not let a signal through
 
 
-def _labelled_before(labels: Path) -> JsonObject:
-    """What a label file came to that was written just before its driver was killed."""
+def _came_back(labels: Path) -> JsonObject:
+    """The numbers of a label file, late answers to earlier batches included."""
     ledger = Ledger.read([labels])
-    return {"n_answered": len(ledger) + len(ledger.declined), "n_labeled": len(ledger), "n_conflicts": 0}
+    return {"n_answered": len(ledger) + len(ledger.declined), "n_labeled": len(ledger)}
 
 
 def _elimination(cycle: Cycle) -> Elimination | None:

@@ -89,7 +89,7 @@ def with_classes(config: Config, pool: Pool) -> Pool:
 
     Raises:
         PoolError: neither pool nor configuration has classes.
-        ConfigError: they contradict each other, or name a class twice.
+        ConfigError: they contradict each other, or name a class twice, white space around it aside.
     """
     given = named_classes(config)
     own = pool.classes or ()
@@ -99,6 +99,13 @@ def with_classes(config: Config, pool: Pool) -> Pool:
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
         raise ConfigError(f"pool.classes: {twice!r} is named twice")
+    like: dict[str, str] = {}
+    for name in classes:
+        if like.setdefault(name.strip(), name) != name:
+            raise ConfigError(
+                f"pool.classes: {like[name.strip()]!r} and {name!r} differ in surrounding white space only; annotators "
+                "cannot tell them apart: rename one"
+            )
     if classes[: len(own)] != own:
         raise ConfigError(
             f"pool.classes: must begin with those of the pool, in its order: {', '.join(own)}; others may follow"
@@ -113,6 +120,8 @@ def check(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> None:
         _check_labels(pool)
     elif len(pool.classes) < 2:
         raise ConfigError(f"pool.classes: one class only ({pool.classes[0]}); at least two are needed to classify")
+    elif not all(name.strip() for name in pool.classes):
+        raise ConfigError("pool.classes: a class has an empty name, which annotators cannot give; name it")
     if config.train.command is not None:
         check_command(config.train.command)
     dtype_for(len(pool.classes))

@@ -18,10 +18,10 @@ from distal.assignments import Assignments
 from distal.errors import RunConflict, SourceError
 from distal.hashing import mix64
 from distal.labels import answers as kept
-from distal.labels.answers import Answer, Policy, Settled, settle
-from distal.labels.formats import Format, read_said, write_batch
-from distal.ledger import LABELED, Ledger, write_labels
-from distal.lists import class_index, find, require_readable
+from distal.labels.answers import Added, Answer, Policy, Settled, settle
+from distal.labels.formats import Format, Said, read_said, unsure_word, write_batch
+from distal.ledger import LABELED, Ledger, too_few, write_labels
+from distal.lists import find, label_reader, require_readable, shown
 from distal.pool import Pool
 from distal.pool.images import write_png
 from distal.records import JsonObject
@@ -41,12 +41,14 @@ class Waiting:
         selection: the file with the batch.
         classes: names, in the order of their indices.
         needed: answers after which the run goes on.
+        workers: the ranks that the first training needs labels for; 0 when earlier cycles have labels.
     """
 
     cycle: int
     selection: Path
     classes: tuple[str, ...]
     needed: int
+    workers: int
     policy: Policy
     pool: Path
     pool_sha256: str
@@ -71,19 +73,38 @@ class Waiting:
         """The file that the labels of this batch will be in."""
         return run.initial if self.cycle < 0 else run.cycle(self.cycle).labels
 
+    def known(self, run: Run) -> Ledger:
+        """What the label files of earlier batches say."""
+        return run.ledger(before=self.cycle) if self.cycle >= 0 else Ledger.empty()
+
     def settled(self, run: Run) -> Settled:
-        """What has been answered and is in no label file yet, of this batch and of those before it."""
-        known = run.ledger(before=self.cycle) if self.cycle >= 0 else Ledger.empty()
-        done = set(known.indices.tolist()) | set(known.declined.tolist())
-        return settle((a for a in kept.read(run.answers) if a.sample_index not in done), self.policy)
+        """What the answers come to that is in no label file yet, of this batch and of those before it.
+
+        A label of a sample that was declined in an earlier batch is new; nothing is new for one that has a label.
+        """
+        known = self.known(run)
+        labelled, declined = set(known.indices.tolist()), set(known.declined.tolist())
+        settled = settle((a for a in kept.read(run.answers) if a.sample_index not in labelled), self.policy)
+        new = [a for a in settled.answers if a.status == LABELED or a.sample_index not in declined]
+        return Settled(new, settled.conflicts)
 
     def n_answered(self, settled: Settled) -> int:
         """How many of the batch are settled."""
         batch = set(Selection.read(self.selection).indices.tolist())
         return sum(answer.sample_index in batch for answer in settled.answers)
 
+    def short(self, settled: Settled) -> str | None:
+        """Why the labels do not suffice for the first training, once enough is answered; None when they do."""
+        if not self.workers or self.n_answered(settled) < self.needed:
+            return None
+        return too_few([answer.label for answer in settled.answers if answer.label is not None], self.workers)
+
+    def ready(self, settled: Settled) -> bool:
+        """Whether the run can go on."""
+        return self.n_answered(settled) >= self.needed and self.short(settled) is None
+
     def report(self, run: Run) -> JsonObject:
-        """What `distal run` says while it waits."""
+        """What `distal run` says while it waits; `ready` when it can go on."""
         settled = self.settled(run)
         return {
             "state": "waiting_for_labels",
@@ -93,19 +114,20 @@ class Waiting:
             "asked": len(Selection.read(self.selection)),
             "answered": self.n_answered(settled),
             "needed": self.needed,
+            "ready": self.ready(settled),
+            "short": self.short(settled),
             "conflicts": settled.conflicts,
             "next": f"distal labels export {run.path} --format csv --out batch.csv, then distal labels import",
         }
 
-    def collect(self, run: Run) -> JsonObject | None:
-        """Write the labels of the batch when enough has been answered; None when it has not.
+    def collect(self, run: Run) -> bool:
+        """Write the labels of the batch, when enough of it is answered; returns whether it is.
 
         Late answers to earlier batches are taken along.
         """
         settled = self.settled(run)
-        n = self.n_answered(settled)
-        if n < self.needed:
-            return None
+        if not self.ready(settled):
+            return False
         rows = settled.answers
         write_labels(
             self.dest(run),
@@ -115,70 +137,114 @@ class Waiting:
             [row.annotator for row in rows],
             [row.status for row in rows],
         )
-        n_labeled = sum(row.status == LABELED for row in rows)
-        return {"n_answered": n, "n_labeled": n_labeled, "n_conflicts": len(settled.conflicts)}
+        return True
 
 
-def import_labels(path: Path, file: Path, *, allow_unasked: bool = False) -> JsonObject:
+def import_labels(path: Path, file: Path, *, annotator: str | None = None, allow_unasked: bool = False) -> JsonObject:
     """Keep what a file of annotators says. Nothing is kept when anything in it is wrong.
 
     Args:
         path: the run directory.
+        annotator: who gave the answers that name nobody; None: the file, by its name, is an annotator of its own.
         allow_unasked: whether samples that no batch asked for are welcome.
 
+    Returns:
+        Among others `new`, the number of answers that were not known; `changed`, the samples whose annotator said
+        something else before; and `too_late`, those that a trained cycle has with another label, which stays.
+
     Raises:
-        SourceError: the file cannot be used, or names a sample or a class that is not known.
-        RunConflict: the run waits for no labels, or an answer differs from one that a cycle was trained with.
+        SourceError: the file cannot be used, names a sample or a class that is not known, or contradicts itself.
+        RunConflict: the run waits for no labels.
     """
     run = Run.open(path)
     waiting = _require_waiting(run)
-    said = read_said(file)
+    said = read_said(file, unsure_word(waiting.classes))
     pool = Pool.open(waiting.pool).require(waiting.pool_sha256)
+    places = _places(run, pool, said, file, allow_unasked)
+    labels = _labels(waiting.classes, said, file)
+    source, given = _utf8(file.name), _utf8((annotator or "").strip())
+    found = [
+        Answer(
+            sample_index=places[each.sample_id],
+            sample_id=each.sample_id,
+            label=None if each.label is None else labels[each.label],
+            status=each.status,
+            annotator=each.annotator or given or source,
+            time=each.time,
+            file=source,
+            row=each.row,
+        )
+        for each in said
+    ]
+    if not given:
+        _refuse_contradictions(file, [answer for answer, each in zip(found, said, strict=True) if not each.annotator])
+    added = kept.add(run.answers, found)
+    settled = waiting.settled(run)
+    return {
+        "state": "complete",
+        "run": str(run.path),
+        "answers": len(found),
+        "new": len(added.new),
+        "file": str(added.file) if added.file else None,
+        "changed": [answer.sample_id for answer in added.changed],
+        "too_late": _too_late(waiting.known(run), added),
+        "answered": waiting.n_answered(settled),
+        "needed": waiting.needed,
+        "conflicts": settled.conflicts,
+    }
+
+
+def _places(run: Run, pool: Pool, said: Sequence[Said], file: Path, allow_unasked: bool) -> dict[str, int]:
+    """`sample_index` of each sample that a file names; raises SourceError for one that is not welcome."""
     names = list(dict.fromkeys(each.sample_id for each in said))
     indices = find(pool, names)
-    place = dict(zip(names, indices.tolist(), strict=True))
-    unknown = [name for name, index in place.items() if index < 0]
+    places = dict(zip(names, indices.tolist(), strict=True))
+    unknown = [name for name, index in places.items() if index < 0]
     if unknown:
         raise SourceError(f"{file}: {_some(unknown, 'sample')} not in the pool; nothing was imported")
-    by_name = {name: index for index, name in enumerate(waiting.classes)}
-    labels = {each.label: class_index(each.label, by_name, len(by_name)) for each in said if each.label is not None}
-    strange = [name for name, label in labels.items() if label is None]
-    if strange:
-        raise SourceError(
-            f"{file}: {_some(strange, 'label')} no class; the classes are {', '.join(waiting.classes)}; "
-            "nothing was imported (a new class is appended to pool.classes)"
-        )
     asked = run.asked()
-    unasked = [name for name, index in place.items() if index not in asked]
+    unasked = [name for name, index in places.items() if index not in asked]
     if unasked and not allow_unasked:
         raise SourceError(
             f"{file}: {_some(unasked, 'sample')} not asked for by any batch; nothing was imported; "
             "--allow-unasked takes them all the same"
         )
     require_readable(pool, names, indices, str(file))
-    found = [
-        Answer(
-            place[each.sample_id],
-            each.sample_id,
-            None if each.label is None else labels[each.label],
-            each.status,
-            each.annotator,
+    return places
+
+
+def _labels(classes: Sequence[str], said: Sequence[Said], file: Path) -> dict[str, int]:
+    """The class index of each label that a file gives."""
+    index_of = label_reader(classes, len(classes))
+    labels = {each.label: index_of(each.label) for each in said if each.label is not None}
+    strange = [name for name, label in labels.items() if label is None]
+    if strange:
+        raise SourceError(
+            f"{file}: {_some(strange, 'label')} no class; the classes are {', '.join(classes)}; "
+            "nothing was imported (a new class is appended to pool.classes)"
         )
-        for each in said
-    ]
-    _refuse_changes(run, waiting, found, file)
-    written, n_new = kept.add(run.answers, found)
-    settled = waiting.settled(run)
-    return {
-        "state": "complete",
-        "run": str(run.path),
-        "answers": len(found),
-        "new": n_new,
-        "file": str(written) if written else None,
-        "answered": waiting.n_answered(settled),
-        "needed": waiting.needed,
-        "conflicts": settled.conflicts,
-    }
+    return {name: label for name, label in labels.items() if label is not None}
+
+
+def _refuse_contradictions(file: Path, unnamed: Sequence[Answer]) -> None:
+    """Two answers to one sample by nobody knows whom: which of them counts cannot be told."""
+    first: dict[str, Answer] = {}
+    for answer in unnamed:
+        before = first.setdefault(answer.sample_id, answer)
+        if answer.differs_from(before):
+            raise SourceError(
+                f"{file}: rows {before.row} and {answer.row} answer sample {shown(answer.sample_id)} differently, and "
+                "no annotator is named; nothing was imported; keep one of them, add a column annotator, or, when one "
+                "person changed their mind, give --annotator NAME"
+            )
+
+
+def _too_late(known: Ledger, added: Added) -> list[str]:
+    """The samples of new answers that are not used: a trained cycle has another label."""
+    label_of = dict(zip(known.indices.tolist(), known.labels.tolist(), strict=True))
+    changed = set(added.changed)
+    late = [a for a in added.new if a.sample_index in label_of and a.label != label_of[a.sample_index]]
+    return list(dict.fromkeys(a.sample_id for a in late if a.status == LABELED or a in changed))
 
 
 def export_labels(
@@ -192,6 +258,8 @@ def export_labels(
 ) -> JsonObject:
     """Write what is still to be answered of the batch, in a seeded random order.
 
+    Declined samples are asked again when all of the batch is answered, and its labels do not suffice to begin with.
+
     Args:
         copy_images: folder to write the images to, as PNG files; a pool that was packed from Parquet has no URLs.
         url_map: (from, to): a beginning of every URL or path, and what annotators see in its place.
@@ -204,8 +272,10 @@ def export_labels(
     waiting = _require_waiting(run)
     pool = Pool.open(waiting.pool).require(waiting.pool_sha256)
     batch = Selection.read(waiting.selection)
-    settled = {answer.sample_index for answer in waiting.settled(run).answers}
-    open_ = [row for row in batch.table.to_pylist() if row["sample_index"] not in settled]
+    settled = waiting.settled(run)
+    ask_again = waiting.short(settled) is not None
+    done = {a.sample_index for a in settled.answers if a.status == LABELED or not ask_again}
+    open_ = [row for row in batch.table.to_pylist() if row["sample_index"] not in done]
     keys = mix64("export", np.array([row["sample_index"] for row in open_], np.int64))
     rows = [open_[i] for i in np.argsort(keys)]
     indices = np.array([row["sample_index"] for row in rows], np.int64)
@@ -241,27 +311,16 @@ def _require_waiting(run: Run) -> Waiting:
     return waiting
 
 
-def _refuse_changes(run: Run, waiting: Waiting, found: Sequence[Answer], file: Path) -> None:
-    """A cycle was trained with the answer that was there; it cannot be another now."""
-    if waiting.cycle < 0:
-        return
-    trained = run.ledger(before=waiting.cycle)
-    label_of = dict(zip(trained.indices.tolist(), trained.labels.tolist(), strict=True))
-    changed = [
-        a.sample_id for a in found if a.sample_index in label_of and a.label not in (None, label_of[a.sample_index])
-    ]
-    if changed:
-        raise RunConflict(
-            f"{file}: {_some(changed, 'sample')} labelled otherwise in a cycle that is trained; nothing was imported; "
-            "leave these lines out"
-        )
+def _utf8(text: str) -> str:
+    """A text of the command line, which may have bytes that are no text."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _some(names: Sequence[str], what: str) -> str:
-    shown = ", ".join(str(name) for name in names[:SHOWN])
+    some = ", ".join(shown(name) for name in names[:SHOWN])
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     verb = "is" if len(names) == 1 else "are"
-    return f"{what}{'' if len(names) == 1 else 's'} {shown}{more} {verb}"
+    return f"{what}{'' if len(names) == 1 else 's'} {some}{more} {verb}"
 
 
 def _predictions(run: Run, waiting: Waiting, indices: NDArray[np.int64]) -> list[str | None]:

@@ -1,12 +1,13 @@
 """What is labelled: a view on immutable files, never a file of its own.
 
-The ledger of a cycle is the union of `initial.parquet` and the `labels*.parquet` of all earlier cycles.
+The ledger of a cycle is the union of `initial.parquet` and the `labels*.parquet` of all earlier cycles. A sample is in
+one of them, or in two: declined in an earlier one and labelled in a later one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -31,6 +32,9 @@ SCHEMA = pa.schema(
 
 LABELED, SKIPPED, UNSURE = "labeled", "skipped", "unsure"
 """What became of a sample that was asked: it has a label; the annotator passed over it; or could not tell."""
+
+LABELS_PER_RANK, LEAST_CLASSES = 2, 2
+"""What training needs: batch normalisation has no variance of one sample, and one class is nothing to tell apart."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,29 @@ class Ledger:
 
     @classmethod
     def read(cls, files: Iterable[Path]) -> Self:
-        """The union of label files.
+        """The union of label files; a label supersedes that its sample was declined in an earlier file.
+
+        Args:
+            files: in the order in which they were written.
 
         Raises:
-            Damage: a file is missing, or two answer for the same sample.
+            Damage: a file is missing, or two answer for the same sample in any other way.
         """
         tables = [read_table(file, ["sample_index", "sample_id", "label", "status"]) for file in files]
-        table = pa.concat_tables(tables).sort_by("sample_index")
+        written = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        order = np.lexsort((written, pa.concat_tables(tables)["sample_index"].to_numpy()))
+        table, written = pa.concat_tables(tables).take(order), written[order]
         indices = table["sample_index"].to_numpy()
-        twice = np.flatnonzero(np.diff(indices) == 0)
-        if len(twice):
-            raise Damage(f"sample {table['sample_id'][int(twice[0])].as_py()} is labelled in more than one file")
         labels = table["label"].fill_null(-1).to_numpy().astype(np.int64)
         has_label = pc.equal(table["status"], LABELED).to_numpy()
-        return cls(indices[has_label], labels[has_label], indices[~has_label])
+        again = indices[1:] == indices[:-1]
+        later = again & ~has_label[:-1] & has_label[1:] & (written[:-1] < written[1:])
+        twice = np.flatnonzero(again & ~later)
+        if len(twice):
+            raise Damage(f"sample {table['sample_id'][int(twice[0])].as_py()} is labelled in more than one file")
+        declined = ~has_label
+        declined[:-1] &= ~later
+        return cls(indices[has_label], labels[has_label], indices[declined])
 
     @property
     def sha256(self) -> str:
@@ -86,6 +99,22 @@ class Ledger:
             low, high = np.searchsorted(indices, [start, stop])
             flags[indices[low:high] - start] = True
         return flags
+
+
+def too_few(labels: Collection[int], workers: int) -> str | None:
+    """Why training cannot begin with some labels; None when it can.
+
+    Args:
+        labels: class of each labelled sample.
+        workers: the ranks that share them.
+    """
+    n_classes = len(set(labels))
+    if len(labels) >= LABELS_PER_RANK * workers and n_classes >= LEAST_CLASSES:
+        return None
+    return (
+        f"{len(labels)} labelled samples of {n_classes} classes; training needs at least {LABELS_PER_RANK * workers} "
+        f"({LABELS_PER_RANK} per rank) of {LEAST_CLASSES} classes"
+    )
 
 
 def write_labels(

@@ -275,6 +275,11 @@ def waiting_table(waiting: JsonObject) -> str:
     """What people are to label."""
     conflicts = waiting["conflicts"]
     disagreed = f"\nannotators disagree on {', '.join(conflicts[:5])}; asked again" if conflicts else ""
+    if waiting["short"]:
+        disagreed += (
+            f"\nnot enough to begin with: {waiting['short']}; declined samples are exported again, and "
+            "`distal labels import --allow-unasked` takes labels of others"
+        )
     run = waiting["run"]
     return (
         f"{run}: waiting for labels: {waiting['answered']} of {waiting['asked']} answered, {waiting['needed']} needed"
@@ -295,9 +300,13 @@ def import_table(result: JsonObject) -> str:
     """What was kept of a file of annotators."""
     conflicts = result["conflicts"]
     disagreed = f"; annotators disagree on {', '.join(conflicts[:5])}" if conflicts else ""
+    changed, late = result["changed"], result["too_late"]
+    notes = f"\nchanged by the annotator who answered before: {', '.join(changed[:5])}" if changed else ""
+    if late:
+        notes += f"\ntoo late, kept and not used, as a cycle is trained with another label: {', '.join(late[:5])}"
     return (
         f"{result['answers']} answers, {result['new']} new; {result['answered']} of the batch are settled, "
-        f"{result['needed']} needed{disagreed}"
+        f"{result['needed']} needed{disagreed}{notes}"
     )
 
 

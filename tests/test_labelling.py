@@ -15,9 +15,10 @@ import pytest
 
 from distal import driver
 from distal.errors import ConfigError, PoolError, RunConflict, SourceError
-from distal.labelling import export_labels, import_labels
+from distal.labelling import Waiting, export_labels, import_labels
 from distal.labels.answers import Answer, settle
 from distal.ledger import LABELED, SKIPPED
+from distal.monitor import waiting_table
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.runs import Run
@@ -133,9 +134,12 @@ def test_enough_is_enough(unlabelled: tuple[Pool, dict[str, int]], tmp_path: Pat
         find_ids(pool, second)
     )
     assert driver.run(made.with_values({"loop.cycles": 4}))["cycle"] == 2  # the last cycle does not label
+    before = Run.open(run).ledger(before=2).sha256
     (tmp_path / "a.csv").write_text(f"sample_id,label\n{batch[0]},{CLASSES[(truth[batch[0]] + 1) % 4]}\n")
-    with pytest.raises(RunConflict, match=rf"sample {batch[0]} is labelled otherwise in a cycle that is trained"):
-        import_labels(run, tmp_path / "a.csv")
+    told = import_labels(run, tmp_path / "a.csv")
+    assert (told["new"], told["changed"], told["too_late"]) == (1, [batch[0]], [batch[0]])
+    assert import_labels(run, tmp_path / "a.csv")["new"] == 0
+    assert Run.open(run).ledger(before=2).sha256 == before
 
 
 def find_ids(pool: Pool, names: list[str]) -> list[int]:
@@ -171,6 +175,76 @@ def waiting(unlabelled: tuple[Pool, dict[str, int]], tmp_path_factory: pytest.Te
     return run
 
 
+def test_all_are_skipped(unlabelled: tuple[Pool, dict[str, int]], tmp_path: Path) -> None:
+    """A run that nobody could label anything of waits, says why in one line, and is not stuck."""
+    pool, truth = unlabelled
+    run, made = tmp_path / "run", config(tmp_path / "run", pool)
+    driver.run(made)
+    names = pool.samples(0, pool.n_samples)["sample_id"].to_pylist()
+    asked = sorted(Run.open(run).asked())
+    (tmp_path / "a.csv").write_text("sample_id,label\n" + "".join(f"{names[index]},\n" for index in asked))
+    import_labels(run, tmp_path / "a.csv")
+    for again in range(2):
+        waiting = driver.run(made)
+        assert (waiting["state"], waiting["answered"], waiting["ready"]) == ("waiting_for_labels", 24, False), again
+        lines = waiting_table(waiting).splitlines()
+        assert sum("not enough to begin with: 0 labelled samples of 0 classes" in line for line in lines) == 1
+    assert not (run / "initial.parquet").exists()
+    assert export_labels(run, tmp_path / "again.csv")["samples"] == 24
+    lines = [f"{names[index]},{CLASSES[truth[names[index]]]}\n" for index in asked]
+    (tmp_path / "b.csv").write_text("sample_id,label\n" + "".join(lines))
+    import_labels(run, tmp_path / "b.csv")
+    waiting = Waiting.read(Run.open(run))
+    assert waiting is not None
+    assert waiting.report(Run.open(run))["ready"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_labels_come_late(unlabelled: tuple[Pool, dict[str, int]], tmp_path: Path) -> None:
+    """All of the first set is skipped, then labelled; of the second one a label comes after the cycle is trained."""
+    pool, truth = unlabelled
+    run, made = tmp_path / "run", config(tmp_path / "run", pool, "loop.cycles=3")
+    driver.run(made)
+    names = pool.samples(0, pool.n_samples)["sample_id"].to_pylist()
+
+    def say(indices: list[int], *, skip: bool) -> dict:
+        lines = [f"{names[index]},{'' if skip else CLASSES[truth[names[index]]]}\n" for index in indices]
+        (tmp_path / "a.csv").write_text("sample_id,label\n" + "".join(lines))
+        return import_labels(run, tmp_path / "a.csv")
+
+    say(sorted(Run.open(run).asked()), skip=True)
+    assert driver.run(made)["cycle"] == -1
+    say(sorted(Run.open(run).asked()), skip=False)
+    assert driver.run(made)["cycle"] == 0
+    batch = Run.open(run).cycle(0).chosen().indices.tolist()
+    say(batch, skip=True)
+    assert driver.run(made)["cycle"] == 1
+    assert Run.open(run).ledger(before=1).declined.tolist() == sorted(batch)
+    assert say(batch[:3], skip=False)["new"] == 3
+    say(Run.open(run).cycle(1).chosen().indices.tolist(), skip=False)
+    assert driver.run(made)["state"] == "complete"
+    ledger = Run.open(run).ledger(before=2)
+    assert len(ledger) == 24 + 3 + 16
+    assert set(batch[:3]) <= set(ledger.indices.tolist())
+    assert ledger.declined.tolist() == sorted(batch[3:])
+    assert [cycle["n_labeled"] for cycle in driver.run(made)["cycles"]] == [24, 24, 43]
+
+
+@pytest.mark.slow
+def test_more_ranks_than_the_labels_are_enough_for(unlabelled: tuple[Pool, dict[str, int]], tmp_path: Path) -> None:
+    pool, truth = unlabelled
+    lines = [f"{name},{CLASSES[truth[name]]}\n" for name in list(truth)[:4]]
+    (tmp_path / "known.csv").write_text("sample_id,label\n" + "".join(lines))
+    made = config(
+        tmp_path / "run", pool, f"loop.initial={tmp_path / 'known.csv'}", "loop.budget=4", "label.min_labels=1"
+    )
+    assert driver.run(made)["cycle"] == 0
+    (tmp_path / "a.csv").write_text(f"sample_id,label\n{Run.open(tmp_path / 'run').cycle(0).chosen().sample_ids[0]},\n")
+    import_labels(tmp_path / "run", tmp_path / "a.csv")
+    with pytest.raises(ConfigError, match="train.workers: 3 ranks need 6 labelled samples, 2 each, and cycle 1 has 4"):
+        driver.run(made.with_values({"train.workers": 3, "train.batch_size": 15}))
+
+
 class TestExport:
     def test_order_is_shuffled_and_nothing_is_preselected(self, waiting: Path, tmp_path: Path) -> None:
         export_labels(waiting, tmp_path / "a.parquet", fmt="parquet")
@@ -199,7 +273,8 @@ class TestExport:
         ids = [task["data"]["sample_id"] for task in json.loads((tmp_path / "tasks.json").read_text())]
 
         def annotation(choice: str | None, who: int) -> dict:
-            result = [] if choice is None else [{"type": "choices", "value": {"choices": [choice]}}]
+            ours = {"from_name": "choice", "to_name": "image", "type": "choices", "value": {"choices": [choice]}}
+            result = [] if choice is None else [ours]
             return {"result": result, "was_cancelled": choice is None, "completed_by": who}
 
         full = [
@@ -251,6 +326,13 @@ class TestMistakes:
         for base, overrides, kind, message in (
             (bare, ["label.oracle=files"], PoolError, "has no labels, so its classes are not known; name them"),
             (bare, ["pool.classes=[a, b, a]", "label.oracle=files"], ConfigError, "'a' is named twice"),
+            (
+                bare,
+                ["pool.classes=[cat, 'cat ']", "label.oracle=files"],
+                ConfigError,
+                "'cat' and 'cat ' differ in surr",
+            ),
+            (bare, ["pool.classes=[a, ' ']", "label.oracle=files"], ConfigError, "a class has an empty name"),
             (bare, ["pool.classes=[a]", "label.oracle=files"], ConfigError, "one class only"),
             (bare, ["pool.classes=[a, b]"], PoolError, "label.oracle: pool needs a label for every image"),
             (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distal.errors import Damage
-from distal.ledger import Ledger, label_files, write_labels
+from distal.ledger import LABELED, SKIPPED, Ledger, label_files, too_few, write_labels
 
 
 def write(path: Path, indices: list[int], labels: list[int]) -> Path:
@@ -37,6 +37,53 @@ def test_a_sample_is_labelled_once(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.parquet", [1, 2], [0, 1]), write(tmp_path / "b.parquet", [2], [1])]
     with pytest.raises(Damage, match="sample s2 is labelled in more than one file"):
         Ledger.read(files)
+
+
+def declined(path: Path, indices: list[int]) -> Path:
+    names = [f"s{i}" for i in indices]
+    write_labels(path, np.array(indices), names, [None] * len(names), "someone", [SKIPPED] * len(names))
+    return path
+
+
+def test_a_label_supersedes_that_its_sample_was_declined(tmp_path: Path) -> None:
+    first, later = declined(tmp_path / "a.parquet", [4, 1]), write(tmp_path / "b.parquet", [1, 7], [3, 2])
+    ledger = Ledger.read([first, later])
+    assert (ledger.indices.tolist(), ledger.labels.tolist(), ledger.declined.tolist()) == ([1, 7], [3, 2], [4])
+    assert ledger.asked(0, 8).tolist() == [False, True, False, False, True, False, False, True]
+    assert ledger.sha256 == Ledger(np.array([1, 7]), np.array([3, 2]), np.array([4])).sha256
+    assert Ledger.read([first]).declined.tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("order", ["LD", "DD", "LL", "DLL", "DLD", "DDL", "LDL"])
+def test_nothing_else_is_said_twice(tmp_path: Path, order: str) -> None:
+    """D: declined, L: labelled, file by file; the label is the same each time."""
+    files = []
+    for number, kind in enumerate(order):
+        path = tmp_path / f"{number}.parquet"
+        files.append(write(path, [2, 5 + number], [1, 0]) if kind == "L" else declined(path, [2, 5 + number]))
+    with pytest.raises(Damage, match="sample s2 is labelled in more than one file"):
+        Ledger.read(files)
+
+
+def test_one_file_does_not_supersede_itself(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_labels(path, np.array([2, 2]), ["s2", "s2"], [None, 1], "someone", [SKIPPED, LABELED])
+    with pytest.raises(Damage, match="sample s2"):
+        Ledger.read([path])
+
+
+@pytest.mark.parametrize(
+    ("labels", "workers", "reason"),
+    [
+        ([0, 1], 1, None),
+        ([0, 1, 1, 1], 2, None),
+        ([], 1, "0 labelled samples of 0 classes; training needs at least 2 (2 per rank) of 2 classes"),
+        ([1, 1, 1], 1, "3 labelled samples of 1 classes; training needs at least 2 (2 per rank) of 2 classes"),
+        ([0, 1, 0], 2, "3 labelled samples of 2 classes; training needs at least 4 (2 per rank) of 2 classes"),
+    ],
+)
+def test_what_training_needs(labels: list[int], workers: int, reason: str | None) -> None:
+    assert too_few(labels, workers) == reason
 
 
 def test_label_files_of_a_cycle(tmp_path: Path) -> None:

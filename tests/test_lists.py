@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distal.errors import SourceError
-from distal.lists import find, read_ids, read_labels, require_readable
+from distal.lists import csv_text, find, label_reader, read_any_table, read_ids, read_labels, require_readable
 from distal.pool import Pool
 
 CLASSES = ("cat", "dog", "7")
@@ -23,8 +28,8 @@ def test_ids_of_text_csv_and_parquet(tmp_path: Path) -> None:
 
 
 def test_labels_are_indices_or_names(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("sample_id,label\nx,dog\ny,0\nz,7\n")
-    assert read_labels(tmp_path / "a.csv", "--check", CLASSES, 3) == (["x", "y", "z"], [1, 0, 2])
+    (tmp_path / "a.csv").write_text("sample_id,label\nx,dog\ny,0\nz, cat \n")
+    assert read_labels(tmp_path / "a.csv", "--check", ("cat", "dog", "bird"), 3) == (["x", "y", "z"], [1, 0, 0])
     (tmp_path / "b.csv").write_text("sample_id,label\nx,1\n")
     assert read_labels(tmp_path / "b.csv", "--check", None, 3) == (["x"], [1])
 
@@ -35,13 +40,91 @@ def test_what_looks_like_a_number_is_a_name(tmp_path: Path) -> None:
     classes = ("0", "1", "10", "2")  # as the folders of a pool sort
     assert read_labels(tmp_path / "a.csv", "--check", classes, 4) == (["007", "011"], [3, 2])
     pq.write_table(pa.table({"sample_id": [7], "label": [2]}), tmp_path / "a.parquet")
-    assert read_labels(tmp_path / "a.parquet", "--check", classes, 4) == (["7"], [2])
+    assert read_labels(tmp_path / "a.parquet", "--check", classes, 4) == (["7"], [3])
+
+
+LABELS = st.one_of(
+    st.integers(-20, 20),
+    st.integers(0, 20).map(str),
+    st.sampled_from(["cat", " dog ", "7", "007", "1.5", "²", "٣", ""]),
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["cat", "dog", "7", "1", "2", "-1", "1.5", "007", "٣", "²", "x7"]), min_size=2, unique=True
+    ),
+    LABELS,
+)
+def test_one_rule_says_what_a_label_means(classes: list[str], label: int | str) -> None:
+    """Independently: a name wins; an index is written like one; and no index among classes that are numbers."""
+
+    def is_number(text: str) -> bool:
+        with suppress(ValueError):
+            float(text)  # takes digits of every script
+            return True
+        return False
+
+    text = str(label).strip()
+    if text in classes:
+        expected = classes.index(text)
+    elif text in [str(index) for index in range(len(classes))] and not any(map(is_number, classes)):
+        expected = int(text)
+    else:
+        expected = None
+    assert label_reader(classes, len(classes))(label) == expected
+
+
+@pytest.mark.parametrize(
+    "label", [None, True, 1.0, b"0", "9" * 5000, "0" * 5000, "00", "+1", "-1", "1.0", "²", "\u0661", "3"]
+)
+def test_what_is_no_index(label: object) -> None:
+    assert label_reader(("cat", "dog", "bird"), 3)(label) is None
+    assert label_reader(None, 3)(label) is None
+
+
+def test_labels_of_numbered_classes_agree_in_every_format(tmp_path: Path) -> None:
+    """The labels that named the classes of a pool, 1 to 4, mean those classes again; the largest may be missing."""
+    labels = {"sample_id": ["a", "b", "c"], "label": [1, 3, 2]}
+    pq.write_table(pa.table(labels), tmp_path / "a.parquet")
+    pyarrow.csv.write_csv(pa.table(labels), tmp_path / "a.csv")
+    for name in ("a.parquet", "a.csv"):
+        assert read_labels(tmp_path / name, "loop.initial", ("1", "2", "3", "4"), 4)[1] == [0, 2, 1]
+
+
+def test_class_names_beside_labels_must_agree(tmp_path: Path) -> None:
+    """Integer labels 1 to 3 with names: as an index 1 is dog, and the file itself says that it is not."""
+    (tmp_path / "a.csv").write_text("sample_id,label,class_name\na,1,cat\n")
+    with pytest.raises(SourceError, match="label '1' of a is class dog, and its class_name is cat"):
+        read_labels(tmp_path / "a.csv", "loop.initial", ("cat", "dog", "bird"), 3)
+    (tmp_path / "a.csv").write_text("sample_id,label,class_name\na,1,dog\n")
+    assert read_labels(tmp_path / "a.csv", "loop.initial", ("cat", "dog", "bird"), 3) == (["a"], [1])
+
+
+FORMULAS = st.tuples(
+    st.sampled_from(["", "'", "''"]), st.sampled_from(list("=+-@\t\r\n\uff1d\uff20'a")), st.text(max_size=5)
+)
+TEXTS = st.one_of(st.text(min_size=1), FORMULAS.map("".join))
+
+
+@settings(deadline=None)
+@given(st.lists(TEXTS, min_size=1, max_size=20))
+def test_no_cell_is_a_formula_and_reading_undoes_it(texts: list[str]) -> None:
+    cells = [csv_text(text) for text in texts]
+    assert not any(cell[0] in "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20" for cell in cells)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.csv")
+        pyarrow.csv.write_csv(pa.table({"sample_id": cells, "label": cells}), path)
+        _, table = read_any_table(path, ("sample_id", "label"))
+    assert table["sample_id"].to_pylist() == table["label"].to_pylist() == texts
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("sample_id,label\nx,bird\n", "label 'bird' of x is none of the 3 classes"),
+        ("sample_id,label\nx,0\n", "label '0' of x is none of the 3 classes"),  # one is called 7: labels are names
         ("sample_id,label\nx,3\n", "label '3' of x is none of the 3 classes"),
         ("sample_id,label\nx,-1\n", "label '-1' of x is none of the 3 classes"),
         ("sample_id,label\nx,0\ny,0\nx,1\n", "sample x is there more than once"),

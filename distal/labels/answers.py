@@ -1,17 +1,19 @@
-"""What annotators said: raw answers, kept as they came, and what becomes of them.
+"""The answers of annotators: a log that only grows, and the one place that turns answers into labels.
 
 ::
 
-    RUN/answers/<number>-<sha12>.parquet    one immutable file per import: sample, label, status, annotator
+    RUN/answers/<number>.parquet    one immutable file per import that brought something new
 
-An answer that is there already is not kept again, so importing a file twice, or in parts, changes nothing. `settle` is
-the one place that turns answers into labels.
+Who: an annotator; a file that names none is an annotator of its own. What: a label, skipped, or unsure. When: the
+number of the import, the row in its file, and a time where the file has one. Of an annotator's answers to a sample one
+counts, the last word (`last_words`); an import adds what changes a last word, and nothing else.
+
+Importers need no lock: file n is created exclusively, and whoever finds it taken reads it and tries n + 1.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +22,23 @@ from typing import Literal
 
 import pyarrow as pa
 
-from distal.ledger import LABELED, SCHEMA, UNSURE
+from distal import ledger
+from distal.errors import Damage, UnknownFormat
+from distal.ledger import LABELED, UNSURE
 from distal.storage import create_bytes, names_in, read_table, table_bytes
 
 Policy = Literal["majority", "first", "reask"]
+
+SCHEMA = pa.schema(
+    [
+        *ledger.SCHEMA,
+        pa.field("time", pa.timestamp("us", tz="UTC")),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+    ]
+)
+
+_NUMBER = b"distal.import"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +48,9 @@ class Answer:
     Attributes:
         label: class index; None unless `status` is LABELED.
         status: LABELED, SKIPPED or UNSURE.
+        time: microseconds since 1970 (UTC), when the annotator said so; None where the file does not tell.
+        file: name of the file that was imported.
+        row: place in that file, from 1.
     """
 
     sample_index: int
@@ -40,6 +58,37 @@ class Answer:
     label: int | None
     status: str
     annotator: str
+    time: int | None = None
+    file: str = ""
+    row: int = 0
+
+    def differs_from(self, other: Answer) -> bool:
+        """Whether it says something else."""
+        return (self.label, self.status) != (other.label, other.status)
+
+    def supersedes(self, before: Answer) -> bool:
+        """Whether it takes the place of an answer of the same annotator that was imported before it.
+
+        Where both have a time, the later one counts, so an old export that is imported late changes nothing.
+        """
+        if self.time is None or before.time is None or self.time == before.time:
+            return self.differs_from(before)
+        return self.time > before.time
+
+
+@dataclass(frozen=True)
+class Added:
+    """What an import changed.
+
+    Attributes:
+        file: the file that keeps it; None when nothing is new.
+        new: the answers that were not known.
+        changed: those among `new` that say something else than their annotator's last word did.
+    """
+
+    file: Path | None
+    new: list[Answer]
+    changed: list[Answer]
 
 
 @dataclass(frozen=True)
@@ -55,21 +104,35 @@ class Settled:
     conflicts: list[str]
 
 
+def last_words(answers: Iterable[Answer]) -> dict[tuple[int, str], Answer]:
+    """The answer that counts of each (sample_index, annotator), in the order in which they first answered.
+
+    Args:
+        answers: in the order in which they were imported.
+    """
+    words: dict[tuple[int, str], Answer] = {}
+    for answer in answers:
+        who = answer.sample_index, answer.annotator
+        if who not in words or answer.supersedes(words[who]):
+            words[who] = answer
+    return words
+
+
 def settle(answers: Iterable[Answer], policy: Policy) -> Settled:
     """One answer for each sample, or none when its annotators disagree.
 
-    Of several answers by one annotator the last one counts. A label outweighs passing over or not being able to tell:
-    somebody could. With `majority` the most frequent label wins, and a tie is a conflict; with `first` the annotator
-    who came first wins; with `reask` every disagreement is a conflict.
+    The last word of each annotator counts. A label outweighs skipped and unsure. With `majority` the most frequent
+    label wins, and a tie is a conflict; with `first` the annotator who answered first wins; with `reask` every
+    disagreement is a conflict.
     """
-    by_sample: dict[int, dict[str, Answer]] = {}
-    for answer in answers:
-        by_sample.setdefault(answer.sample_index, {})[answer.annotator] = answer
+    by_sample: dict[int, list[Answer]] = {}
+    for (sample_index, _), answer in last_words(answers).items():
+        by_sample.setdefault(sample_index, []).append(answer)
     settled, conflicts = [], []
     for _, said in sorted(by_sample.items()):
-        winner = _winner([*said.values()], policy)
+        winner = _winner(said, policy)
         if winner is None:
-            conflicts.append(next(iter(said.values())).sample_id)
+            conflicts.append(said[0].sample_id)
         else:
             settled.append(winner)
     return Settled(settled, conflicts)
@@ -87,20 +150,61 @@ def _winner(said: Sequence[Answer], policy: Policy) -> Answer | None:
     return None
 
 
-def add(folder: Path, answers: Sequence[Answer]) -> tuple[Path | None, int]:
-    """Keep the answers of one import; returns their file, None when nothing is new, and how many are."""
-    known = set(read(folder))
-    rows = [asdict(answer) for answer in dict.fromkeys(answers) if answer not in known]
-    if not rows:
-        return None, 0
-    name = f"{len(names_in(folder)):06d}-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]}.parquet"
-    create_bytes(folder / name, bytes(table_bytes(pa.Table.from_pylist(rows, schema=SCHEMA))))
-    return folder / name, len(rows)
+def add(folder: Path, answers: Sequence[Answer]) -> Added:
+    """Add what an import changes to the log; several processes may do so at once.
+
+    Raises:
+        Damage: a file of the log is missing or has changed.
+    """
+    brought = last_words(answers)
+    while True:
+        number = n_imports(folder)
+        before = last_words(answer for each in range(number) for answer in read_import(folder, each))
+        new = [answer for who, answer in brought.items() if who not in before or answer.supersedes(before[who])]
+        changed = [each for each in new if _changes(each, before.get((each.sample_index, each.annotator)))]
+        if not new:
+            return Added(None, [], [])
+        path = _path(folder, number)
+        schema = SCHEMA.with_metadata({_NUMBER: str(number)})
+        table = pa.Table.from_pylist([asdict(answer) for answer in new], schema=schema)
+        if create_bytes(path, bytes(table_bytes(table))):
+            return Added(path, new, changed)
+
+
+def _changes(answer: Answer, before: Answer | None) -> bool:
+    return before is not None and answer.differs_from(before)
 
 
 def read(folder: Path) -> list[Answer]:
-    """All answers, in the order in which they were imported."""
-    found = []
-    for name in names_in(folder):
-        found += [Answer(**row) for row in read_table(folder / name).to_pylist()]
-    return found
+    """All answers, in the order in which they were imported; raises like `read_import`."""
+    return [answer for number in range(n_imports(folder)) for answer in read_import(folder, number)]
+
+
+def n_imports(folder: Path) -> int:
+    """How many files the log has, told by the largest number."""
+    found = (re.match(r"(\d+).*\.parquet", name, re.ASCII) for name in names_in(folder))
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def read_import(folder: Path, number: int) -> list[Answer]:
+    """The answers of one file of the log.
+
+    Args:
+        number: in [0, n_imports).
+
+    Raises:
+        Damage: the file is missing, has changed, or is another one of the log.
+        UnknownFormat: another version wrote it.
+    """
+    path = _path(folder, number)
+    table = read_table(path)
+    if table.schema.names != SCHEMA.names:
+        raise UnknownFormat(f"{path}: has other columns than this version of distal writes; import the answers again")
+    if (table.schema.metadata or {}).get(_NUMBER) != str(number).encode():
+        raise Damage(f"{path}: not the answers that were imported under this number; put them back from a copy")
+    times = table["time"].cast(pa.int64())
+    return [Answer(**row) for row in table.set_column(SCHEMA.get_field_index("time"), "time", times).to_pylist()]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.parquet"
