@@ -19,7 +19,7 @@ from distal.hashing import digest
 from distal.monitor import Display, Silent
 from distal.pool import Pool
 from distal.records import JsonObject, Progress, Window
-from distal.reduce.measures import FROM_RECORDED, FROM_SUMS, FROM_VOTES
+from distal.reduce.measures import FROM_RECORDED, FROM_VOTES
 from distal.reduce.stream import Mapper, Reduction, in_threads, reduce
 from distal.runs import Analysis, Cycle, Run
 from distal.scores import Scores
@@ -283,7 +283,7 @@ class Scored:
                 "(score.eliminate: exact), so only dispersion over all checkpoints can be computed; score again with "
                 "score.eliminate=none in another run directory"
             )
-        if measure in (*FROM_RECORDED, *FROM_SUMS) and measure not in self.config.score.record:
+        if measure in FROM_RECORDED and measure not in self.config.score.record:
             raise ConfigError(
                 f"--measure: {measure} was not recorded; score.record was {list(self.config.score.record)}; to have "
                 f"it, score in another run directory with {measure} in score.record"
@@ -294,7 +294,7 @@ class Scored:
                 "score.transform=train"
             )
         rows = window.rows(self.n_rows)
-        if measure in (*FROM_VOTES, *FROM_SUMS) and self.n_rows < self.n_checkpoints:
+        if measure in FROM_VOTES and self.n_rows < self.n_checkpoints:
             raise ConfigError(
                 f"--measure: {measure} is of all checkpoints, and {self.n_rows} of {self.n_checkpoints} were scored; "
                 "run again in another directory with score.checkpoints=all"

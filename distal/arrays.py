@@ -10,6 +10,7 @@ before it decodes anything: seven times as long as decoding 65,536 labels takes.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,10 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from distal.errors import Damage, one_line
 from distal.records import JsonObject
-from distal.storage import FORMAT, disk_errors, flush, is_durable, names_in, require_format
+from distal.storage import FORMAT, disk_errors, flush, is_durable, names_in, read_bytes, require_format
 
 METADATA = "zarr.json"
+MAX_METADATA_BYTES = 2**20
 
 
 def create_array(
@@ -76,7 +78,8 @@ def get_attributes(path: Path) -> JsonObject:
     """
     with _decoding(lambda: f"{path}: cannot be opened"):
         try:
-            attributes = zarr.open_group(path, mode="r").attrs.asdict()
+            _check_metadata(path)
+            attributes = zarr.open_group(path, mode="r", zarr_format=3).attrs.asdict()
         except FileNotFoundError:
             return {}
     require_format(path, attributes.pop("format", None))
@@ -95,7 +98,9 @@ class Array:
         with _decoding(lambda: f"{path}: cannot be opened"):
             # Written also when equal to the fill value: the existence of a chunk means something. The setting is not
             # persisted, so every handle sets it anew.
-            self._array: zarr.Array[Any] = zarr.open_array(path, mode="r+").with_config({"write_empty_chunks": True})
+            _check_metadata(path)
+            array = zarr.open_array(path, mode="r+", zarr_format=3)
+            self._array: zarr.Array[Any] = array.with_config({"write_empty_chunks": True})
             codecs = [type(codec) for codec in self._array.compressors]
         if codecs != [ZstdCodec, Crc32cCodec]:
             raise Damage(f"{path}: not laid out by distal (its chunks are not zstd with CRC-32C)")
@@ -103,6 +108,8 @@ class Array:
         self.chunks: tuple[int, ...] = self._array.chunks
         self.dtype: np.dtype[Any] = np.dtype(self._array.dtype)
         self.fill_value: Any = self._array.fill_value
+        self._chunk_bytes = math.prod(self.chunks) * self.dtype.itemsize
+        self._max_bytes = self._chunk_bytes + self._chunk_bytes // 128 + 1024  # of bytes that do not compress, and CRC
         self._axes: tuple[str, ...] = getattr(self._array.metadata, "dimension_names", None) or ()
 
     def write(self, where: tuple[int | slice, ...], values: NDArray[Any]) -> None:
@@ -163,10 +170,12 @@ class Array:
 
     def _decode(self, index: tuple[int, ...]) -> NDArray[Any]:
         """One whole chunk. At the end of an axis it reaches beyond the array, as Zarr stores it."""
-        data = memoryview(self.chunk_path(*index).read_bytes())
+        data = memoryview(read_bytes(self.chunk_path(*index), self._max_bytes))
         if len(data) < 4 or google_crc32c.value(bytes(data[:-4])) != int.from_bytes(data[-4:], "little"):
             raise Damage(f"{self.path}: {self._name(index)} does not decode (its bytes have changed)")
         with _decoding(lambda: f"{self.path}: {self._name(index)} does not decode"):
+            if content_size(data) != self._chunk_bytes:  # before any memory is taken: 28 KB can decode to a gigabyte
+                raise ValueError(f"it does not hold the {self._chunk_bytes:,} bytes of a chunk")
             return np.frombuffer(zstd.decompress(data[:-4]), self.dtype.newbyteorder("<")).reshape(self.chunks)
 
     def stored(self, row: int) -> set[int]:
@@ -183,6 +192,25 @@ class Array:
         """A chunk in words. Arrays are cut along checkpoints and samples, and no other axis."""
         words = {"checkpoint": "row", "sample": "block"}
         return ", ".join(f"{words[axis]} {i}" for axis, i in zip(self._axes, index, strict=True) if axis in words)
+
+
+def content_size(frame: bytes | memoryview) -> int | None:
+    """Bytes that a zstd frame says it decodes to (RFC 8878, section 3.1.1.1); None when it says nothing.
+
+    The decoder holds it to that: a frame that goes on beyond it is an error.
+    """
+    if len(frame) < 5 or bytes(frame[:4]) != b"\x28\xb5\x2f\xfd":
+        return None
+    descriptor = frame[4]
+    single = descriptor >> 5 & 1
+    n_bytes = (single, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
+    return int.from_bytes(frame[start : start + n_bytes], "little") + 256 * (n_bytes == 2) if n_bytes else None
+
+
+def _check_metadata(path: Path) -> None:
+    """Raise Damage or FileNotFoundError before Zarr opens what is no file, or looks for an older format of its own."""
+    read_bytes(path / METADATA, MAX_METADATA_BYTES)
 
 
 @contextmanager

@@ -7,21 +7,22 @@
       eligible      (n_samples,) bool, chunks (block_size,): which samples are scored in this cycle
       margin, ...   (T, n_samples) float16, chunks (1, block_size): recorded beside the assignments
       probabilities (T, n_samples, C) float32, chunks (1, block_size, C): recorded likewise
-      snapshot_bald (n_samples, C + 2) float32, chunks (block_size, C + 2): sums over the checkpoints so far, see `Sums`
-    assignments.zarr.json   layout, classes, weights of each row, fingerprint; sealed
+    assignments.zarr.json   layout and classes; sealed
+    assignments.zarr.begun/ fingerprint.json, and <row>.json: the machine and the weights that scoring was begun with
 
 Row t is the checkpoint with `checkpoint_index` t; column i is the sample with `sample_index` i. The fill value of
 `assignments` is the largest value of its dtype and is no class: UNASSIGNED. A block's recorded chunks are written first
 and its `assignments` chunk last, so the existence of that chunk is the commit: the array is its own journal. Chunks are
-only ever written whole, by one actor at a time, so no lock is needed. Sums tell themselves which rows they include, so
-a row that is scored twice is added once.
+only ever written whole, and two actors that score the same block write the same bytes, so no lock is needed.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -32,10 +33,11 @@ from numpy.typing import NDArray
 from distal.arrays import METADATA, Array, create_array, create_group
 from distal.errors import ConfigError, Damage
 from distal.records import Block, JsonObject, split_blocks
-from distal.storage import read_json, temporary_folder, write_bytes, write_json
+from distal.storage import create_folder, create_json, names_in, read_json, temporary_folder, write_bytes
 
 ARRAY, ELIGIBLE = "assignments", "eligible"
-PROBABILITIES, SNAPSHOT_BALD = "probabilities", "snapshot_bald"
+PROBABILITIES = "probabilities"
+FINGERPRINT, ROW = "fingerprint.json", re.compile(r"\d{5,}\.json", re.ASCII)
 READERS = 8  # threads that check chunks
 
 LabelArray = NDArray[np.unsignedinteger[Any]]
@@ -58,45 +60,6 @@ def unassigned(dtype: np.dtype[Any]) -> int:
     return int(np.iinfo(dtype).max)
 
 
-class Sums:
-    """What the checkpoints so far add up to, for the samples of some blocks.
-
-    Args:
-        columns: (n, C + 2) float32: the sum of each class probability, the sum of the entropies in nats, and the number
-            of rows included, which are the first ones.
-    """
-
-    def __init__(self, columns: NDArray[np.float32]) -> None:
-        self.columns = columns
-
-    @property
-    def probabilities(self) -> NDArray[np.float32]:
-        """Sum of p over the rows included: (n, C)."""
-        return self.columns[:, :-2]
-
-    @property
-    def entropies(self) -> NDArray[np.float32]:
-        """Sum of H(p) over the rows included, in nats: (n,)."""
-        return self.columns[:, -2]
-
-    @property
-    def n_rows(self) -> int:
-        """Rows included; 0 when there are no samples."""
-        return int(self.columns[:1, -1].sum())
-
-    def add(
-        self, row: int, positions: NDArray[np.integer], p: NDArray[np.float32], entropy: NDArray[np.float32]
-    ) -> None:
-        """Add a row for some samples, unless it is included; `end` says when all samples have it."""
-        if row >= self.n_rows:
-            self.columns[positions, :-2] += p
-            self.columns[positions, -2] += entropy
-
-    def end(self, row: int) -> None:
-        """The rows up to this one are included."""
-        self.columns[:, -1] = max(self.n_rows, row + 1)
-
-
 @dataclass(frozen=True)
 class Assignments:
     """A handle on one cycle's assignments.
@@ -105,7 +68,7 @@ class Assignments:
         path: the `assignments.zarr` folder.
         n_classes: classes are 0 .. n_classes - 1.
         recorded: names of the arrays that have a row per checkpoint beside the assignments.
-        attributes: kept beside it: the layout, the fingerprint of the machine that scores it, the weights of each row.
+        attributes: the layout, as kept beside it.
     """
 
     path: Path
@@ -126,27 +89,25 @@ class Assignments:
         eligible: Iterable[NDArray[np.bool_]],
         recorded: Sequence[str] = (),
     ) -> Self:
-        """Lay out the arrays; no assignment exists yet.
+        """Lay out the arrays; no assignment exists yet. What another driver has laid out meanwhile stays.
 
         Args:
             n_rows: T, the number of checkpoints that the cycle will have.
             eligible: for each block in order, which of its samples are to be scored: (len(block),) bool.
         """
-        record_path(path).unlink(missing_ok=True)
-        arrays = _lay_out(path, n_rows, n_samples, block_size, n_classes, recorded)
-        flags = arrays[ELIGIBLE]
-        for block, flag in zip(split_blocks(n_samples, block_size), eligible, strict=True):
-            flags.write((slice(block.start, block.stop),), flag)
-        # Written last: arrays without it were cut off while they were laid out.
+        with temporary_folder(path) as beside:  # they appear whole, and never in place of others
+            flags = _lay_out(beside, n_rows, n_samples, block_size, n_classes, recorded)[ELIGIBLE]
+            for block, flag in zip(split_blocks(n_samples, block_size), eligible, strict=True):
+                flags.write((slice(block.start, block.stop),), flag)
+            create_folder(beside, path)
         layout = {"n_rows": n_rows, "n_samples": n_samples, "block_size": block_size}
-        record = {**layout, "n_classes": n_classes, "recorded": list(recorded), "weights": [None] * n_rows}
-        write_json(record_path(path), record)
+        create_json(record_path(path), {**layout, "n_classes": n_classes, "recorded": list(recorded)})
         return cls.open(path)
 
     @classmethod
     def begun(cls, path: Path) -> bool:
         """Whether the arrays are laid out; False also when that was cut off, and nothing can have been scored."""
-        return record_path(path).exists()
+        return record_path(path).exists() and path.exists()
 
     @classmethod
     def take_up(
@@ -179,10 +140,6 @@ class Assignments:
                 recorded=recorded,
             )
         assignments = cls.open(path)
-        for what, files in assignments.damaged_sums():
-            on_damage(what)
-            for file in files:
-                file.unlink(missing_ok=True)
         for block, damage in list(assignments.damaged_eligible()):
             on_damage(str(damage))
             assignments._arrays[ELIGIBLE].write((slice(block.start, block.stop),), eligible(block.start, block.stop))
@@ -200,7 +157,7 @@ class Assignments:
             Damage: there are no assignments, or their metadata is not valid.
         """
         try:
-            attributes = read_json(record_path(path), required=("n_rows", "n_classes", "recorded", "weights"))
+            attributes = read_json(record_path(path), required=LAYOUT)
         except FileNotFoundError:
             raise Damage(f"{path}: no assignments here") from None
         arrays = {}
@@ -209,8 +166,7 @@ class Assignments:
             fill_value = None if np.isnan(array.fill_value) else array.fill_value
             if (array.shape, array.chunks, array.dtype, fill_value) != layout[:4]:
                 raise Damage(f"{path / name}: its metadata has changed (shape, chunks, dtype or fill value)")
-        recorded = tuple(name for name in attributes["recorded"] if name != SNAPSHOT_BALD)
-        return cls(path, attributes["n_classes"], recorded, attributes, arrays)
+        return cls(path, attributes["n_classes"], tuple(attributes["recorded"]), attributes, arrays)
 
     @classmethod
     def restore_metadata(cls, path: Path) -> None:
@@ -304,41 +260,6 @@ class Assignments:
             return array.read((slice(None), columns), complete=complete)
         return np.concatenate([array.read((slice(row, row + 1), columns), complete=complete) for row in rows])
 
-    @property
-    def sums_up(self) -> bool:
-        """Whether sums over the checkpoints are kept."""
-        return SNAPSHOT_BALD in self._arrays
-
-    def sums(self, block: Block) -> Sums:
-        """What the checkpoints so far add up to for a block; nothing before the first one. Raises Damage."""
-        array = self._arrays[SNAPSHOT_BALD]
-        if not array.chunk_path(block.index, 0).exists():
-            return Sums(np.zeros((len(block), self.n_classes + 2), np.float32))
-        return Sums(array.read((slice(block.start, block.stop),)))
-
-    def write_sums(self, block: Block, sums: Sums) -> None:
-        """Replace the sums of a block, before the rows they include are committed. Raises DiskFull."""
-        self._arrays[SNAPSHOT_BALD].write((slice(block.start, block.stop),), sums.columns)
-
-    def damaged_sums(self) -> Iterator[tuple[str, list[Path]]]:
-        """Every block whose sums do not decode, or lack a row that is committed: what is wrong, and the chunks to
-        delete to have the block scored again."""
-        if not self.sums_up:
-            return
-        committed = [self.committed(row) for row in range(self.n_rows)]
-        for block in self.blocks:
-            rows = [row for row, blocks in enumerate(committed) if block.index in blocks]
-            file = self.chunk(SNAPSHOT_BALD, None, block)
-            try:
-                n_rows = self.sums(block).n_rows
-            except Damage as damage:
-                what = str(damage)
-            else:
-                if not rows or n_rows > rows[-1]:
-                    continue
-                what = f"{self.path / SNAPSHOT_BALD}: block {block.index} lacks row {rows[-1]}"
-            yield what, [*(self.chunk(ARRAY, row, block) for row in rows), file]
-
     def read_recorded(self, name: str, row: int, start: int, stop: int) -> NDArray[np.floating[Any]]:
         """Columns [start, stop) of one row of a recorded array, NaN where not eligible.
 
@@ -356,10 +277,25 @@ class Assignments:
 
     def adopt_fingerprint(self, fingerprint: dict[str, str]) -> dict[str, str]:
         """Keep the first fingerprint that is offered; returns the one that is kept. For the driver alone."""
-        if "fingerprint" not in self.attributes:
-            self._keep("fingerprint", fingerprint)
-        kept: dict[str, str] = self.attributes["fingerprint"]
+        kept = self.fingerprint
+        if kept is None:
+            create_json(begun_path(self.path) / FINGERPRINT, fingerprint)
+            kept = read_json(begun_path(self.path) / FINGERPRINT)
         return kept
+
+    @property
+    def fingerprint(self) -> dict[str, str] | None:
+        """What the machines that score have in common; None before the first one has joined."""
+        with suppress(FileNotFoundError):
+            return read_json(begun_path(self.path) / FINGERPRINT)
+        return None
+
+    @property
+    def weights(self) -> dict[int, str]:
+        """Which weights the rows that are begun are scored with: their sha256."""
+        folder = begun_path(self.path)
+        names = [name for name in names_in(folder) if ROW.fullmatch(name)]
+        return {int(name[:-5]): read_json(folder / name, required=("weights",))["weights"] for name in names}
 
     def adopt_weights(self, row: int, sha256: str) -> None:
         """Keep which weights a row is scored with. For the driver alone, before it hands the row out.
@@ -367,14 +303,14 @@ class Assignments:
         Raises:
             Damage: the row was begun with other weights.
         """
-        weights: list[str | None] = list(self.attributes["weights"])
-        if weights[row] is None:
-            weights[row] = sha256
-            self._keep("weights", weights)
-        elif weights[row] != sha256:
+        path = begun_path(self.path) / f"{row:05d}.json"
+        if create_json(path, {"weights": sha256}):
+            return
+        kept = read_json(path, required=("weights",))["weights"]
+        if kept != sha256:
             raise Damage(
-                f"{self.path}: row {row} was begun with weights {str(weights[row])[:12]}, and checkpoint {row} now is "
-                f"{sha256[:12]}; put the old checkpoint back, or remove {self.path} to score all rows again"
+                f"{self.path}: row {row} was begun with weights {kept[:12]}, and checkpoint {row} now is "
+                f"{sha256[:12]}; put the old checkpoint back, or remove {self.path}* to score all rows again"
             )
 
     def damaged(self, row: int) -> Iterator[tuple[str, Block, Damage]]:
@@ -416,10 +352,6 @@ class Assignments:
         where = (*(() if row is None else (row,)), block.index)
         return array.chunk_path(*where, *[0] * (len(array.shape) - len(where)))
 
-    def _keep(self, name: str, value: object) -> None:
-        self.attributes[name] = value
-        write_json(record_path(self.path), self.attributes)
-
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path; a handle is opened where it is used."""
         return (type(self).open, (self.path,))
@@ -428,6 +360,11 @@ class Assignments:
 def record_path(path: Path) -> Path:
     """The sealed record beside the arrays: what Zarr's own metadata, which has no checksum, is held against."""
     return path.with_name(f"{path.name}.json")
+
+
+def begun_path(path: Path) -> Path:
+    """The folder beside the arrays with what scoring was begun with: a file for each thing, created exclusively."""
+    return path.with_name(f"{path.name}.begun")
 
 
 LAYOUT = ("n_rows", "n_samples", "block_size", "n_classes", "recorded")
@@ -439,10 +376,8 @@ def _layouts(
     """Of every array its shape, chunks, dtype, fill value (None: NaN) and the names of its axes."""
     dtype = dtype_for(n_classes)
     shape, chunks, names = (n_rows, n_samples), (1, block_size), ("checkpoint", "sample")
-    single = np.dtype(np.float32)
     special = {
-        PROBABILITIES: ((*shape, n_classes), (*chunks, n_classes), single, None, (*names, "class")),
-        SNAPSHOT_BALD: ((n_samples, n_classes + 2), (block_size, n_classes + 2), single, None, ("sample", "sum")),
+        PROBABILITIES: ((*shape, n_classes), (*chunks, n_classes), np.dtype(np.float32), None, (*names, "class"))
     }
     usual = (shape, chunks, np.dtype(np.float16), None, names)
     return {

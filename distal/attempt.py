@@ -157,7 +157,7 @@ class Attempt:
         self, job: Job, assignments: Assignments, indices: NDArray[np.int64], ref: CheckpointRef, names: Collection[str]
     ) -> dict[str, NDArray[np.float32]]:
         """What a checkpoint gives for some samples, by actors that may score there; see `Scorers.outputs`."""
-        begun = None if self._mixed else assignments.attributes.get("fingerprint")
+        begun = None if self._mixed else assignments.fingerprint
         return self.scorers.outputs(job, indices, ref, names, begun)
 
     def progress(self, progress: Progress, *, metered: bool = False) -> None:

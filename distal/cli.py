@@ -187,7 +187,7 @@ def submit(
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Which cycle; the last one that is scored.", min=0)]
-Last = Annotated[float | None, typer.Option(help="Only the last checkpoints: a number, or below 1 a share.", min=0)]
+Last = Annotated[float | None, typer.Option(help="Only the last checkpoints: a number, or below 1 a share.")]
 Every = Annotated[int, typer.Option(help="Only every k-th checkpoint, counted from the last one.", min=1)]
 From = Annotated[int, typer.Option("--from", help="Leave out the checkpoints before this one.", min=0)]
 PoolPlace = Annotated[Path | None, typer.Option("--pool", help="Where the pool of the run is, if it has moved.")]
@@ -198,9 +198,10 @@ RayAddress = Annotated[str | None, typer.Option(help="Share the work among the n
 def _window(first: int, last: float | None, every: int) -> Window:
     from distal.records import Window
 
-    if last is not None and last >= 1 and last != int(last):
-        raise ConfigError(f"--last must be a whole number of checkpoints, or a share of them below 1, got {last:g}")
-    return Window(first, last, every)
+    try:
+        return Window(first, last, every)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
 
 
 @app.command()

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from distal import __version__, cluster, driver
-from distal.assignments import record_path
+from distal.assignments import begun_path, record_path
 from distal.comparison_report import report
 from distal.config import FIRST, CompareConfig, Config, SelectConfig
 from distal.errors import ConfigError
@@ -144,7 +144,8 @@ def _fork(shared: Run, dest: Path, wanted: Config) -> None:
     if select.subpool is None:  # of a part of the pool other samples are scored
         stages.append("score")
         arrays.append(source.assignments)
-    paths = [shared.initial, source.folder / "train", source.checkpoints, *arrays, *map(record_path, arrays)]
+    beside = [of(path) for of in (record_path, begun_path) for path in arrays]
+    paths = [shared.initial, source.folder / "train", source.checkpoints, *arrays, *beside]
     paths += [source.folder / f"{stage}.json" for stage in stages]
     for path in paths:
         _link(path, dest / path.relative_to(shared.path))

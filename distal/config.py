@@ -27,8 +27,8 @@ from distal.storage import is_relative, local_path
 VoteMeasure = Literal[
     "dispersion", "dispersion_authors", "vote_entropy", "gini", "vote_margin", "flips", "last_flip", "decayed"
 ]
-Measure = Literal[VoteMeasure, "margin", "entropy", "least_confidence", "snapshot_bald", "random"]
-Recorded = Literal["margin", "entropy", "least_confidence", "probabilities", "snapshot_bald"]
+Measure = Literal[VoteMeasure, "margin", "entropy", "least_confidence", "random"]
+Recorded = Literal["margin", "entropy", "least_confidence", "probabilities"]
 Metric = Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"]
 Auto = Literal["auto"]
 Integer = Annotated[int, Strict()]  # true is not 1
@@ -313,8 +313,7 @@ class ScoreConfig(Section):
     record: tuple[Recorded, ...] = key(
         ("margin",),
         "What is kept beside the assignments: margin p1 - p2, entropy in nats and least_confidence 1 - p1 as float16; "
-        "the probabilities of all classes as float32; for snapshot_bald the sum of the probabilities, and of the "
-        "entropies, over all checkpoints.",
+        "the probabilities of all classes as float32.",
     )
     record_rows: Literal["last", "all"] = key("last", "Checkpoints at which they are kept.")
     mixed_hardware: Literal["refuse", "allow"] = key(
@@ -490,10 +489,6 @@ class Root(Section):
             raise ValueError(f"select.measure: {self.select.measure} needs score.record to contain it")
         if self.select.breaks_ties_by_margin and "margin" not in self.score.record:
             raise ValueError("select.tie_break: margin needs score.record to contain it; or set tie_break: hash")
-        if self.score.eliminate == "exact" and "snapshot_bald" in self.score.record:
-            raise ValueError(
-                "score.record: snapshot_bald needs every sample at every checkpoint; set score.eliminate=none"
-            )
         if self.score.eliminate == "exact" and self.select.batch != "top_k":
             raise ValueError(
                 f"score.eliminate: exact is for select.batch: top_k, not for {self.select.batch}; set "

@@ -44,7 +44,7 @@ from distal.runs import Cycle, Run
 from distal.score.job import Elimination, Published, Scored
 from distal.scores import Scores
 from distal.selection import Selection, short_of
-from distal.storage import be_durable, sha256
+from distal.storage import be_durable, names_in, sha256
 from distal.strategies import scored_epochs
 from distal.train.command import run_command
 from distal.train.launch import Ranks, abandon, train
@@ -206,6 +206,7 @@ class _Driver:
                 chosen = self._enough(choose_at_random(self.unlabeled, initial, seed))
                 random_batch(self.pool, chosen, self.directory.initial_selection)
             waiting = _waiting(self.config, self.pool, -1, self.directory.initial_selection)
+            self.attempt.lease.require()
             waiting.write(self.directory)
             if not waiting.collect(self.directory):
                 return waiting.report(self.directory)
@@ -255,6 +256,7 @@ class _Driver:
         waiting = _waiting(self.config, self.pool, cycle.index, cycle.selection)
 
         if cycle.marker("label") is None and not cycle.labels.exists():
+            self.attempt.lease.require()
             waiting.write(self.directory)
             if not waiting.collect(self.directory):  # the one look at the answers: an import may come at any time
                 report = waiting.report(self.directory)
@@ -292,6 +294,7 @@ class _Driver:
         config = _begun(cycle)
         label_files = tuple(self.directory.label_files(before=cycle.index))
         ledger = Ledger.read(label_files)
+        answers = names_in(self.directory.answers)  # kept, so that one that goes missing is missed
         if cycle.marker("train") is None:
             self._check_enough(cycle, ledger)
         self.attempt.meter.set(metrics.CYCLE, cycle.index)
@@ -330,11 +333,12 @@ class _Driver:
 
         def work() -> JsonObject:
             if config.train.command is None:
-                train(job, self.ranks, given_up=given_up, still_ours=self.attempt.lease.check, on_event=on_event)
+                train(job, self.ranks, given_up=given_up, still_ours=self.attempt.lease.require, on_event=on_event)
             else:
-                run_command(config.train.command, job, self.pool, given_up)
+                run_command(config.train.command, job, self.pool, given_up, self.attempt.lease.require)
             return {
                 "n_labeled": len(ledger),
+                "answers": answers,
                 "device": self.slots.device,
                 "world_size": self.ranks.workers,
                 "deterministic": self.slots.device == "cpu",  # a GPU may lack such a kernel; see `be_deterministic`
@@ -405,7 +409,7 @@ class _Driver:
                 "left_out": scored.left_out,
                 "n_eligible": n_eligible,
                 "n_rows": n_rows,
-                "fingerprint": assignments.attributes.get("fingerprint"),
+                "fingerprint": assignments.fingerprint,
             }
 
         def made_from() -> dict[str, str]:
@@ -545,7 +549,7 @@ class _Driver:
         self, cycle: Cycle, stage: str, made_from: Callable[[], dict[str, str]], work: Callable[[], JsonObject]
     ) -> None:
         """Run a stage unless it is complete, and log that it has been."""
-        self.attempt.lease.check()
+        self.attempt.lease.require()
         complete = cycle.marker(stage) is not None
         marker = cycle.run_stage(stage, made_from, work)
         self.attempt.meter.tell(now=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distal.assignments import SNAPSHOT_BALD, dtype_for
+from distal.assignments import dtype_for
 from distal.config import TORCHVISION, CompareConfig, Config, ForeignConfig
 from distal.errors import PoolError
 from distal.foreign import matching
@@ -53,22 +53,21 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     itemsize = dtype_for(n_classes).itemsize
     weights = _weights_bytes(config, shape, n_classes)
     row_bytes = {"probabilities": 4 * n_classes}
-    recorded = [row_bytes.get(name, 2) for name in config.score.record if name != SNAPSHOT_BALD]
+    recorded = [row_bytes.get(name, 2) for name in config.score.record]
     n_kept = n_rows if config.score.record_rows == "all" else 1
-    sums = SNAPSHOT_BALD in config.score.record
     n_published = len(config.train.checkpoint_epochs) if isinstance(config, Config) else 0
     eliminates = config.score.eliminate == "exact"
     n_measures = len(measures_of(config)) if isinstance(config, Config) else 1
     objects = {
         "assignments": n_rows * n_blocks,
-        "recorded": (len(recorded) * n_kept + sums) * n_blocks,
+        "recorded": len(recorded) * n_kept * n_blocks,
         "eligible": n_blocks,
         "scores": n_measures * n_blocks,
         "checkpoints": 2 * n_published,
     }
     disk = {
         "assignments": n_rows * n_samples * itemsize,
-        "recorded": (sum(recorded) * n_kept + sums * 4 * (n_classes + 2)) * n_samples,
+        "recorded": sum(recorded) * n_kept * n_samples,
         "eligible": n_samples,
         "scores": n_measures * n_samples * 4,
         "checkpoints": n_published * weights,

@@ -16,7 +16,7 @@ import io
 import re
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,7 @@ class ForeignCheckpoints:
         folder, pattern: where they are, and which files are checkpoints.
         template: weights of the network that theirs must fit.
         layout: where in a file they are.
+        still_ours: called before the record is replaced; raises when another driver has the run.
 
     Raises:
         ModelError: no such directory.
@@ -91,11 +92,12 @@ class ForeignCheckpoints:
         pattern: str,
         template: StateDict,
         layout: Layout = Layout(),
+        still_ours: Callable[[], None] = lambda: None,
     ) -> None:
         if not folder.is_dir():
             raise ModelError(f"checkpoints.path: {folder}: no such directory")
         self._record, self._folder, self._pattern = record, folder, pattern
-        self._template, self._layout = template, layout
+        self._template, self._layout, self._still_ours = template, layout, still_ours
         self._entries = known(record)
         self._kept = False
         self._seen: dict[str, tuple[tuple[int, int], float]] = {}  # size and time of a new file, and since when
@@ -167,8 +169,14 @@ class ForeignCheckpoints:
         return not waiting
 
     def keep(self) -> None:
-        """Write the indices down, those given so far and those to come. Until then nothing is written."""
+        """Write the indices down, those given so far and those to come. Until then nothing is written.
+
+        A driver that is late all the same may take back indices that its successor gave. They are given again in the
+        same order; should one belong to another file then, its weights are not those that its row was begun with, and
+        the run stops.
+        """
         self._kept = True
+        self._still_ours()
         write_json(self._record, {"checkpoints": [asdict(entry) for entry in self._entries]})
 
     def settle(self) -> None:

@@ -23,7 +23,7 @@ from distal.errors import ConfigError, PoolError
 from distal.hashing import mix64
 from distal.monitor import Display, Silent, figure_texts, share_names
 from distal.records import JsonObject, Window
-from distal.reduce.measures import FROM_RECORDED, FROM_SUMS, FROM_VOTES, SEEDED
+from distal.reduce.measures import FROM_RECORDED, FROM_VOTES, SEEDED
 from distal.scores import Scores
 from distal.statistics import t_interval
 from distal.storage import write_bytes
@@ -198,7 +198,7 @@ def _spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
 
 def _all_measures(runs: Sequence[Scored]) -> tuple[str, ...]:
     """What all runs can be reduced to, and windows of dispersion that have at least two checkpoints."""
-    recorded = [name for name in (*FROM_RECORDED, *FROM_SUMS) if all(name in run.config.score.record for run in runs)]
+    recorded = [name for name in FROM_RECORDED if all(name in run.config.score.record for run in runs)]
     n_rows = min(run.n_rows for run in runs)
     windows = [f"{REFERENCE}{each}" for each in WINDOWS]
     wide = [name for name in windows if len(Window.of_name(name)[1].rows(n_rows)) > 1]

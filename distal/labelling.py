@@ -65,7 +65,11 @@ class Waiting:
         return None if waiting.dest(run).exists() else waiting
 
     def write(self, run: Run) -> None:
-        """Say it to everybody."""
+        """Say it to everybody. For the holder of the lease, who looks right before.
+
+        A writer that is late all the same names a batch that has its labels: then the run waits for nothing, an import
+        is refused, and the next `distal run` names the right one again.
+        """
         paths = {"selection": str(self.selection.relative_to(run.path)), "pool": str(self.pool)}
         write_json(run.waiting, {**vars(self), **paths, "classes": list(self.classes)})
 

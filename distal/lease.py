@@ -5,14 +5,23 @@
     RUN/driver/000003.json    who drives: host, process, attempt, and a beat that goes on while it lives
 
 The file with the highest number is the lease. It is created exclusively, so of two that take over at the same moment
-one wins; a driver that finds a higher number than its own has been superseded. Nothing is locked: what a superseded
-driver still writes is what its successor writes, too.
+one wins; a driver that finds a higher number than its own has been superseded. Nothing is locked, and no lease of a run
+is ever removed: a number is given once, so nobody who was paused can create one that somebody else had.
+
+A driver that was paused may write after its successor has begun. What then? Every artifact has one of these answers:
+
+- created exclusively, the first one stays: `run.yaml`, `cycle.yaml`, manifests, label files, the layout of assignments
+  and what they were begun with (fingerprint, weights of a row), what was decided at a barrier, who may train;
+- the same bytes, whoever writes them: chunks, scores, selections, the state of training, on processors of one kind;
+- written after `require`, and found out if it is late all the same: see `Waiting.write`, `Staged.expect_again`,
+  `ForeignCheckpoints.keep`.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +39,7 @@ from distal.storage import create_json, names_in, read_json, write_json
 FOLDER = "driver"
 EXPIRY_S = 30.0  # a lease whose beat stood still for so long is given up
 BEAT_S = 5.0
+NAME = re.compile(r"\d{6,}\.json", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,9 @@ class Lease:
         attempt: names this driver.
         say: told when it has to wait.
 
+    Attributes:
+        number: which of the drivers of this run it is, from 1; of two the larger one came later.
+
     Raises:
         RunConflict: another driver holds it, and lives.
     """
@@ -89,7 +102,7 @@ class Lease:
     def __init__(self, run: Path, attempt: str, say: Callable[[str], None] = lambda line: None) -> None:
         self._run, self._folder, self._say = run, run / FOLDER, say
         self._me = Holder.this_process(attempt)
-        self._number = 0
+        self.number = 0
         self._successor: Holder | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -104,19 +117,26 @@ class Lease:
         self._thread.join()
         if self._successor is not None:
             return
-        if not (self._run / "run.yaml").exists():  # it came to nothing, and leaves nothing
-            self._path(self._number).unlink(missing_ok=True)
+        if not (self._run / "run.yaml").exists():  # it came to nothing, and leaves nothing; see `_take`
+            self._path(self.number).unlink(missing_ok=True)
             with suppress(OSError):  # not empty
                 self._folder.rmdir()
                 self._run.rmdir()
             return
         with suppress(DiskFull):  # the next one finds out that this process is gone
-            write_json(self._path(self._number), asdict(replace(self._me, released=True)))
+            write_json(self._path(self.number), asdict(replace(self._me, released=True)))
 
     def check(self) -> None:
         """Raise Superseded when another driver has taken over."""
         if self._successor is not None:
             raise Superseded(f"{self._run}: {self._successor} has taken over; this one stops, nothing is lost")
+
+    def require(self) -> None:
+        """Look again, and raise Superseded when another driver has taken over: before anything is replaced."""
+        number, holder = self._latest()
+        if number > self.number:
+            self._successor = holder
+        self.check()
 
     def _take(self) -> None:
         watched: tuple[int, int] | None = None
@@ -135,22 +155,23 @@ class Lease:
             if lives is None and time.monotonic() - since < EXPIRY_S:
                 time.sleep(min(1.0, EXPIRY_S / 10))
                 continue
-            if create_json(self._path(number + 1), asdict(self._me)):
-                self._number = number + 1
-                for old in self._numbers():
-                    if old < self._number:
-                        self._path(old).unlink(missing_ok=True)
-                return
+            with suppress(FileNotFoundError):  # whoever was here came to nothing, and has just removed the folder
+                if create_json(self._path(number + 1), asdict(self._me)):
+                    # Leases of what came to nothing are removed, so numbers may have been given while we were paused.
+                    if max(self._numbers()) == number + 1:
+                        self.number = number + 1
+                        return
+                    self._path(number + 1).unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
             try:
                 number, holder = self._latest()
-                if number > self._number:
+                if number > self.number:
                     self._successor = holder
                     return
                 self._me = replace(self._me, beat=self._me.beat + 1)
-                write_json(self._path(self._number), asdict(self._me))
+                write_json(self._path(self.number), asdict(self._me))
             except (OSError, DistalError):
                 continue  # a file system that is away for a moment; what it is needed for says so when it stays away
 
@@ -166,7 +187,7 @@ class Lease:
         return 0, None
 
     def _numbers(self) -> list[int]:
-        return sorted(int(name.removesuffix(".json")) for name in names_in(self._folder))
+        return sorted(int(name.removesuffix(".json")) for name in names_in(self._folder) if NAME.fullmatch(name))
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06d}.json"

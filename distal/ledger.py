@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from distal.errors import Damage
-from distal.storage import names_in, read_table, write_table
+from distal.storage import create_bytes, names_in, read_table, table_bytes
 
 SCHEMA = pa.schema(
     [
@@ -125,7 +125,7 @@ def write_labels(
     annotator: str | Sequence[str],
     status: Sequence[str] | None = None,
 ) -> None:
-    """Write an immutable file of labels.
+    """Write an immutable file of labels; when it is there already, from another driver, that one stays.
 
     Args:
         labels: class of each sample; None where `status` is not LABELED.
@@ -135,7 +135,7 @@ def write_labels(
     n = len(indices)
     annotators = [annotator] * n if isinstance(annotator, str) else list(annotator)
     columns = [indices, sample_ids, pa.array(labels, pa.int32()), annotators, list(status or [LABELED] * n)]
-    write_table(path, pa.table(columns, schema=SCHEMA))
+    create_bytes(path, bytes(table_bytes(pa.table(columns, schema=SCHEMA))))
 
 
 def label_files(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,19 +49,33 @@ class Window:
 
     Attributes:
         first: leave out the rows before this one, counted from 0.
-        last: of those, the last ones: a number of rows, or below 1 a share of them (rounded up). None: all.
+        last: of those, the last ones: a number of rows, or below 1 a share of them (rounded up). None: all. A share is
+            the decimal number that it is written as: 0.55 of 100 rows are 55, although the float is a little more.
         every: of those, every k-th, counted back from the last one, so that it is always in.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     first: int = 0
     last: float | None = None
     every: int = 1
 
+    def __post_init__(self) -> None:
+        for name, value, least in (("from", self.first, 0), ("every", self.every, 1)):
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        if self.last is not None and not (0 < self.last < 1 or (self.last >= 1 and float(self.last).is_integer())):
+            raise ValueError(
+                f"last={self.last:g}: must be a whole number of checkpoints, or a share of them above 0 and below 1"
+            )
+
     def rows(self, n_rows: int) -> list[int]:
         """The rows of this window, ascending, when there are `n_rows`."""
         rows = list(range(self.first, n_rows))
         if self.last is not None:
-            keep = math.ceil(self.last * len(rows)) if self.last < 1 else int(self.last)
+            exact = Fraction(repr(float(self.last)))
+            keep = math.ceil(exact * len(rows)) if exact < 1 else int(exact)
             rows = rows[max(0, len(rows) - keep) :]
         return rows[::-1][:: self.every][::-1]
 
@@ -68,7 +83,7 @@ class Window:
         """As it stands in the name of an analysis: `@from=10,last=0.25,every=2`; nothing when it leaves nothing out."""
         parts = [
             f"from={self.first}" if self.first else "",
-            "" if self.last is None else f"last={self.last:g}",
+            "" if self.last is None else f"last={float(self.last)!r}".removesuffix(".0"),
             f"every={self.every}" if self.every > 1 else "",
         ]
         named = ",".join(part for part in parts if part)
@@ -82,18 +97,20 @@ class Window:
             ValueError: what stands after the `@` is no window.
         """
         measure, _, named = name.partition("@")
-        kinds = {"from": ("first", int, 0), "last": ("last", float, 0), "every": ("every", int, 1)}
+        kinds: dict[str, tuple[str, type[int] | type[float]]]
+        kinds = {"from": ("first", int), "last": ("last", float), "every": ("every", int)}
         values: dict[str, Any] = {}
         for part in named.split(",") if named else ():
             key, _, value = part.partition("=")
             if key not in kinds:
                 raise ValueError(f"{part!r} is no part of a window; those are from=N, last=N or a share, and every=N")
-            field_name, kind, least = kinds[key]
-            values[field_name] = kind(value)
-            if values[field_name] < least or (key == "last" and values[field_name] <= 0):
-                raise ValueError(f"{part!r} must be larger")
-            if key == "last" and values[field_name] > 1 and values[field_name] % 1:
-                raise ValueError(f"{part!r} must be a whole number of checkpoints, or a share of them below 1")
+            field_name, kind = kinds[key]
+            if field_name in values:
+                raise ValueError(f"{named!r} has {key} twice")
+            try:
+                values[field_name] = kind(value)
+            except ValueError:
+                raise ValueError(f"{part!r} is not a {'whole ' if kind is int else ''}number") from None
         return measure, cls(**values)
 
 

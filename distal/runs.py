@@ -36,13 +36,14 @@ from typing import Any, Self
 
 from distal import storage
 from distal.config import Config, ForeignConfig, Root, from_record, to_record
-from distal.errors import Damage, RunConflict
+from distal.errors import Damage, RunConflict, Superseded
 from distal.hashing import digest
 from distal.ledger import Ledger, label_files
 from distal.records import JsonObject
 from distal.selection import Selection
 
 EXPECTED = "expected.json"
+CYCLE = re.compile(r"\d{3,}", re.ASCII)
 STAGES = ("train", "score", "test", "reduce", "select", "label")
 
 
@@ -68,7 +69,11 @@ class Staged:
         (self.folder / f"{stage}.json").unlink(missing_ok=True)
 
     def expect_again(self, stage: str, sha256: str | None) -> None:
-        """Keep which selection a stage made, before its marker goes: made again, it must be the same."""
+        """Keep which selection a stage made, before its marker goes: made again, it must be the same.
+
+        For the holder of the lease, who looks right before. A writer that is late all the same puts back what its
+        marker said: should another selection have been made since, the run stops and names both rather than go on.
+        """
         if sha256 is not None:
             try:
                 inputs = (self.marker(stage) or {}).get("inputs")
@@ -179,17 +184,15 @@ class Cycle(Staged):
 
     @property
     def elimination(self) -> Path:
-        """What was decided at each barrier; see `score.eliminate`."""
-        return self.folder / "elimination.json"
+        """What was decided at each barrier, `<row>.json`; see `score.eliminate`."""
+        return self.folder / "elimination"
 
     def remaining(self, n_rows: int) -> tuple[int, ...] | None:
         """Of each block, how many samples were scored at the last of `n_rows` rows; None when nothing was left out."""
-        try:
-            barriers = storage.read_json(self.elimination, required=("barriers",))["barriers"]
-        except FileNotFoundError:
+        before = [name for name in storage.names_in(self.elimination) if int(name.removesuffix(".json")) < n_rows]
+        if not before:
             return None
-        before = [barrier for barrier in barriers if barrier["row"] < n_rows]
-        return tuple(before[-1]["remaining"]) if before else None
+        return tuple(storage.read_json(self.elimination / before[-1], required=("remaining",))["remaining"])
 
     @property
     def scores(self) -> Path:
@@ -220,7 +223,8 @@ class Cycle(Staged):
 
     def begin(self, config: Root) -> None:
         """Write `cycle.yaml`; from here on the configuration of this cycle is fixed."""
-        storage.write_yaml(self.folder / "cycle.yaml", to_record(config))
+        if not storage.create_yaml(self.folder / "cycle.yaml", to_record(config)):
+            raise Superseded(f"{self.folder}: another driver has begun this cycle meanwhile; this one stops")
         vars(self).pop("config", None)  # it was None until now
 
     def analysis(self, name: str) -> Analysis:
@@ -340,7 +344,9 @@ class Run:
         """
         self.check(fixed)
         if self.identity is None:
-            storage.write_yaml(self.path / "run.yaml", {"fixed": fixed, "constants": constants})
+            began = storage.create_yaml(self.path / "run.yaml", {"fixed": fixed, "constants": constants})
+            if not began:  # with values of its own for each `auto`
+                raise Superseded(f"{self.path}: another driver has begun this run meanwhile; this one stops")
 
     def is_complete(self, n_cycles: int) -> bool:
         """Whether nothing is left to do, told from storage alone."""
@@ -406,8 +412,12 @@ class Run:
 
     def begun_cycles(self) -> list[Cycle]:
         """The cycles that have a `cycle.yaml`, in order."""
-        cycles = [self.cycle(int(name)) for name in storage.names_in(self.path / "cycles") if name.isdigit()]
-        return [cycle for cycle in cycles if cycle.config is not None]
+        return [cycle for cycle in self.cycles() if cycle.config is not None]
+
+    def cycles(self) -> list[Cycle]:
+        """The folders of cycles, begun or not, in order."""
+        names = storage.names_in(self.path / "cycles")
+        return [self.cycle(index) for index in sorted(int(name) for name in names if CYCLE.fullmatch(name))]
 
     def label_files(self, before: int) -> list[Path]:
         """The files that make up the ledger at the start of cycle `before`."""

@@ -139,6 +139,7 @@ class _Scoring:
             config.checkpoints.pattern,
             spec.build(pretrained=False).state_dict(),
             Layout(config.checkpoints.key, config.checkpoints.strip_prefix),
+            attempt.lease.require,
         )
         if watch:
             self.checkpoints.look(patient=True)

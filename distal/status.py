@@ -14,7 +14,6 @@ from distal.labelling import Waiting
 from distal.monitor import spoken
 from distal.records import JsonObject
 from distal.runs import STAGES, Cycle, Run
-from distal.storage import names_in
 
 RATE_WINDOW_S = 60.0
 
@@ -156,11 +155,10 @@ class Watch:
 
     def _last_cycle(self) -> Cycle | None:
         """The last one that has begun; always the same object, which keeps its configuration."""
-        names = [name for name in names_in(self._run.path / "cycles") if name.isdigit()]
-        for index in sorted(map(int, names), reverse=True):
-            if self._rows is not None and self._rows.cycle.index == index:
+        for cycle in reversed(self._run.cycles()):
+            if self._rows is not None and self._rows.cycle.index == cycle.index:
                 return self._rows.cycle
-            if (cycle := self._run.cycle(index)).config is not None:
+            if cycle.config is not None:
                 return cycle
         return None
 

@@ -14,8 +14,10 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -41,6 +43,8 @@ DURABLE = "DISTAL_DURABLE"
 """Environment variable, so that the processes that Ray starts know it, too."""
 
 TEMPORARY = (".tmp", ".partial")  # ours, and Zarr's
+MAX_JSON_BYTES, MAX_YAML_BYTES = 2**28, 2**22
+"""A longer record is none of ours: what is decided at a barrier has some bytes per block."""
 
 _PARQUET_FORMAT, _PARQUET_SEAL = b"distal.format", b"distal.sha256"
 _NO_SEAL = b"0" * 64
@@ -107,6 +111,20 @@ def create_bytes(path: Path, data: bytes) -> bool:
         try:
             os.link(temporary, path)  # unlike replace, link refuses an existing target, atomically
         except FileExistsError:
+            return False
+        if is_durable():
+            _flush(path.parent)
+        return True
+
+
+def create_folder(made: Path, path: Path) -> bool:
+    """Move a folder to where it belongs, unless there is one: the first one stays. Returns whether this call did it."""
+    with disk_errors(path):
+        try:
+            made.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
             return False
         if is_durable():
             _flush(path.parent)
@@ -211,7 +229,7 @@ def _seal_parquet(file: BinaryIO) -> None:
 def check_parquet(path: Path) -> None:
     """Raise Damage unless a Parquet file has the bytes that were written; raises like `read_table`."""
     open_parquet(path).close()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         try:
             place, checksum = _parquet_seal(file)
         except ValueError:
@@ -256,6 +274,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     try:
+        open_file(path).close()
         with parquet_errors(path):
             file = pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
@@ -285,6 +304,34 @@ def parquet_errors(path: Path) -> Iterator[None]:
         if error.errno is not None or isinstance(error, FileNotFoundError):
             raise
         raise Damage(f"{path}: damaged ({one_line(error)})") from error  # such as a page that fails its checksum
+
+
+def read_bytes(path: Path, limit: float = math.inf) -> bytes:
+    """A whole file.
+
+    A run directory may come from anybody: a FIFO in place of a file would block for ever, a device never end.
+
+    Args:
+        limit: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: no such file.
+        Damage: it is no regular file, or larger than `limit`.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise Damage(f"{path}: {size:,} bytes; at most {limit:,} were written")
+        return file.read()
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading; raises like `read_bytes`."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without waiting for a writer of a FIFO
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise Damage(f"{path}: not a regular file")
+    return os.fdopen(handle, "rb")
 
 
 def write_json(path: Path, record: JsonObject) -> None:
@@ -317,27 +364,48 @@ def read_json(path: Path, required: Sequence[str] = ()) -> JsonObject:
         UnknownFormat: it was written by a version with another format.
     """
     try:
-        record = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise Damage(f"{path}: not valid JSON ({error})") from error
+        record = json.loads(read_bytes(path, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise Damage(f"{path}: not valid JSON ({one_line(error)[:200]})") from error
     return _checked(path, record, required)
 
 
 def write_yaml(path: Path, record: JsonObject) -> None:
     """Write a YAML record atomically, with the format version."""
+    write_bytes(path, _yaml(record))
+
+
+def create_yaml(path: Path, record: JsonObject) -> bool:
+    """Create a YAML record unless it is there; returns whether this call did it."""
+    return create_bytes(path, _yaml(record))
+
+
+def _yaml(record: JsonObject) -> bytes:
     import yaml
 
-    write_bytes(path, yaml.safe_dump(_sealed(record), sort_keys=False).encode())
+    class Plain(yaml.SafeDumper):
+        def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002
+            return True
+
+    text: str = yaml.dump(_sealed(record), Dumper=Plain, sort_keys=False)
+    return text.encode()
 
 
 def read_yaml(path: Path, required: Sequence[str] = ()) -> JsonObject:
     """Read a record written by `write_yaml`; raises like `read_json`."""
     import yaml
 
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            if self.check_event(yaml.AliasEvent):  # a few of them in each other stand for more than any memory holds
+                raise yaml.YAMLError("an alias, which no record has")
+            return super().compose_node(parent, index)
+
+    data = read_bytes(path, MAX_YAML_BYTES)
     try:
-        record = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise Damage(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+        record = yaml.load(data, Loader=Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Damage(f"{path}: not valid YAML ({one_line(error)[:200]})") from error
     return _checked(path, record, required)
 
 
@@ -347,7 +415,11 @@ def _checked(path: Path, record: object, required: Sequence[str]) -> JsonObject:
     found, seal = record.pop("format", None), record.pop(SEAL, None)
     if found != FORMAT:
         raise _unknown(path, found)
-    if seal != digest(record):
+    try:
+        found = digest(record)
+    except (TypeError, ValueError, RecursionError) as error:  # dates, keys that are lists
+        raise Damage(f"{path}: not a record ({one_line(error)[:200]})") from error
+    if seal != found:
         raise Damage(f"{path}: what it says has changed since it was written; put back what was there")
     missing = [key for key in required if key not in record]
     if missing:
@@ -385,7 +457,7 @@ def read_sealed(path: Path) -> bytes:
         FileNotFoundError: no such file.
         Damage: the bytes are not those that were written.
     """
-    sealed = path.read_bytes()
+    sealed = read_bytes(path)
     data = sealed[64:]
     if sealed[:64] != sha256(data).encode():
         raise Damage(f"{path}: its bytes have changed")

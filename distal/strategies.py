@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from distal import plugins
-from distal.assignments import SNAPSHOT_BALD
 from distal.config import Config, Recorded, SelectConfig, VoteMeasure
 from distal.errors import ConfigError
 from distal.records import Window
@@ -101,7 +100,7 @@ def scored_epochs(config: Config) -> list[int]:
     measure, _ = Window.of_name(select.measure)
     needs = set(needs_of(select))
     if select.from_ is None:
-        if measure in (*get_args(VoteMeasure), SNAPSHOT_BALD):
+        if measure in get_args(VoteMeasure):
             needs.add("all")
         elif measure in get_args(Recorded):
             needs.add("final")

@@ -1,22 +1,30 @@
 """Is what is stored what was written? `distal verify` reads everything, `distal repair` deletes what is damaged.
 
+Nothing that a run names is imported: a run directory may come from anybody, and a strategy or a model of the user's own
+may not be importable here. How many rows a cycle has is read from what was written, never worked out again.
+
 What is deleted can be made again from what is left: the next `distal run` or `distal score` refills it, and a selection
 that was made before must come out again, or it stops. What cannot be made again is named and left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from distal import checkpoints, foreign
-from distal.assignments import ELIGIBLE, Assignments, record_path
+from distal.assignments import ELIGIBLE, Assignments, begun_path, record_path
 from distal.config import Config, ForeignConfig
 from distal.errors import Damage, UnknownFormat, one_line
+from distal.hashing import digest
+from distal.labels.answers import Answer
 from distal.lease import Lease
 from distal.ledger import Ledger
 from distal.monitor import Display, Silent
@@ -24,6 +32,7 @@ from distal.pool import Pool
 from distal.pool.images import IMAGES, MANIFEST, SAMPLES, begin_content, parts
 from distal.records import JsonObject, Progress
 from distal.runs import EXPECTED, STAGES, Analysis, Cycle, Run, Staged
+from distal.score.eliminate import barrier_rows
 from distal.scores import Scores
 from distal.selection import Selection
 from distal.storage import (
@@ -37,12 +46,14 @@ from distal.storage import (
     sha256,
     sweep,
 )
-from distal.strategies import scored_epochs
 
 T = TypeVar("T")
 
-UNREADABLE = (OSError, KeyError, TypeError, ValueError, IndexError)
-"""What else reading something damaged raises: a disk that fails, a record of another shape."""
+UNREADABLE = (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+"""What else reading something damaged raises: a disk that fails, a record of another shape or of a senseless size."""
+
+COPY = "put it back from a copy"
+ANSWERS = re.compile(r"(\d{6,})-([0-9a-f]{12})\.parquet", re.ASCII)
 
 REDO = {
     "train": ("train",),
@@ -108,12 +119,13 @@ def repair(path: Path, display: Display | None = None) -> JsonObject:
     run = _run(path)
     deleted: list[str] = []
     mended: list[str] = []
-    with Lease(run.path, run.attempt, display.say):
+    with Lease(run.path, run.attempt, display.say) as lease:
         n_swept = sweep(run.path)
         found = _inspect(path, display).found
         for damaged in found:
             if damaged.advice:
                 continue
+            lease.require()
             if damaged.redo is not None:
                 _invalidate(*damaged.redo)
             if damaged.mend is not None:
@@ -176,7 +188,7 @@ def _made_before(staged: Staged, stage: str) -> str | None:
         lambda: Selection.read(dest).sha256,
     ]
     for way in ways:
-        with suppress(Damage, UnknownFormat):
+        with suppress(Damage, UnknownFormat, *UNREADABLE):
             found = way()
             if found is not None:
                 return found
@@ -188,39 +200,58 @@ class _Inspection:
 
     def __init__(self, path: Path, display: Display) -> None:
         self.found: list[Damaged] = []
+        self._path = path
         self.n_files = 0
         self._display = display
         self._n_expected = sum(1 for _ in files_below(path))
 
     def run(self, run: Run) -> None:
         """All cycles, and what lies beside them."""
-        backup = "put it back from a copy"
-        self._look(partial(getattr, run, "identity"), advice=backup)
+        self._look(partial(getattr, run, "identity"), advice=COPY)
         self._look_at_file(read_json, run.path / "summary.json")
-        for name in names_in(run.answers):
-            self._look(partial(read_table, run.answers / name), advice="import the answers again from a copy")
+        self._answers(run.answers)
         for path in (run.waiting, run.initial_selection):
             if path.exists():
-                self._look(partial(read_json if path.suffix == ".json" else read_table, path), advice=backup)
-        cycles = [run.cycle(int(name)) for name in names_in(run.path / "cycles") if name.isdigit()]
-        for cycle in cycles:
+                self._look(partial(read_json if path.suffix == ".json" else read_table, path), advice=COPY)
+        for cycle in self._look(run.cycles, advice=COPY) or []:
             if not (cycle.folder / "cycle.yaml").exists() and any(cycle.folder.glob("*.json")):
-                self.found.append(Damaged(f"{cycle.folder / 'cycle.yaml'}: missing", advice=backup))
-            config = self._look(partial(getattr, cycle, "config"), advice=backup)
-            if isinstance(config, Config):
-                if cycle.index == 0 and (run.initial.exists() or (cycle.folder / "train.json").exists()):
-                    from_pool = config.label.oracle == "pool" and isinstance(config.loop.initial, int)
-                    read = partial(Ledger.read, [run.initial])
-                    self._look(read, delete=(run.initial,), advice="" if from_pool else backup)
-                self._own(run, cycle, config)
-            elif isinstance(config, ForeignConfig):
-                self._foreign(cycle, config)
+                self.found.append(Damaged(f"{cycle.folder / 'cycle.yaml'}: missing", advice=COPY))
+            config = self._look(partial(getattr, cycle, "config"), advice=COPY)
+            try:
+                if isinstance(config, Config):
+                    self._own(run, cycle, config)
+                elif isinstance(config, ForeignConfig):
+                    self._foreign(cycle, config)
+            except (Damage, UnknownFormat, *UNREADABLE) as error:  # a record of a shape that no check expects
+                self.found.append(Damaged(_line(cycle.folder, error), advice=COPY))
+
+    def _answers(self, folder: Path) -> None:
+        """What people said. Each file says in its name how many there were before it, and the hash of what it holds."""
+        advice = "import the answers again from a copy"
+        numbers = []
+        for name in names_in(folder):
+            named = ANSWERS.fullmatch(name)
+            if named is None:
+                self.found.append(Damaged(f"{folder / name}: not a file of answers", advice="move it elsewhere"))
+                continue
+            numbers.append(int(named[1]))
+            self._look(partial(_same_answers, folder / name, named[2]), place=folder / name, advice=advice)
+        # Two imports at the same moment may have the same number, so numbers repeat and are left out; there are never
+        # fewer files before one than it says.
+        lacking = [(number, number - sum(each < number for each in numbers)) for number in numbers]
+        for number, n in [(number, n) for number, n in lacking if n > 0][:1]:
+            files = "a file" if n == 1 else f"{n} files"
+            self.found.append(Damaged(f"{folder}: {files} before number {number:06d} missing", advice=advice))
 
     def _own(self, run: Run, cycle: Cycle, config: Config) -> None:
         """A cycle of `distal run`."""
+        if cycle.index == 0 and (run.initial.exists() or (cycle.folder / "train.json").exists()):
+            from_pool = config.label.oracle == "pool" and isinstance(config.loop.initial, int)
+            read = partial(Ledger.read, [run.initial])
+            self._look(read, delete=(run.initial,), advice="" if from_pool else COPY)
         markers = self._markers(cycle, STAGES)
         refs = self._checkpoints(cycle, config, complete="train" in markers)
-        n_rows = len(scored_epochs(config))
+        n_rows = _n_rows(cycle, markers)
         recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
         complete = range(n_rows) if "score" in markers else range(0)
         first = len(config.train.checkpoint_epochs) - n_rows
@@ -229,24 +260,30 @@ class _Inspection:
         for name in ("test", "val"):
             evaluated = name in markers.get("test", {}).get("inputs", ())
             self._assignments(cycle, "test", cycle.held_out(name), range(1 if evaluated else 0), 0, {})
-        self._elimination(cycle, config, complete="score" in markers)
+        self._elimination(cycle, config, n_rows if "score" in markers else 0)
         if "reduce" in markers:
             self._scores(cycle.scores, (cycle, "reduce"))
         if "select" in markers:
             self._look(cycle.chosen, delete=(cycle.selection,), redo=(cycle, "select"))
         if "label" in markers:
             # What people said may have grown since, so what it came to then is not made again.
-            advice = "" if config.label.oracle == "pool" else "put it back from a copy"
+            advice = "" if config.label.oracle == "pool" else COPY
             check = partial(_labels, cycle, markers["label"])
             self._look(check, delete=(cycle.labels,), redo=(cycle, "label"), advice=advice)
         if "train" in markers:
             self._look(partial(_ledger, run, cycle, markers["train"]), advice="put the label files back from a copy")
+            for name in markers["train"].get("answers", ()):
+                if not (run.answers / name).exists():
+                    what = f"{run.answers / name}: missing, and cycle {cycle.index} was trained after it was imported"
+                    self.found.append(Damaged(what, advice="import the answers again from a copy"))
         self._analyses(cycle)
 
     def _foreign(self, cycle: Cycle, config: ForeignConfig) -> None:
         """The one cycle of `distal score`."""
         markers = self._markers(cycle, ("score",))
-        entries = self._look(partial(foreign.known, cycle.foreign), advice="put it back from a copy") or []
+        entries = self._look(partial(foreign.known, cycle.foreign), advice=COPY) or []
+        if not cycle.foreign.exists() and ("score" in markers or Assignments.begun(cycle.assignments)):
+            self.found.append(Damaged(f"{cycle.foreign}: missing", advice=COPY))
         for entry in entries:
             path = Path(config.checkpoints.path) / entry.path
             if path.exists():  # rows that are scored do not need it any more
@@ -254,20 +291,25 @@ class _Inspection:
         n_rows = markers["score"]["n_rows"] if "score" in markers else 0
         recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
         refs = {entry.index: entry.sha256 for entry in entries if entry.index is not None}
+        if entries and "score" in markers:
+            self._look(partial(_indexed, cycle, refs, markers["score"]), advice=COPY)
         self._assignments(cycle, "score", cycle.assignments, range(n_rows), recorded_from, refs)
-        self._elimination(cycle, config, complete="score" in markers)
+        self._elimination(cycle, config, n_rows if "score" in markers else 0)
         self._analyses(cycle)
 
-    def _elimination(self, cycle: Cycle, config: Config | ForeignConfig, *, complete: bool) -> None:
+    def _elimination(self, cycle: Cycle, config: Config | ForeignConfig, n_rows: int) -> None:
         """What was decided at each barrier; it is decided the same again from the assignments."""
-        if complete and config.score.eliminate == "exact" and not cycle.elimination.exists():
-            self.found.append(Damaged(f"{cycle.elimination}: missing", redo=(cycle, "score")))
-        self._look_at_file(read_json, cycle.elimination, redo=(cycle, "score"))
+        decided = names_in(cycle.elimination)
+        if config.score.eliminate == "exact" and n_rows:
+            for name in {f"{row:05d}.json" for row in barrier_rows(n_rows)} - {*decided}:
+                self.found.append(Damaged(f"{cycle.elimination / name}: missing", redo=(cycle, "score")))
+        for name in decided:
+            self._look_at_file(read_json, cycle.elimination / name, redo=(cycle, "score"))
 
     def _markers(self, cycle: Cycle, stages: tuple[str, ...]) -> dict[str, JsonObject]:
         """The completion markers that can be read."""
         found = {}
-        self._look_at_file(read_json, cycle.folder / EXPECTED, advice="put it back from a copy")
+        self._look_at_file(read_json, cycle.folder / EXPECTED, advice=COPY)
         for stage in stages:
             path = cycle.folder / f"{stage}.json"
             marker = self._look(partial(cycle.marker, stage), delete=(path,), redo=(cycle, stage))
@@ -280,7 +322,7 @@ class _Inspection:
         state, marker = cycle.folder / "train" / "state.pt", cycle.folder / "train.json"
         self._look_at_file(read_sealed, state)
         # Only where training gives the same bits again, which is so on processors and not on every GPU.
-        advice = "" if config.device == "cpu" else "put it back from a copy"
+        advice = "" if config.device == "cpu" else COPY
         refs: dict[int, str] = {}
         for index in range(len(config.train.checkpoint_epochs)):
             place = cycle.checkpoints / f"{index:04d}"
@@ -309,7 +351,7 @@ class _Inspection:
             return
         if not Assignments.begun(path):
             if len(complete):
-                self.found.append(Damaged(f"{record_path(path)}: missing", advice="put it back from a copy"))
+                self.found.append(Damaged(f"{record_path(path)}: missing", advice=COPY))
             return  # cut off while it was laid out
         try:
             assignments = Assignments.open(path)
@@ -319,19 +361,25 @@ class _Inspection:
         self._read(1)
         for block, damage in assignments.damaged_eligible():
             self.found.append(Damaged(str(damage), (assignments.chunk(ELIGIBLE, None, block),), redo))
-        kept = assignments.attributes["weights"]
+        for name in names_in(begun_path(path)):
+            self._look(partial(read_json, begun_path(path) / name), advice=COPY)
+        kept = self._look(partial(getattr, assignments, "weights"), advice=COPY) or {}
         for row, checksum in weights.items():
-            if row < len(kept) and kept[row] not in (None, checksum):
+            if kept.get(row, checksum) != checksum:
                 what = f"{path}: row {row} was scored with other weights than checkpoint {row} has now"
                 self.found.append(Damaged(what, advice="put the old checkpoint back from a copy"))
-        for what, files in assignments.damaged_sums():
-            self.found.append(Damaged(what, tuple(files), redo))
+        if complete.stop > assignments.n_rows:
+            what = f"{path}: {assignments.n_rows} rows, and {complete.stop} were scored"
+            self.found.append(Damaged(what, advice=COPY))
         for row in range(assignments.n_rows):
             for name, block, damage in assignments.damaged(row):
                 # With its recorded values missing a block is scored again; its labels must come out the same.
                 self.found.append(Damaged(str(damage), (assignments.chunk(name, row, block),), redo))
             committed = assignments.committed(row)
             self._read(len(committed))
+            if committed and row not in kept:
+                what = f"{begun_path(path)}: the weights that row {row} was scored with are missing"
+                self.found.append(Damaged(what, advice=COPY))
             if row in complete:
                 whole = assignments.committed(row, recorded=row >= recorded_from)
                 for block in assignments.blocks:
@@ -344,7 +392,7 @@ class _Inspection:
         try:
             read_json(record_path(path))
         except (Damage, UnknownFormat) as damage:
-            self.found.append(Damaged(str(damage), advice="put it back from a copy"))
+            self.found.append(Damaged(str(damage), advice=COPY))
         else:
             self.found.append(Damaged(_line(path, error), mend=partial(Assignments.restore_metadata, path)))
 
@@ -390,15 +438,20 @@ class _Inspection:
         self,
         work: Callable[[], T],
         *,
+        place: Path | None = None,
         delete: tuple[Path, ...] = (),
         redo: tuple[Staged, str] | None = None,
         advice: str = "",
     ) -> T | None:
-        """Do a check; when it fails, keep what is wrong and what makes it good."""
+        """Do a check; when it fails, keep what is wrong and what makes it good.
+
+        Args:
+            place: what to name when the error names nothing; None: the first of `delete`.
+        """
         try:
             return work()
         except (Damage, UnknownFormat, *UNREADABLE) as error:
-            where = next(iter(delete), Path())
+            where = place or next(iter(delete), self._path)
             self.found.append(Damaged(_line(where, error), delete, redo, advice=advice))
             return None
         finally:
@@ -415,6 +468,28 @@ def _line(path: Path, error: Exception) -> str:
     if isinstance(error, Damage | UnknownFormat):
         return str(error)
     return f"{getattr(error, 'filename', None) or path}: cannot be read ({type(error).__name__}: {one_line(error)})"
+
+
+def _n_rows(cycle: Cycle, markers: Mapping[str, JsonObject]) -> int:
+    """Rows of the assignments of a cycle, as its marker or else their own record says; 0 when there are none yet."""
+    if "score" in markers:
+        return int(markers["score"]["n_rows"])
+    with suppress(FileNotFoundError, Damage, UnknownFormat):  # a damaged record is named with the assignments
+        return int(read_json(record_path(cycle.assignments), required=("n_rows",))["n_rows"])
+    return 0
+
+
+def _indexed(cycle: Cycle, refs: Mapping[int, str], marker: JsonObject) -> None:
+    """The record of indices may have grown since; what was scored stays as it was."""
+    scored = [refs.get(index) for index in range(marker["n_rows"])]
+    if digest(scored) != marker["inputs"]["checkpoints"]:
+        raise Damage(f"{cycle.foreign}: not the checkpoints that were scored")
+
+
+def _same_answers(path: Path, checksum: str) -> None:
+    rows = [asdict(Answer(**row)) for row in read_table(path).to_pylist()]
+    if hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12] != checksum:
+        raise Damage(f"{path}: not the answers that its name says")
 
 
 def _sound(path: Path) -> bool:

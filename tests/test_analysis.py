@@ -87,7 +87,7 @@ def test_what_cannot_be_computed(run: Path) -> None:
         ({"measures": ("surprise",)}, "--measure: 'surprise' is unknown; known: dispersion, "),
         ({"measures": ("entropy",)}, r"--measure: entropy was not recorded; score.record was \['margin'\]"),
         ({"measures": ("dispersion_authors",)}, "is defined on images as training sees them"),
-        ({"measures": ("snapshot_bald",)}, "snapshot_bald was not recorded.* with snapshot_bald in score.record"),
+        ({"measures": ("least_confidence",)}, "least_confidence was not recorded.* with least_confidence in score"),
         ({"measures": ("margin",), "window": Window(last=2)}, "margin has no window; a window is for"),
         ({"window": Window(first=5)}, "window from=5 selects no checkpoint: there are 5"),
         ({"window": Window(last=1)}, "dispersion of one checkpoint is always 0"),

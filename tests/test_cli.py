@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from distal import cli
+from distal.errors import ConfigError
 from distal.pool import Pool
 from tests.helpers import small_overrides, write_checkpoints, write_source
 
@@ -237,3 +238,13 @@ def test_a_signal_stops_at_once_and_says_how_to_continue(
     assert process.returncode == code
     assert json.loads(output)["exit_code"] == code
     assert f"stopped by {number.name}; continue with: distal run {CONFIG}" in errors.splitlines()[-1]
+
+
+def test_a_window_that_is_none_takes_one_line() -> None:
+    done = distal("reduce", "nowhere", "--last=nan")
+    assert done.returncode == 2
+    assert "--last=nan: must be a whole number of checkpoints" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    for last in (float("inf"), -1.0, 0.0, 2.5):
+        with pytest.raises(ConfigError, match=r"^--last=\S+: must be a whole number"):
+            cli._window(0, last, 1)

@@ -24,7 +24,7 @@ STRATEGIES = {
     "random": {"measure": "random"},
     "entropy": {"measure": "entropy"},
     "dispersion": {"measure": "dispersion"},
-    "covering": {"measure": "snapshot_bald", "batch": "k_center", "tie_break": "hash"},
+    "covering": {"measure": "flips", "batch": "k_center", "tie_break": "hash"},
 }
 
 
@@ -52,14 +52,14 @@ def test_a_strategy_scores_what_it_needs_and_the_first_cycle_what_any_does(
         "random": 0, "entropy": 1, "dispersion": 3, "covering": 3,
     }  # fmt: skip
     assert {name: one.score.record for name, one in each.items()} == {
-        "random": (), "entropy": ("margin", "entropy"), "dispersion": ("margin",), "covering": ("snapshot_bald",),
+        "random": (), "entropy": ("margin", "entropy"), "dispersion": ("margin",), "covering": (),
     }  # fmt: skip
     assert {one.seed for one in each.values()} == {3}
     assert not each["random"].loop.balance
     first = first_config(whole, 3, tmp_path / "first")
     assert first.loop.cycles == 1
     assert len(scored_epochs(first)) == 3
-    assert set(first.score.record) == {"margin", "entropy", "snapshot_bald"}
+    assert set(first.score.record) == {"margin", "entropy"}
     few = config(tmp_path, pool, test_pool, random=STRATEGIES["random"], entropy=STRATEGIES["entropy"])
     assert len(scored_epochs(first_config(few, 0, tmp_path))) == 1
 

@@ -96,11 +96,10 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["select.measure=foo"], "select.measure: 'foo' is unknown; known: dispersion, .*, random$"),
         (["select.measure=margin@last=2"], "margin has no window; a window is for dispersion, "),
         (["select.measure=flips@first=2"], "'first=2' is no part of a window; those are from=N, last=N or a share"),
-        (["select.measure=flips@last=-1"], "'last=-1' must be larger"),
-        (["select.measure=flips@last=2.5"], "'last=2.5' must be a whole number"),
+        (["select.measure=flips@last=-1"], "last=-1: must be a whole number"),
+        (["select.measure=flips@last=2.5"], "last=2.5: must be a whole number"),
         (["select.batch=k_centre"], "select.batch must be 'top_k', 'power'"),
         (["select.candidate_factor=0.5"], "select.candidate_factor must be greater than or equal to 1, got 0.5"),
-        (["select.measure=snapshot_bald"], "select.measure: snapshot_bald needs score.record to contain it"),
         (["score.eliminate=exact", "select.batch=power"], "score.eliminate: exact is for select.batch: top_k, not for"),
         (
             ["select.measure=flips@last=1"],

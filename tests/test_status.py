@@ -156,7 +156,7 @@ def test_what_is_left_out_of_later_rows_is_not_expected(growing: Growing) -> Non
     growing.score(1, 0, 1, 2, 3)
     watch = Watch(growing.run.path)
     assert watch.look()["images"] == ROWS * ELIGIBLE.sum()
-    write_json(growing.cycle.elimination, {"barriers": [{"row": 2, "theta": 1, "remaining": [5, 4, 3, 2]}]})
+    write_json(growing.cycle.elimination / "00002.json", {"row": 2, "theta": 1, "remaining": [5, 4, 3, 2]})
     growing.score(2, 1)
     told = watch.look()
     assert told["images"] == 2 * ELIGIBLE.sum() + 14

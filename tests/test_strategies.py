@@ -42,7 +42,7 @@ def test_k_center_of_the_best_by_margin(pool: Pool, tmp_path: Path) -> None:
     assert result["cycles"][0]["images_scored"] == n_eligible
     assert Scores.open(cycle.scores).measures == ("margin",)
     last = checkpoints.read(cycle.checkpoints, 1)
-    assert assignments.attributes["weights"] == [last.sha256]
+    assert assignments.weights == {0: last.sha256}
 
     score = Scores.open(cycle.scores).read("margin", 0, 240)
     best = np.argsort(-np.where(np.isnan(score), -1, score), kind="stable")[:48]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +13,20 @@ import pytest
 from distal import driver
 from distal.analysis import reduce_run, select_run
 from distal.errors import Damage, PoolError, RunConflict
+from distal.labels import answers
+from distal.labels.answers import Answer
 from distal.lease import Lease
+from distal.ledger import LABELED, SKIPPED
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.runs import Run
 from distal.scoring import score_directory
-from distal.storage import read_json, write_json
+from distal.storage import names_in, read_json, read_yaml, write_json, write_yaml
 from distal.verify import repair, verify
 from tests.helpers import content, flip, foreign_config, small_config, write_checkpoints, write_source
 
 N = 240
+ALSO = [Answer(20 + i, f"s1-{20 + i:05d}", None, SKIPPED, "bob") for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +186,118 @@ def test_a_cycle_without_its_configuration_is_missed(finished: Path, tmp_path: P
     assert "cycles/000/cycle.yaml: missing" in verify(run)["damage"][0]
 
 
+MINE = """
+from pathlib import Path
+
+Path("ran").touch()
+
+
+class Strategy:
+    needs = ("final",)
+
+    def select(self, candidates, budget, rng):
+        return range(budget)
+"""
+
+
+def with_batch(cycle: Path, batch: str) -> None:
+    """As if the cycle had been begun with it."""
+    config = read_yaml(cycle / "cycle.yaml")
+    write_yaml(cycle / "cycle.yaml", {**config, "select": {**config["select"], "batch": batch}})
+
+
+def test_nothing_that_a_run_names_is_imported(finished: Path, tmp_path: Path) -> None:
+    """A run may come from anybody, and is looked at in the folder that it came in."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "mine.py").write_text(MINE)
+    with_batch(run / "cycles/000", "os:abort")
+    with_batch(run / "cycles/001", "mine:Strategy")
+    for command in ("verify", "repair"):
+        done = subprocess.run(
+            [sys.executable, "-m", "distal", command, "."], cwd=run, capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stderr
+        assert not (run / "ran").exists()
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_a_strategy_that_cannot_be_imported_here_is_not_needed(
+    finished: Path, tmp_path: Path, unfinished: bool
+) -> None:
+    """Rows are those of the marker, or of the record beside the assignments when the cycle is not finished."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with_batch(run / "cycles/001", "elsewhere:Strategy")
+    if unfinished:
+        for stage in ("score", "test", "reduce", "select"):
+            (run / f"cycles/001/{stage}.json").unlink()
+    assert verify(run)["damage"] == []
+    (run / "cycles/001/checkpoints/0002/manifest.json").unlink()
+    assert "0002/manifest.json: missing" in verify(run)["damage"][0]
+
+
+def test_rows_that_were_scored_and_are_not_there_are_missed(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    marker = read_json(run / "cycles/000/score.json")
+    write_json(run / "cycles/000/score.json", {**marker, "n_rows": 4})
+    assert "assignments.zarr: 3 rows, and 4 were scored" in "".join(verify(run)["damage"])
+
+
+class TestAnswers:
+    """What people said lies in numbered files."""
+
+    @pytest.fixture
+    def run(self, finished: Path, tmp_path: Path) -> Path:
+        """As if the first cycle had been trained after two imports, and a third came later."""
+        run = tmp_path / "run"
+        shutil.copytree(finished, run)
+        for i in range(3):
+            answers.add(run / "answers", [Answer(i, f"s1-{i:05d}", i, LABELED, "ann"), ALSO[i]])
+        marker = read_json(run / "cycles/000/train.json")
+        assert marker["answers"] == []
+        write_json(run / "cycles/000/train.json", {**marker, "answers": names_in(run / "answers")[:2]})
+        assert verify(run)["damage"] == []
+        return run
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_one_that_was_used_is_missed(self, run: Path, number: int) -> None:
+        path = run / "answers" / names_in(run / "answers")[number]
+        path.unlink()
+        told = verify(run)["damage"]
+        assert f"{path}: missing, and cycle 0 was trained after it was imported" in told
+        assert f"{run}/answers: a file before number {number + 1:06d} missing" in told
+        assert repair(run)["deleted"] == []
+
+    def test_a_gap_is_missed_also_when_no_cycle_was_trained_since(self, run: Path) -> None:
+        answers.add(run / "answers", [Answer(9, "s1-00009", 1, LABELED, "ann")])
+        (run / "answers" / names_in(run / "answers")[2]).unlink()
+        assert verify(run)["damage"] == [f"{run}/answers: a file before number 000003 missing"]
+
+    def test_imports_at_the_same_moment_have_one_number(self, run: Path) -> None:
+        """Each saw three files; the next one sees five, and number 000004 was never given."""
+        for name in ("bob", "eve"):
+            other = run.with_name(name)
+            shutil.copytree(run / "answers", other)
+            path, _ = answers.add(other, [Answer(9, "s1-00009", 1, LABELED, name)])
+            assert path is not None
+            shutil.copy(path, run / "answers")
+        path, _ = answers.add(run / "answers", [Answer(10, "s1-00010", 1, LABELED, "ann")])
+        assert path is not None
+        assert path.name.startswith("000005-")
+        assert verify(run)["damage"] == []
+
+    def test_a_file_under_the_name_of_another(self, run: Path) -> None:
+        first, second, _ = names_in(run / "answers")
+        shutil.copy(run / "answers" / first, run / "answers" / second)
+        assert verify(run)["damage"] == [f"{run / 'answers' / second}: not the answers that its name says"]
+
+    def test_something_else(self, run: Path) -> None:
+        (run / "answers/notes.txt").write_text("ask Ann")
+        assert verify(run)["damage"] == [f"{run}/answers/notes.txt: not a file of answers"]
+
+
 def test_repair_waits_for_no_driver(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -197,7 +315,7 @@ def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) 
     whole = content(tmp_path / "run")
     damages: list[Callable[[], object]] = [
         lambda: flip(tmp_path / "run/cycles/000/assignments.zarr/assignments/c/1/0"),
-        lambda: flip(tmp_path / "run/cycles/000/elimination.json"),
+        lambda: flip(tmp_path / "run/cycles/000/elimination/00005.json"),
         lambda: flip(next((tmp_path / "run").glob("cycles/000/analyses/*/scores.zarr/dispersion/c/2"))),
     ]
     for damage in damages:
@@ -207,6 +325,13 @@ def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) 
         assert score_directory(config)["selection_sha256"] == first["selection_sha256"]
         assert content(tmp_path / "run") == whole
         assert verify(tmp_path / "run")["state"] == "sound"
+    record = tmp_path / "run/cycles/000/checkpoints.json"
+    whole_record = read_json(record)
+    record.unlink()
+    assert verify(tmp_path / "run")["damage"] == [f"{record}: missing"]
+    write_json(record, {"checkpoints": whole_record["checkpoints"][:-1]})
+    assert verify(tmp_path / "run")["damage"] == [f"{record}: not the checkpoints that were scored"]
+    write_json(record, whole_record)
     flip(tmp_path / "ck/epoch2.pt")
     told = repair(tmp_path / "run")
     assert told["left"] == [f"{tmp_path}/ck/epoch2.pt: its bytes have changed; put the old file back"]

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import entr
 
 from distal import kernels
-from distal.assignments import Sums
 from distal.config import Config
 from distal.hashing import mix64
 from distal.strategies import scored_epochs
@@ -124,17 +122,6 @@ def least_confidence(recorded: NDArray[np.float16]) -> Floats:
     return recorded.astype(np.float64)
 
 
-def snapshot_bald(sums: Sums) -> Floats:
-    """Mutual information of class and checkpoint in nats, H(mean p) - mean H(p), over all checkpoints; in [0, ln C].
-
-    BALD (Houlsby et al. 2011, arXiv 1112.5745) with checkpoints of one training in place of posterior samples. Sums are
-    float32, so values within about 1e-6 of 0 are rounding.
-    """
-    mean = sums.probabilities.astype(np.float64) / sums.n_rows
-    expected = sums.entropies.astype(np.float64) / sums.n_rows
-    return np.maximum(entr(mean).sum(axis=1) - expected, 0)
-
-
 def random(seed: int, cycle: int, keys: NDArray[np.uint64]) -> Floats:
     """Uniform in [0, 1): a function of (seed, cycle, sample_key)."""
     return (mix64("random", seed, cycle, keys) >> np.uint64(40)) / 2.0**24  # 24 bits: exact in float32
@@ -159,9 +146,6 @@ FROM_RECORDED: dict[str, Callable[[NDArray[np.float16]], Floats]] = {
 }
 """Measures of an array that was recorded at the last checkpoint under the same name."""
 
-FROM_SUMS: dict[str, Callable[[Sums], Floats]] = {"snapshot_bald": snapshot_bald}
-"""Measures of what was summed up over all checkpoints under the same name."""
-
 SEEDED = {"random": random}
 """Measures of nothing but the sample's name."""
 
@@ -179,8 +163,7 @@ def measures_of(config: Config) -> tuple[str, ...]:
     rows = scored_epochs(config)
     if not rows or config.select.from_ is not None:
         return ("random",)
+    recorded = [name for name in config.score.record if name in FROM_RECORDED]
     if len(rows) < len(config.train.checkpoint_epochs):
-        recorded = [name for name in config.score.record if name in FROM_RECORDED]
         return tuple(dict.fromkeys((*recorded, config.select.measure)))
-    recorded = [name for name in config.score.record if name in FROM_RECORDED or name in FROM_SUMS]
     return tuple(dict.fromkeys(("dispersion", "vote_entropy", "flips", *recorded, config.select.measure)))

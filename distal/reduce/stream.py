@@ -16,7 +16,7 @@ from distal.assignments import Assignments
 from distal.errors import Damage
 from distal.pool import Pool
 from distal.records import Block, Window, split_blocks
-from distal.reduce.measures import ANNOTATIONS, FROM_RECORDED, FROM_SUMS, FROM_VOTES, SEEDED, Votes
+from distal.reduce.measures import ANNOTATIONS, FROM_RECORDED, FROM_VOTES, SEEDED, Votes
 from distal.scores import Scores
 
 STRIPE_BYTES = 16 * 2**20  # of assignments that one worker looks at
@@ -120,28 +120,10 @@ def _reduced(reduction: Reduction, stripe: Block) -> dict[str, NDArray[Any]]:
             last = assignments.read_recorded(name, reduction.rows[-1], *span)
             _require(scored <= ~np.isnan(last), stripe, f"{assignments.path}: array {name}")
             values[name] = FROM_RECORDED[name](last)
-        elif name in FROM_SUMS:
-            values[name] = np.where(scored, _from_sums(reduction, name, stripe), np.nan)
         elif name in SEEDED:
             (keys,) = reduction.pool.columns(*span, "sample_key")
             values[name] = np.where(scored, SEEDED[name](reduction.seed, reduction.cycle, keys), np.nan)
     return values
-
-
-def _from_sums(reduction: Reduction, name: str, stripe: Block) -> NDArray[np.float64]:
-    """A measure of sums, block by block: a sample has as many as there are classes."""
-    assignments = reduction.assignments
-    size = assignments.block_size
-    values = []
-    for block in assignments.blocks[stripe.start // size : -(-stripe.stop // size)]:
-        sums = assignments.sums(block)
-        if sums.n_rows != len(reduction.rows):
-            raise Damage(
-                f"{assignments.path}: the sums of block {block.index} are of {sums.n_rows} checkpoints, not of "
-                f"{len(reduction.rows)}"
-            )
-        values.append(FROM_SUMS[name](sums))
-    return np.concatenate(values)
 
 
 def _scored(

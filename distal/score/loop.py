@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from distal.score.job import Done, Elimination, Job, Order, Producer, Scored
 from distal.score.plan import Plan, Work, actors_allowed
 from distal.score.predict import difference
 from distal.score.scorers import MAX_FAILED, WAITS_S, Scorers, answered
-from distal.storage import read_json, write_json
+from distal.storage import create_json, read_json
 
 POLL_S = 0.2
 RATE_WINDOW_S = 5.0
 WATCH_S = 5.0
 HAND_OUT_S = 120.0
+BARRIER = ("row", "theta", "remaining")
 
 
 def score(
@@ -105,7 +107,7 @@ class _Pass:
         self.on_event = on_event
         self.blocks = assignments.blocks
         self.eligible = [int(assignments.eligible(b.start, b.stop).sum()) for b in self.blocks]
-        self.barriers = read_barriers(elimination.record) if elimination else []
+        self.barriers = read_barriers(elimination.record, barrier_rows(assignments.n_rows)) if elimination else []
         self.totals = [sum(self.eligible), *(sum(barrier.remaining) for barrier in self.barriers)]
         done = [
             (row, b)
@@ -183,10 +185,13 @@ class _Pass:
         row = self.plan.next_barrier
         assert row is not None
         histograms = [self.histograms[block] for block in range(len(self.blocks))]
-        self.barriers.append(decide(row, histograms, self.elimination.budget))
+        decided = decide(row, histograms, self.elimination.budget)
+        # On disk before anything is handed out that depends on it. What another driver decided before stays: it is the
+        # same, as it was decided from the same assignments.
+        path = barrier_path(self.elimination.record, row)
+        create_json(path, decided.to_record())
+        self.barriers.append(Barrier.from_record(read_json(path, required=BARRIER)))
         self.totals.append(sum(self.barriers[-1].remaining))
-        # On disk before anything is handed out that depends on it.
-        write_json(self.elimination.record, {"barriers": [barrier.to_record() for barrier in self.barriers]})
         self.histograms.clear()
         self.plan.pass_barrier()
 
@@ -403,9 +408,15 @@ class _Pass:
         )
 
 
-def read_barriers(record: Path) -> list[Barrier]:
-    """What has been decided so far; empty when nothing was."""
-    try:
-        return [Barrier.from_record(barrier) for barrier in read_json(record, required=("barriers",))["barriers"]]
-    except FileNotFoundError:
-        return []
+def read_barriers(record: Path, rows: Sequence[int]) -> list[Barrier]:
+    """What has been decided so far at some rows, in order, up to the first at which nothing was."""
+    barriers = []
+    with suppress(FileNotFoundError):
+        for row in rows:
+            barriers.append(Barrier.from_record(read_json(barrier_path(record, row), required=BARRIER)))
+    return barriers
+
+
+def barrier_path(record: Path, row: int) -> Path:
+    """Where it is kept what was decided before a row: a file of its own, created exclusively."""
+    return record / f"{row:05d}.json"

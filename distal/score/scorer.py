@@ -200,7 +200,6 @@ class Scorer:
         if order.barrier is not None and todo:
             votes = self._assignments.read(block.start, block.stop, range(order.barrier), complete=True)
             scored = survivors(votes, eligible, self._assignments.n_classes, order.theta)
-        sums = self._assignments.sums(block) if self._assignments.sums_up and todo else None
         names = ("labels", *self._assignments.recorded)
         found: dict[int, dict[str, list[NDArray[Any]]]] = {ref.index: {name: [] for name in names} for ref in todo}
         for piece in _batched(self._images_of(block, eligible), scored, job.batch_size) if todo else ():
@@ -213,18 +212,12 @@ class Scorer:
                     sample_index = block.start + int(piece.positions[error.args[0]])
                     raise Diverged(self._not_finite(ref, sample_index)) from error
                 found[ref.index]["labels"].append(prediction.labels)
-                row = ref.index - job.first_index
-                for name in self._recorded(row):
+                for name in self._recorded(ref.index - job.first_index):
                     found[ref.index][name].append(getattr(prediction, name)())
-                if sums is not None:
-                    sums.add(row, piece.positions, prediction.probabilities(), prediction.entropy())
             self._meter.add(metrics.FORWARD_SECONDS, time.perf_counter() - started)
             self._meter.add(metrics.IMAGES_SCORED, len(todo) * len(piece))
             self._meter.tell()
         started = time.perf_counter()
-        if sums is not None:
-            sums.end(todo[-1].index - job.first_index)
-            self._assignments.write_sums(block, sums)
         for ref in todo:
             self._commit(ref.index - job.first_index, block, scored, found[ref.index])
         self._meter.add(metrics.WRITE_SECONDS, time.perf_counter() - started)

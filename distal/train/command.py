@@ -14,7 +14,7 @@ import sys
 import threading
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from string import Formatter
@@ -28,8 +28,8 @@ from distal.foreign import check_fits
 from distal.ledger import Ledger
 from distal.pool import Pool
 from distal.pool.images import write_png
-from distal.storage import disk_errors, sha256, write_bytes, write_table
-from distal.train.loop import TrainJob, check_owner
+from distal.storage import disk_errors, sha256, write_table
+from distal.train.loop import TrainJob, check_owner, claim
 
 if TYPE_CHECKING:
     from distal.checkpoints import StateDict
@@ -59,13 +59,20 @@ def check_command(command: str) -> None:
         raise ConfigError("train.command: does not say {checkpoints}, the folder to publish to")
 
 
-def run_command(command: str, job: TrainJob, pool: Pool, given_up: threading.Event) -> None:
+def run_command(
+    command: str,
+    job: TrainJob,
+    pool: Pool,
+    given_up: threading.Event,
+    still_ours: Callable[[], None] = lambda: None,
+) -> None:
     """Run the command of a cycle; returns when it has ended and every checkpoint is published.
 
     Args:
         command: with `PLACEHOLDERS` in braces.
         pool: that of the job, with the classes of the run.
         given_up: ends the command when it is set.
+        still_ours: raises when another driver has the run.
 
     Raises:
         TrainingFailed: it ended with another code than 0; the message has the end of what it said.
@@ -84,7 +91,7 @@ def run_command(command: str, job: TrainJob, pool: Pool, given_up: threading.Eve
         "cycle": job.cycle,
     }
     owner = f"{job.owner_prefix}{uuid.uuid4().hex[:8]}"
-    write_bytes(job.owner_path, owner.encode())
+    claim(job.folder, owner, still_ours)
     job.checkpoints.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, OWNER: owner, INPUTS: job.inputs}
     with disk_errors(train), (train / OUT).open("ab") as out, (train / ERR).open("ab") as err:

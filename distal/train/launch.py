@@ -17,8 +17,8 @@ from typing import Any
 
 from distal import checkpoints
 from distal.errors import DistalError, Superseded, TrainingFailed
-from distal.storage import remove_tree, write_bytes
-from distal.train.loop import TrainJob, train_rank
+from distal.storage import remove_tree
+from distal.train.loop import TrainJob, claim, release, train_rank
 
 # Read by Ray Train's controller when `fit` starts it.
 RAY_TRAIN_ENV = {
@@ -78,9 +78,8 @@ def train(
     failures = 0
     while True:
         before = _state_version(job)
-        still_ours()
         try:
-            _fit(job, ranks, given_up or threading.Event())
+            _fit(job, ranks, given_up or threading.Event(), still_ours)
             break
         except TrainingFailedError as error:
             ours = _find(error, DistalError)
@@ -105,10 +104,8 @@ def train(
 
 def abandon(job: TrainJob, given_up: threading.Event) -> None:
     """Begin no more attempts, and have ranks that are still at work stop at the end of their epoch, without writing."""
-    given_up.set()  # before the owner: `_fit` looks at it after it has written its own name
-    with suppress(FileNotFoundError):
-        if job.owner_path.read_text().startswith(job.owner_prefix):  # not that of a driver that has taken over
-            write_bytes(job.owner_path, b"")
+    given_up.set()  # before the claim: `_fit` looks at it after it has made its own
+    release(job.folder, job.owner_prefix)
 
 
 def _storage(job: TrainJob) -> Path:
@@ -121,16 +118,16 @@ def _set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _fit(job: TrainJob, ranks: Ranks, given_up: threading.Event) -> None:
+def _fit(job: TrainJob, ranks: Ranks, given_up: threading.Event, still_ours: Callable[[], None]) -> None:
     """One attempt, under a name of its own, with Ray Train's files inside the cycle."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     name = f"{job.owner_prefix}{uuid.uuid4().hex[:8]}"
     if not given_up.is_set():
-        write_bytes(job.owner_path, name.encode())
+        claim(job.folder, name, still_ours)
     if given_up.is_set():
-        write_bytes(job.owner_path, b"")
+        release(job.folder, job.owner_prefix)
         raise Superseded(f"{job.folder}: training was given up")
     resources = {"CPU": float(ranks.threads)} | ({"GPU": 1.0} if ranks.use_gpu else {})
     try:

@@ -8,6 +8,8 @@ after every epoch and then commits the checkpoint, so no committed epoch is ever
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,10 @@ from distal.ledger import Ledger
 from distal.models import ModelSpec, be_deterministic, seeded_build
 from distal.pool import Pool
 from distal.records import CheckpointRef
-from distal.storage import read_sealed, write_sealed
+from distal.storage import create_bytes, names_in, read_sealed, write_sealed
 
-STATE = "state.pt"
+STATE, OWNERS = "state.pt", "owners"
+OWNER = re.compile(r"\d{6,}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class TrainJob:
         warm_from: the checkpoint to start from, None for scratch.
         inputs: hash of everything that decides the result; a state or a checkpoint with another is not resumed.
         attempt: names the driver.
-        owner: names the attempt; only the one that `owner_path` names may write.
+        owner: names the attempt; only the last one that `claim`ed may write.
     """
 
     pool: Path
@@ -62,11 +65,6 @@ class TrainJob:
     inputs: str
     attempt: str = ""
     owner: str = ""
-
-    @property
-    def owner_path(self) -> Path:
-        """Who may write."""
-        return owner_path(self.folder)
 
     @property
     def owner_prefix(self) -> str:
@@ -306,11 +304,49 @@ def _again(job: TrainJob) -> str:
 
 
 def check_owner(folder: Path, owner: str) -> None:
-    """Stop when a later attempt has taken over: what a killed driver started lives on for some seconds."""
-    if owner_path(folder).read_text() != owner:
+    """Stop when a later attempt has taken over: what a killed driver started lives on for some seconds.
+
+    A rank may be paused between this and its write. Then it writes a checkpoint that is there already, which changes
+    nothing, or the state of an earlier epoch, from which the same bits come again (on a CPU; checkpoints stay anyway).
+    """
+    if last_claim(folder)[1] != owner:
         raise Superseded(f"{folder}: another attempt has taken over training")
 
 
-def owner_path(folder: Path) -> Path:
-    """The file in the folder of a cycle that says who may write: the latest attempt."""
-    return folder / "train" / "owner"
+def last_claim(folder: Path) -> tuple[int, str]:
+    """The number of the last claim on the folder of a cycle, 0 before the first, and who may write; "": nobody."""
+    owners = folder / "train" / OWNERS
+    numbers = [int(name) for name in names_in(owners) if OWNER.fullmatch(name)]
+    return (max(numbers), (owners / f"{max(numbers):06d}").read_text()) if numbers else (0, "")
+
+
+def claim(folder: Path, owner: str, still_ours: Callable[[], None] = lambda: None) -> None:
+    """Say that from now on this attempt may write, and no earlier one.
+
+    Claims are numbered files, each created exclusively and never replaced; the last one counts. Its number is chosen
+    before the lease is looked at, so a driver that was paused finds the number taken, looks at the lease, and stops.
+
+    Args:
+        still_ours: raises when another driver has the run.
+    """
+    while True:
+        number, _ = last_claim(folder)
+        still_ours()
+        if create_bytes(_claim_path(folder, number + 1), owner.encode()):
+            return
+
+
+def release(folder: Path, prefix: str) -> None:
+    """Nobody may write from now on, unless another driver has claimed the folder.
+
+    Args:
+        prefix: how the names of this driver's attempts begin.
+    """
+    while True:
+        number, owner = last_claim(folder)
+        if not owner.startswith(prefix) or create_bytes(_claim_path(folder, number + 1), b""):
+            return
+
+
+def _claim_path(folder: Path, number: int) -> Path:
+    return folder / "train" / OWNERS / f"{number:06d}"

@@ -531,11 +531,11 @@ STORAGE = _of(
         "        temporary.write_bytes(data)\n        _replace(temporary, path)",
         "        path.write_bytes(data)",
     ),
-    ("storage: a record that has changed", "if seal != digest(record):", "if False:"),
+    ("storage: a record that has changed", "if seal != found:", "if False:"),
     (
         "storage: another format",
-        "if found != FORMAT:\n        raise _unknown(path, found)\n    if seal",
-        "if False:\n        raise _unknown(path, found)\n    if seal",
+        "if found != FORMAT:\n        raise _unknown(path, found)\n    try",
+        "if False:\n        raise _unknown(path, found)\n    try",
     ),
     ("storage: sealed bytes that have changed", "if sealed[:64] != sha256(data).encode():", "if False:"),
     ("storage: a table that has changed", "    check_parquet(path)\n    with", "    with"),
@@ -591,6 +591,227 @@ ARRAYS = _of(
     ("arrays: no checksum is asked for", "if codecs != [ZstdCodec, Crc32cCodec]:", "if False:"),
 )
 
+LEDGER = _of(
+    "ledger.py",
+    "test_ledger.py",
+    (
+        "ledger: declined samples were not asked",
+        "for indices in (self.indices, self.declined):",
+        "for indices in (self.indices,):",
+    ),
+    ("ledger: asked of the whole pool", "flags[indices[low:high] - start] = True", "flags[: high - low] = True"),
+    (
+        "ledger: the sample behind the range",
+        "np.searchsorted(indices, [start, stop])",
+        "np.searchsorted(indices, [start, stop], side='right')",
+    ),
+    (
+        "ledger: declined samples are not in the hash",
+        '        content.update(self.declined.astype("<i8").tobytes())\n',
+        "",
+    ),
+    (
+        "ledger: labels are not in the hash",
+        "np.stack([self.indices, self.labels])",
+        "np.stack([self.indices, self.indices])",
+    ),
+    ("ledger: files in any order", "np.lexsort((written, pa.concat", "np.lexsort((-written, pa.concat"),
+    ("ledger: a file supersedes itself", "& (written[:-1] < written[1:])", ""),
+    ("ledger: a label twice", "again & ~has_label[:-1] & has_label[1:]", "again & has_label[1:]"),
+    ("ledger: declined after a label", "again & ~has_label[:-1] & has_label[1:]", "again & ~has_label[:-1]"),
+    ("ledger: labelled and still declined", "        declined[:-1] &= ~later\n", ""),
+    ("ledger: the first file counts", "later = again & ~has_label[:-1]", "later = again & has_label[:-1]"),
+    (
+        "ledger: two per rank, less one",
+        "len(labels) >= LABELS_PER_RANK * workers",
+        "len(labels) >= LABELS_PER_RANK * workers - 1",
+    ),
+    ("ledger: one class is enough", "n_classes >= LEAST_CLASSES", "n_classes >= LEAST_CLASSES - 1"),
+    (
+        "ledger: every table has labels",
+        'name.startswith("labels") and name.endswith(".parquet")',
+        'name.endswith(".parquet")',
+    ),
+)
+
+ANSWERS = _of(
+    "labels/answers.py",
+    "labels/test_answers.py",
+    (
+        "answers: skipped says what unsure says",
+        "(self.label, self.status) != (other.label, other.status)",
+        "self.label != other.label",
+    ),
+    ("answers: an older export counts", "return self.time > before.time", "return True"),
+    ("answers: a newer export does not count", "return self.time > before.time", "return self.time < before.time"),
+    ("answers: at the same time the first counts", " or self.time == before.time:", ":"),
+    ("answers: the first word counts", "if who not in words or answer.supersedes(words[who]):", "if who not in words:"),
+    ("answers: any word counts", "if who not in words or answer.supersedes(words[who]):", "if True:"),
+    ("answers: annotators are one", "who = answer.sample_index, answer.annotator\n", 'who = answer.sample_index, ""\n'),
+    (
+        "answers: samples in the order of answers",
+        "for _, said in sorted(by_sample.items()):",
+        "for _, said in by_sample.items():",
+    ),
+    (
+        "answers: skipped outweighs unsure",
+        "next((answer for answer in said if answer.status == UNSURE), said[0])",
+        "said[0]",
+    ),
+    (
+        "answers: skipped is a vote",
+        "labelled = [answer for answer in said if answer.status == LABELED]",
+        "labelled = [*said]",
+    ),
+    ("answers: the last annotator is first", "        return labelled[0]\n", "        return labelled[-1]\n"),
+    ("answers: a tie has a majority", "votes[0][1] > votes[1][1]:", "votes[0][1] >= votes[1][1]:"),
+    ("answers: a majority under reask", 'if policy == "majority" and votes', "if votes"),
+    (
+        "answers: the first answer for the majority",
+        "next(answer for answer in labelled if answer.label == votes[0][0])",
+        "labelled[0]",
+    ),
+    (
+        "answers: a word taken back is known",
+        "who not in before or answer.supersedes(before[who])]",
+        "who not in before]",
+    ),
+    ("answers: a repetition is new", "who not in before or answer.supersedes(before[who])]", "True]"),
+    (
+        "answers: one that lost the race is lost",
+        "if create_bytes(path, bytes(table_bytes(table))):",
+        "if create_bytes(path, bytes(table_bytes(table))) or True:",
+    ),
+    (
+        "answers: a lost file is not missed",
+        "for number in range(n_imports(folder)) for answer",
+        "for number in range(n_imports(folder)) if _path(folder, number).exists() for answer",
+    ),
+    ("answers: a file of another number", ".get(_NUMBER) != str(number).encode():", ".get(_NUMBER) is None:"),
+    ("answers: fewer files than there are", "max((int(match[1]) + 1 for match", "max((int(match[1]) for match"),
+    (
+        "answers: a first word is a change",
+        "return before is not None and answer.differs_from(before)",
+        "return before is None or answer.differs_from(before)",
+    ),
+    ("answers: another format", "if table.schema.names != SCHEMA.names:", "if False:"),
+)
+
+ASSIGNMENTS = _of(
+    "assignments.py",
+    "test_assignments.py",
+    (
+        "assignments: labels before what is recorded",
+        "        for name, values in (recorded or {}).items():\n"
+        "            self._arrays[name].write(where, values.astype(self._arrays[name].dtype, copy=False))\n"
+        "        self._arrays[ARRAY].write(where, labels)\n",
+        "        self._arrays[ARRAY].write(where, labels)\n"
+        "        for name, values in (recorded or {}).items():\n"
+        "            self._arrays[name].write(where, values.astype(self._arrays[name].dtype, copy=False))\n",
+    ),
+    ("assignments: one class too many", "(labels >= self.n_classes) &", "(labels > self.n_classes) &"),
+    ("assignments: unassigned is wrong", " & (labels != unassigned(self.dtype))", ""),
+    (
+        "assignments: no value for unassigned",
+        "if n_classes <= np.iinfo(dtype).max:",
+        "if n_classes <= int(np.iinfo(dtype).max) + 1:",
+    ),
+    (
+        "assignments: any array commits a block",
+        "return all(self.chunk(name, row, block).exists()",
+        "return any(self.chunk(name, row, block).exists()",
+    ),
+    ("assignments: any array commits a row", "set.intersection(*", "set.union(*"),
+    (
+        "assignments: another layout than recorded",
+        "if (array.shape, array.chunks, array.dtype, fill_value) != layout[:4]:",
+        "if False:",
+    ),
+    (
+        "assignments: another fill value than recorded",
+        "(array.shape, array.chunks, array.dtype, fill_value) != layout[:4]",
+        "(array.shape, array.chunks, array.dtype) != layout[:3]",
+    ),
+    (
+        "assignments: recorded arrays are not checked",
+        "for name in (*self.recorded, ARRAY):\n            array",
+        "for name in (ARRAY,):\n            array",
+    ),
+    (
+        "assignments: damaged flags stay",
+        "            assignments._arrays[ELIGIBLE].write((slice(block.start, block.stop),), eligible(block.start, block.stop))\n",
+        "",
+    ),
+    ("assignments: damaged chunks stay", "            self.chunk(name, row, block).unlink(missing_ok=True)\n", ""),
+    (
+        "assignments: the rows of another window",
+        "array.read((slice(row, row + 1), columns), complete=complete) for row in rows]",
+        "array.read((slice(i, i + 1), columns), complete=complete) for i, _ in enumerate(rows)]",
+    ),
+    (
+        "assignments: a lost block is a value",
+        "array.read((slice(row, row + 1), columns), complete=complete) for row in rows]",
+        "array.read((slice(row, row + 1), columns), complete=False) for row in rows]",
+    ),
+)
+
+LEASE = _of(
+    "lease.py",
+    "test_lease.py",
+    (
+        "lease: one that was released is held",
+        "False if holder is None or holder.released else",
+        "False if holder is None else",
+    ),
+    ("lease: any process with the id", "abs(process.create_time() - self.started) < 1 and ", ""),
+    ("lease: a zombie lives", " and process.status() != psutil.STATUS_ZOMBIE", ""),
+    (
+        "lease: a host name is a machine",
+        "if (self.host, self.machine) != (platform.node(), _machine()):",
+        "if self.host != platform.node():",
+    ),
+    ("lease: a beat that goes on is not seen", "if lives or (lives is None and moved):", "if lives:"),
+    ("lease: a beat is not waited for", "if lives is None and time.monotonic() - since < EXPIRY_S:", "if False:"),
+    (
+        "lease: the last one that takes over wins",
+        "if create_json(self._path(number + 1), asdict(self._me)):",
+        "if not write_json(self._path(number + 1), asdict(self._me)):",
+    ),
+    ("lease: a number that was given before", "if max(self._numbers()) == number + 1:", "if True:"),
+    (
+        "lease: a driver does not look",
+        "                if number > self.number:\n                    self._successor = holder\n                    return\n",
+        "",
+    ),
+    (
+        "lease: no look before a write",
+        "        number, holder = self._latest()\n        if number > self.number:\n            self._successor = holder\n        self.check()",
+        "        self.check()",
+    ),
+    (
+        "lease: one that is superseded goes on",
+        "        if self._successor is not None:\n            raise",
+        "        if False:\n            raise",
+    ),
+    (
+        "lease: a superseded driver leaves a lease",
+        "        self._thread.join()\n        if self._successor is not None:\n            return\n",
+        "        self._thread.join()\n",
+    ),
+    ("lease: an end is no release", "replace(self._me, released=True)", "replace(self._me, released=False)"),
+    ("lease: a beat that stands still", "beat=self._me.beat + 1", "beat=1"),
+    (
+        "lease: one that cannot be read is none",
+        'return number, Holder("an unknown host", "", 0, 0.0, "unknown")',
+        "continue",
+    ),
+    (
+        "lease: what came to nothing stays",
+        "            self._path(self.number).unlink(missing_ok=True)\n            with suppress(OSError)",
+        "            with suppress(OSError)",
+    ),
+)
+
 OTHERS = (
     *_of(
         "evaluation.py",
@@ -599,13 +820,48 @@ OTHERS = (
     ),
     *_of(
         "train/loop.py",
-        "train/test_loop.py train/test_launch.py",
+        "train/test_loop.py",
         (
             "train: augmentation without the epoch",
             'mix64("augment", self.job.seed, self.job.cycle, epoch, ',
             'mix64("augment", self.job.seed, self.job.cycle, 0, ',
         ),
-        ("train: no warm-up", "    rank.warm_up()\n", ""),
+        (
+            "train: the order without the epoch",
+            'seed_for("order", self.job.seed, self.job.cycle, epoch)',
+            'seed_for("order", self.job.seed, self.job.cycle, 0)',
+        ),
+        (
+            "train: the order without the seed",
+            'seed_for("order", self.job.seed, self.job.cycle, epoch)',
+            'seed_for("order", 0, self.job.cycle, epoch)',
+        ),
+        (
+            "train: layers draw the same in every epoch",
+            'seed_for("epoch", self.job.seed, self.job.cycle, epoch, self.rank)',
+            'seed_for("epoch", self.job.seed, self.job.cycle, 0, self.rank)',
+        ),
+        (
+            "train: layers of all ranks draw the same",
+            'seed_for("epoch", self.job.seed, self.job.cycle, epoch, self.rank)',
+            'seed_for("epoch", self.job.seed, self.job.cycle, epoch, 0)',
+        ),
+        (
+            "train: layers draw on where they were",
+            '        torch.manual_seed(seed_for("epoch", self.job.seed, self.job.cycle, epoch, self.rank))\n',
+            "",
+        ),
+        (
+            "train: the checkpoint before the state",
+            "            write_sealed(self.job.state_path, checkpoints.serialize(state))\n            self._commit(epoch, loss)\n",
+            "            self._commit(epoch, loss)\n            write_sealed(self.job.state_path, checkpoints.serialize(state))\n",
+        ),
+        (
+            "train: an attempt that is superseded saves",
+            "            check_owner(self.job.folder, self.job.owner)\n            state = {",
+            "            state = {",
+        ),
+        ("train: no warm-up", "        self.warm_up()\n", ""),
     ),
     *_of(
         "score/scorer.py",
@@ -644,5 +900,9 @@ MUTANTS = [
     *CHECKPOINTS,
     *STORAGE,
     *ARRAYS,
+    *ASSIGNMENTS,
+    *LEDGER,
+    *ANSWERS,
+    *LEASE,
     *OTHERS,
 ]

@@ -17,7 +17,7 @@ from skactiveml.pool._query_by_committee import vote_entropy as skactiveml_vote_
 from distal.config import Measure
 from distal.hashing import sample_keys
 from distal.reduce import measures
-from distal.reduce.measures import ANNOTATIONS, DECAY, FROM_RECORDED, FROM_SUMS, FROM_VOTES, SEEDED, Votes
+from distal.reduce.measures import ANNOTATIONS, DECAY, FROM_RECORDED, FROM_VOTES, SEEDED, Votes
 
 HAND_WORKED = np.array([[0, 0, 2], [1, 0, 2], [2, 1, 2], [0, 0, 0]], dtype=np.uint8).T  # (T, N)
 
@@ -167,4 +167,4 @@ def test_random_is_seeded_and_uniform() -> None:
 
 
 def test_the_configuration_names_exactly_these_measures() -> None:
-    assert set(get_args(Measure)) == {*FROM_VOTES, *FROM_RECORDED, *FROM_SUMS, *SEEDED}
+    assert set(get_args(Measure)) == {*FROM_VOTES, *FROM_RECORDED, *SEEDED}

@@ -17,7 +17,6 @@ import numpy as np
 import psutil
 import pytest
 import ray
-import scipy.stats
 import torch
 
 from distal import checkpoints
@@ -28,13 +27,11 @@ from distal.errors import Damage, Diverged, PoolError, RunConflict, Unfit, UserE
 from distal.models import ModelSpec, seeded_build
 from distal.pool import Pool
 from distal.records import CheckpointRef, Progress, split_blocks
-from distal.reduce.measures import snapshot_bald
 from distal.score.job import Job, Order, Scored
 from distal.score.loop import score
 from distal.score.predict import Prediction, Predictor
 from distal.score.scorer import Scorer
 from distal.score.scorers import STUCK_S, Scorers
-from tests.helpers import flip
 
 ROWS, BLOCK, BATCH = 4, 32, 16
 
@@ -76,7 +73,7 @@ def prepare(
     n_rows: int = ROWS,
     published: int = ROWS,
     block_size: int = BLOCK,
-    recorded: tuple[str, ...] = ("margin", "entropy", "probabilities", "snapshot_bald"),
+    recorded: tuple[str, ...] = ("margin", "entropy", "probabilities"),
 ) -> tuple[Job, Assignments]:
     for row in range(published):
         commit(folder / "checkpoints", pool, row)
@@ -166,7 +163,6 @@ def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, scorers: Scor
     job, assignments = prepare(tmp_path, pool)
     assert run(job, assignments, scorers, 2).images == ROWS * 238
     eligible = np.array([status == "ok" for status in pool.samples(0, 240)["status"].to_pylist()])
-    probability = []
     for row in range(ROWS):
         predictor = Predictor(spec(pool).build(), spec(pool).preprocess(), batch_size=BATCH)
         predictor.net.load_state_dict(checkpoints.load(checkpoints.read(folder_of(job), row)))
@@ -174,49 +170,15 @@ def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, scorers: Scor
         stored = assignments.read(0, 240)[row]
         assert np.array_equal(stored[eligible], expected.labels[eligible])
         assert np.all(stored[~eligible] == 255)
-        probability.append(torch.nn.functional.softmax(expected.logits.double(), dim=1).numpy())
-    mean = np.mean(probability, axis=0)
-    bald = scipy.stats.entropy(mean, axis=1) - scipy.stats.entropy(np.array(probability), axis=2).mean(axis=0)
-    sums = [assignments.sums(block) for block in assignments.blocks]
-    assert {each.n_rows for each in sums} == {ROWS}
-    assert np.allclose(np.concatenate([snapshot_bald(each) for each in sums])[eligible], bald[eligible], atol=1e-6)
-    assert bald[eligible].max() > 1e-3
+    probability = torch.nn.functional.softmax(expected.logits.double(), dim=1).numpy()
     last = assignments.read_recorded("probabilities", ROWS - 1, 0, 240)
-    assert np.allclose(last[eligible], probability[-1][eligible], atol=1e-6)
+    assert np.allclose(last[eligible], probability[eligible], atol=1e-6)
     assert np.isnan(last[~eligible]).all()
     margin = assignments.read_recorded("margin", ROWS - 1, 0, 240)
     assert np.array_equal(margin[eligible], expected.margin()[eligible].astype(np.float16))
     assert np.isnan(margin[~eligible]).all()
     assert not (assignments.path / "margin/c/0").exists()  # kept at the last checkpoint only
     assert len(np.unique(assignments.read(0, 240)[:, eligible])) > 1
-
-
-def test_sums_include_every_row_once(pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]) -> None:
-    """Rows scored again are not added again; sums that are damaged, or lack a committed row, are made again."""
-    job, assignments = prepare(tmp_path, pool)
-    run(job, assignments, scorers, 1)
-    blocks = assignments.blocks
-    assignments.chunk("assignments", 2, blocks[0]).unlink()  # as a kill between sums and commit leaves it
-    sums = assignments.sums(blocks[1])
-    sums.columns[:, -1] = 2  # of two rows, and four are committed
-    assignments.write_sums(blocks[1], sums)
-    flip(assignments.chunk("snapshot_bald", None, blocks[2]))
-    told: list[str] = []
-    assignments = Assignments.take_up(
-        assignments.path,
-        n_rows=ROWS,
-        n_samples=240,
-        block_size=BLOCK,
-        n_classes=4,
-        eligible=assignments.eligible,
-        on_damage=told.append,
-    )
-    assert [line.split("snapshot_bald: ")[1] for line in told] == [
-        "block 1 lacks row 3",
-        "block 2 does not decode (its bytes have changed)",
-    ]
-    run(job, assignments, scorers, 1)
-    assert digest(assignments.path) == reference
 
 
 @pytest.mark.parametrize("n_actors", [2, 3])
@@ -423,7 +385,7 @@ def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, refe
     run(first, assignments, scorers, 1)
     scorers._arguments = (2**20, 2)  # the next actor has two threads
     job, mixed = prepare(tmp_path / "mixed", pool, published=ROWS - 1)
-    mixed.adopt_fingerprint(assignments.attributes["fingerprint"])
+    mixed.adopt_fingerprint(assignments.fingerprint)
     events: list[tuple[str, object]] = []
 
     class Waiting(Silent):

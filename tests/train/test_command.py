@@ -17,6 +17,7 @@ from distal.errors import ConfigError, ModelError, RunConflict, Superseded, Trai
 from distal.pool import Pool
 from distal.runs import Run
 from distal.train.command import OWNER, check_command, publish_checkpoint
+from distal.train.loop import claim
 from tests.helpers import small_config
 
 SCRIPT = """
@@ -119,8 +120,8 @@ def test_commands_that_cannot_be_run(pool: Pool, tmp_path: Path, command: str, m
 
 
 def test_a_script_that_was_superseded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "owner").write_text("another")
+    claim(tmp_path, "mine")
+    claim(tmp_path, "another")
     monkeypatch.setenv(OWNER, "mine")
     with pytest.raises(Superseded, match="another attempt has taken over training"):
         publish_checkpoint(tmp_path / "checkpoints", {"a": torch.zeros(1)}, 0)

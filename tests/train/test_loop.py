@@ -18,10 +18,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 from distal import checkpoints
 from distal.augment import crop_flip
 from distal.config import ModelConfig, TrainConfig
+from distal.errors import Superseded
 from distal.hashing import mix64
 from distal.models import ModelSpec
 from distal.storage import write_bytes
-from distal.train.loop import TrainJob, _Rank, batches, initial_network, learning_rate
+from distal.train import loop
+from distal.train.loop import TrainJob, _Rank, batches, claim, initial_network, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
 
 def job(folder: Path, **config: object) -> TrainJob:
     settings = {"epochs": 3, "batch_size": 12, "threads": 1, **config}
-    write_bytes(folder / "train" / "owner", b"me")
+    claim(folder, "me")
     return TrainJob(
         folder, "", folder, (), SPEC, TrainConfig(**settings), seed=0, cycle=0, threads=1, warm_from=None,
         inputs="inputs", owner="me",
@@ -175,6 +177,58 @@ def test_what_training_sees_is_a_function_of_seed_cycle_epoch_and_sample(alone: 
     images, _, indices = data()
     expected = SPEC.preprocess()(crop_flip(images, mix64("augment", 0, 0, 1, indices)))
     assert first == {sample: expected[sample].numpy().tobytes() for sample in range(N)}
+
+
+class Draws(Sees):
+    """A network that draws, as dropout does."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs + torch.rand(len(inputs), 1, 1, 1))
+
+
+def test_what_layers_draw_is_a_function_of_seed_cycle_epoch_and_rank(alone: None, tmp_path: Path) -> None:
+    """Whatever was drawn before."""
+
+    def drawn(epoch: int, seed: int = 0, cycle: int = 0, rank: int = 0, before: int = 0) -> torch.Tensor:
+        of, net = replace(job(tmp_path), seed=seed, cycle=cycle), Draws()
+        one = _Rank(of, net, torch.device("cpu"), *data())
+        one.rank, one.world_size = rank, 2
+        inputs: list[torch.Tensor] = []
+        net.layer.register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments[0][:, 0]))
+        one._augmented = lambda positions, epoch: torch.zeros(len(positions), 1, 12, 12)  # type: ignore[method-assign]
+        torch.rand(before)
+        one.train_epoch(epoch)
+        return torch.stack(inputs)
+
+    first = drawn(1)
+    assert torch.equal(drawn(1, before=5), first)
+    for other in ({"epoch": 2}, {"epoch": 1, "seed": 1}, {"epoch": 1, "cycle": 1}, {"epoch": 1, "rank": 1}):
+        assert not torch.isin(drawn(**other), first).any()
+
+
+def test_the_state_is_written_before_the_checkpoint_and_by_the_owner_alone(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A committed epoch is never trained again, and an attempt that was superseded writes neither."""
+    made = job(tmp_path)
+    rank = _Rank(made, Sees(), torch.device("cpu"), *data())
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_sealed", fail)
+        with pytest.raises(OSError, match="input/output error"):
+            rank.save(1, 0.5)
+    claim(tmp_path, "another")
+    with pytest.raises(Superseded):
+        rank.save(1, 0.5)
+    assert checkpoints.committed(made.checkpoints) == []
+    assert not made.state_path.exists()
+    claim(tmp_path, "me")
+    rank.save(1, 0.5)
+    assert checkpoints.committed(made.checkpoints) == [0]
+    assert made.state_path.exists()
 
 
 def train_and_resume(folder: Path, rank: int, world_size: int) -> None:
