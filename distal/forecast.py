@@ -14,14 +14,15 @@ from distal.pool import Pool
 from distal.pool.build import MAX_CHUNK_BYTES, learn_layout
 from distal.pool.images import MANIFEST
 from distal.pool.sources import find_download, open_source
-from distal.records import STRIPE_SAMPLES, JsonObject, auto_block_size
+from distal.records import JsonObject, auto_block_size
 from distal.reduce.measures import measures_of
-from distal.reduce.stream import STRIPE_BYTES
+from distal.reduce.stream import n_threads, stripe_bytes, stripe_samples
 from distal.score.eliminate import barrier_rows
 from distal.score.plan import MAX_ROWS
 from distal.strategies import scored_epochs
 
 MANY_OBJECTS = 100_000
+PACKING_BYTES = 56  # of the driver for each sample while it packs a pool: measured
 PROCESS_BYTES = 500 * 2**20  # of a Python process with torch and Ray, before it holds anything
 ELIMINATION_KEEPS = 0.74  # of the passes, at a budget of 1%: measured on two runs of 40 checkpoints
 
@@ -31,7 +32,8 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
 
     Returns:
         `forwards` (images x checkpoints), `objects` and `disk_bytes` by kind, `memory_bytes` per process of each
-        role, `alternatives` (cheaper ways with the forwards they leave), and `warnings`.
+        role, `alternatives` (cheaper ways with the forwards they leave), and `warnings`. The reducer has the threads
+        that it would have here: on a machine where this process may use more, it takes more.
 
     Raises:
         UserError: the pool can be neither opened nor counted.
@@ -74,10 +76,19 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     }
     image_bytes = shape[0] * shape[1] * shape[2]
     read_bytes = 4 * min(MAX_CHUNK_BYTES, min(block_size, n_samples) * image_bytes)  # the next piece is read ahead
+    # The rows of a hand-out until its block is committed; of one row three times more: joined, laid out, encoded.
+    n_held = 3 + (min(MAX_ROWS, n_rows) if config.score.record_rows == "all" else 1)
+    held_bytes = (n_held * sum(recorded) + MAX_ROWS * 8) * min(block_size, n_samples)
+    stripe = stripe_bytes(n_rows, itemsize, min(n_samples, stripe_samples(n_rows, itemsize, block_size)))
+    packs = not (Path(config.pool.path) / MANIFEST).exists()
     memory = {
-        "driver": PROCESS_BYTES + 8 * n_samples,
-        "scoring actor": PROCESS_BYTES + int(config.score.cache_gb * 2**30) + (MAX_ROWS + 1) * weights + read_bytes,
-        "reducer": PROCESS_BYTES // 2 + 4 * STRIPE_BYTES + 100 * min(STRIPE_SAMPLES, n_samples),
+        "driver": PROCESS_BYTES + (PACKING_BYTES if packs else 8) * n_samples,
+        "scoring actor": PROCESS_BYTES
+        + int(config.score.cache_gb * 2**30)
+        + (MAX_ROWS + 1) * weights
+        + read_bytes
+        + held_bytes,
+        "reducer": PROCESS_BYTES // 2 + n_threads(stripe) * stripe,
     }
     if isinstance(config, Config):
         memory["training rank"] = PROCESS_BYTES + 4 * weights + _n_initial(config) * image_bytes

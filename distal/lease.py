@@ -176,21 +176,34 @@ class Lease:
                 continue  # a file system that is away for a moment; what it is needed for says so when it stays away
 
     def _latest(self) -> tuple[int, Holder | None]:
-        """The highest number, and who has it; (0, None) when nobody ever drove."""
-        for number in reversed(self._numbers()):
-            try:
-                return number, Holder(**read_json(self._path(number), required=("host", "pid", "attempt")))
-            except FileNotFoundError:
-                continue  # removed by who took over just now
-            except (DistalError, TypeError):  # such as a file that a power loss left empty
-                return number, Holder("an unknown host", "", 0, 0.0, "unknown")
-        return 0, None
+        return latest(self._run)
 
     def _numbers(self) -> list[int]:
-        return sorted(int(name.removesuffix(".json")) for name in names_in(self._folder) if NAME.fullmatch(name))
+        return _numbers(self._run)
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{number:06d}.json"
+        return lease_path(self._run, number)
+
+
+def latest(run: Path) -> tuple[int, Holder | None]:
+    """The highest number of the leases on a run, and who has it; (0, None) when nobody ever drove."""
+    for number in reversed(_numbers(run)):
+        try:
+            return number, Holder(**read_json(lease_path(run, number), required=("host", "pid", "attempt")))
+        except FileNotFoundError:
+            continue  # of a run that came to nothing just now
+        except (DistalError, TypeError):  # such as a file that a power loss left empty
+            return number, Holder("an unknown host", "", 0, 0.0, "unknown")
+    return 0, None
+
+
+def lease_path(run: Path, number: int) -> Path:
+    """The file of a lease."""
+    return run / FOLDER / f"{number:06d}.json"
+
+
+def _numbers(run: Path) -> list[int]:
+    return sorted(int(name.removesuffix(".json")) for name in names_in(run / FOLDER) if NAME.fullmatch(name))
 
 
 def _machine() -> str:

@@ -234,18 +234,27 @@ class WatchScreen:
         for line in look["new_faults"]:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         if self._pace.due((look["cycle"], look["stage"], look["state"])):
-            line = f"{look['state']}  {_watched_stage(look)}  {'  '.join(_watched(look).values())}"
+            line = f"{_run_state(look)}  {_watched_stage(look)}  {'  '.join(_watched(look).values())}"
             self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
 def watch_table(look: JsonObject, faults: Iterable[str]) -> Table:
     """A look at a run, and what went wrong last."""
     counts = ", ".join(f"{name.replace('_', ' ')} ({n})" for name, n in look["faults"].items())
-    table = _facts({"run": look["run"], "state": look["state"], "stage": _watched_stage(look), **_watched(look)})
+    table = _facts({"run": look["run"], "state": _run_state(look), "stage": _watched_stage(look), **_watched(look)})
     table.add_row("faults", counts or "none")
     for line in faults:
         table.add_row("", Text(line))
     return table
+
+
+def _run_state(told: JsonObject) -> str:
+    """The state of a run; of one that nobody drives any more with who did."""
+    if told["state"] != "stopped":
+        return str(told["state"])
+    driver = told["driver"]
+    since = timedelta(seconds=round(driver["silent_s"]))
+    return f"stopped (process {driver['pid']} on {driver['host']}, no sign of life for {since})"
 
 
 def _watched_stage(look: JsonObject) -> str:
@@ -358,7 +367,11 @@ def status_table(status: JsonObject) -> Table:
     """How far each cycle is."""
     cycles = status["cycles"]
     table = Table(
-        title=f"{status['run']}: {status['state']}", title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False
+        title=f"{status['run']}: {_run_state(status)}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
     )
     paid = ["paid"] if any(cycle["n_val"] for cycle in cycles) else []
     evaluated = _evaluated(cycles)

@@ -5,34 +5,70 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distal import checkpoints, foreign
 from distal.assignments import Assignments
 from distal.config import Config, ForeignConfig
 from distal.labelling import Waiting
+from distal.lease import EXPIRY_S, latest, lease_path
 from distal.monitor import spoken
 from distal.records import JsonObject
 from distal.runs import STAGES, Cycle, Run
 
 RATE_WINDOW_S = 60.0
+STOPPED = 3  # exit code of `distal status --watch` when the driver has stopped
 
 
 def status(path: Path) -> JsonObject:
     """The state of every cycle that has begun; raises RunConflict when there is no run.
 
-    `state` is "complete" when no stage is due in the cycles that the configuration of the last one asks for.
+    `state` is "complete" when no stage is due in the cycles that the configuration of the last one asks for; else
+    "running" while a driver is at work, "waiting_for_labels", "stopped" when the last driver has ended or gives no sign
+    of life, and "unfinished" when there never was one. `driver` says who drives, or drove last.
     """
     run = Run.open(path)
     begun = run.begun_cycles()
     n_cycles = _n_cycles(begun[-1]) if begun else 0
-    waiting = Waiting.read(run)
+    waiting, driver = Waiting.read(run), _driver(run.path)
     return {
         "run": str(run.path),
-        "state": "complete" if run.is_complete(n_cycles) else "waiting_for_labels" if waiting else "unfinished",
+        "state": "complete" if run.is_complete(n_cycles) else _state(driver, waits=waiting is not None),
+        "driver": driver,
         "waiting": waiting.report(run) if waiting else None,
         "cycles": [_cycle(cycle, last=cycle.index + 1 >= n_cycles) for cycle in begun],
     }
+
+
+def _driver(run: Path) -> JsonObject | None:
+    """Who drives a run, or drove it last; None when nobody ever did.
+
+    Returns:
+        `attempt`, `host`, `pid`, `beat`; `at_work`, whether it lives, as its process says where that can be seen from
+        here (`seen`), else as its beat was written less than `EXPIRY_S` ago; `silent_s`, the seconds since then by the
+        clock of this machine.
+    """
+    number, holder = latest(run)
+    if holder is None:
+        return None
+    silent_s = 0.0
+    with suppress(FileNotFoundError):
+        silent_s = max(0.0, time.time() - lease_path(run, number).stat().st_mtime)
+    lives = False if holder.released else holder.lives()
+    return {
+        **{name: getattr(holder, name) for name in ("attempt", "host", "pid", "beat")},
+        "seen": lives is not None,
+        "at_work": silent_s < EXPIRY_S if lives is None else lives,
+        "silent_s": round(silent_s, 1),
+    }
+
+
+def _state(driver: JsonObject | None, *, waits: bool) -> str:
+    """The state of a run that is not complete."""
+    if driver is not None and driver["at_work"]:
+        return "running"
+    return "waiting_for_labels" if waits else "stopped" if driver is not None else "unfinished"
 
 
 def _cycle(cycle: Cycle, last: bool) -> JsonObject:
@@ -87,7 +123,9 @@ def _n_rows(cycle: Cycle, assignments: Assignments) -> int:
 
 
 def watch(path: Path, show: Callable[[JsonObject], None], interval: float = 2.0) -> JsonObject:
-    """Look at a run until it is complete, and return its `status`.
+    """Look at a run until it is complete or nobody drives it any more, and return its `status`.
+
+    It has `exit_code` 3 when the driver has stopped.
 
     Args:
         show: called with every `Watch.look`.
@@ -102,6 +140,8 @@ def watch(path: Path, show: Callable[[JsonObject], None], interval: float = 2.0)
         show(look)
         if look["state"] == "complete":
             return status(path)
+        if look["state"] == "stopped":
+            return {**status(path), "state": "stopped", "exit_code": STOPPED}
         time.sleep(interval)
 
 
@@ -121,6 +161,7 @@ class Watch:
         self._run = Run.open(path)
         self._clock = clock
         self._rows: _Rows | None = None
+        self._heard: tuple[object, float] = (None, 0.0)  # the last new beat of a driver of another machine, and when
         self._read: dict[str, int] = {}  # bytes of each event file
         self._faults: Counter[str] = Counter()
 
@@ -128,12 +169,15 @@ class Watch:
         """How far the last cycle is.
 
         Returns:
-            `state` as in `status`; `stage`, what is being done; `checkpoints`, how many there will be, and those
+            `state` and `driver` as in `status`, but clocks of two machines are not compared: a driver of another one is
+            at work while its beat goes on from look to look; `stage`, what is being done; `checkpoints`, how many there
+            will be, and those
             `published` and `scored`; `blocks_scored` of `blocks` and `images_scored` of `images`, over all checkpoints;
             `images_per_s` over the last minute of looks and the `seconds_left` at that rate, None where unknown;
             `faults`, how many of each kind since the run began, and `new_faults`, those since the last look in words.
         """
-        told: JsonObject = {"run": str(self._run.path), "state": "unfinished", "cycle": None, "stage": "begin"}
+        told: JsonObject = {"run": str(self._run.path), "cycle": None, "stage": "begin", "driver": self._driver()}
+        complete = False
         cycle = self._last_cycle()
         if cycle is not None:
             if self._rows is None or self._rows.cycle is not cycle:
@@ -143,15 +187,23 @@ class Watch:
             due = _due(cycle, last=cycle.index + 1 >= n_cycles)
             stage = next((stage for stage in due if cycle.marker(stage) is None), None)
             told["stage"] = "train + score" if stage == "train" else stage or "done"
-            if stage is None and self._run.is_complete(n_cycles):
-                told["state"] = "complete"
-        if told["stage"] in ("begin", "label") and Waiting.read(self._run) is not None:
-            told["state"] = "waiting_for_labels"
+            complete = stage is None and self._run.is_complete(n_cycles)
+        waits = told["stage"] in ("begin", "label") and Waiting.read(self._run) is not None
+        told["state"] = "complete" if complete else _state(told["driver"], waits=waits)
         faults = [
             (event["event"], line) for event in self._run.new_events(self._read) if (line := spoken(event)) is not None
         ]
         self._faults.update(name for name, _ in faults)
         return {**told, "faults": dict(self._faults), "new_faults": [line for _, line in faults]}
+
+    def _driver(self) -> JsonObject | None:
+        driver = _driver(self._run.path)
+        if driver is None or driver["seen"]:
+            return driver
+        key = driver["attempt"], driver["beat"]
+        if key != self._heard[0]:
+            self._heard = key, self._clock()
+        return {**driver, "at_work": self._clock() - self._heard[1] < EXPIRY_S}
 
     def _last_cycle(self) -> Cycle | None:
         """The last one that has begun; always the same object, which keeps its configuration."""

@@ -49,6 +49,7 @@ MAX_JSON_BYTES, MAX_YAML_BYTES = 2**28, 2**22
 _PARQUET_FORMAT, _PARQUET_SEAL = b"distal.format", b"distal.sha256"
 _NO_SEAL = b"0" * 64
 
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -96,10 +97,23 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise DistalError or OSError unless this process can write files in a folder."""
+    """Raise DistalError or OSError unless this process can write files in a folder, and create one exactly once."""
     probe = folder / f".probe-{uuid.uuid4().hex}.tmp"
+    link = probe.with_name(f"{probe.name}.link.tmp")
     write_bytes(probe, b"")
-    probe.unlink()
+    try:
+        os.link(probe, link)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise ConfigError(
+            f"{folder}: its file system has no hard links ({os.strerror(error.errno)}), by which of two writers one "
+            "wins; use a local disk, NFS (EFS, Azure Files over NFS), Lustre, CephFS or GPFS; SMB shares and mounts of "
+            "object stores (gcsfuse, blobfuse, s3fs) have none"
+        ) from error
+    finally:
+        for path in (probe, link):
+            path.unlink(missing_ok=True)
 
 
 def create_bytes(path: Path, data: bytes) -> bool:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from distal import machine
 from distal.config import load_any
 from distal.errors import PoolError
-from distal.forecast import forecast
+from distal.forecast import PROCESS_BYTES, forecast
 from distal.pool import Pool
+from distal.reduce.stream import stripe_bytes
 from tests.helpers import foreign_config, small_config, write_checkpoints
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -53,3 +55,27 @@ def test_nothing_is_cheaper_where_nothing_can_be_selected(pool: Pool, tmp_path: 
     told = forecast(small_config(tmp_path / "run", pool, None, "loop.budget=5000"))
     assert told["alternatives"] == []
     assert any("budget of 5,000 is more than" in warning for warning in told["warnings"])
+
+
+def test_memory_counts_what_is_recorded_and_every_thread(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probabilities of 4 classes take 16 bytes for each row of a hand-out until the block of 64 is committed."""
+    memory = {}
+    for rows in ("last", "all"):
+        config = small_config(
+            tmp_path / "run", pool, None, "score.record=[probabilities, margin]", f"score.record_rows={rows}"
+        )
+        memory[rows] = forecast(config)["memory_bytes"]["scoring actor"]
+    assert memory["all"] - memory["last"] == 2 * (16 + 2) * 64
+    monkeypatch.setattr(machine, "cpus", lambda: 1)
+    one = forecast(small_config(tmp_path / "run", pool, None))["memory_bytes"]["reducer"]
+    monkeypatch.setattr(machine, "cpus", lambda: 8)
+    eight = forecast(small_config(tmp_path / "run", pool, None))["memory_bytes"]["reducer"]
+    stripe = stripe_bytes(3, 1, 240)
+    assert (one, eight) == (PROCESS_BYTES // 2 + stripe, PROCESS_BYTES // 2 + 8 * stripe)
+
+
+def test_the_driver_needs_more_while_it_packs() -> None:
+    plan = forecast(load_any(CONFIGS / "quickstart.yaml", ["pool.path=/no/such/pool"]))
+    assert plan["memory_bytes"]["driver"] == PROCESS_BYTES + 56 * 10_000

@@ -57,7 +57,7 @@ LADDER = [
         "cluster",
         "metrics",
     ],
-    ["config", "records", "storage", "hashing", "plugins", "errors"],
+    ["config", "records", "storage", "hashing", "plugins", "errors", "machine"],
 ]
 STAGES = LADDER[2]
 MAY_IMPORT_RAY = {

@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from distal import checkpoints
 from distal.arrays import Array
 from distal.assignments import Assignments
 from distal.config import parse
+from distal.lease import Holder, Lease, lease_path
 from distal.monitor import WatchScreen
 from distal.pool import Pool
 from distal.runs import STAGES, Cycle, Run
@@ -210,12 +214,12 @@ def test_on_a_terminal_it_is_redrawn_and_elsewhere_a_line_now_and_then(growing: 
     ]
 
 
-def watching(path: Path) -> subprocess.Popen[str]:
+def watching(path: Path, state: str = "unfinished") -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "distal", "status", str(path), "--watch", "--interval=0.1", "--json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("unfinished  ")
+    assert process.stderr.readline().startswith(f"{state}  ")
     return process
 
 
@@ -234,6 +238,72 @@ def test_the_command_ends_with_the_run(growing: Growing) -> None:
     assert json.loads(output)["state"] == "complete"
     assert "cycle 0: actor lost: killed" in errors
     assert "12/12 blocks" in errors.splitlines()[-1]
+
+
+DRIVE = """
+import sys, time
+from pathlib import Path
+from distal.lease import Lease
+with Lease(Path(sys.argv[1]), "killed"):
+    print("drives", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def driven(run: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the lease on a run."""
+    driver = subprocess.Popen([sys.executable, "-c", DRIVE, str(run)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "drives\n"
+        yield driver
+    finally:
+        driver.kill()
+        driver.communicate()
+
+
+def test_the_command_ends_when_the_driver_is_killed(growing: Growing) -> None:
+    growing.begin_cycle()
+    with driven(growing.run.path) as driver:
+        told = status(growing.run.path)
+        assert (told["state"], told["driver"]["pid"], told["driver"]["attempt"]) == ("running", driver.pid, "killed")
+        process = watching(growing.run.path, "running")
+        driver.kill()
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert json.loads(output)["state"] == "stopped"
+    assert f"stopped (process {driver.pid} on " in errors.splitlines()[-1]
+    assert status(growing.run.path)["state"] == "stopped"
+
+
+def test_a_driver_that_ended_by_itself_has_stopped(growing: Growing) -> None:
+    growing.begin_cycle()
+    with Lease(growing.run.path, "ends"):
+        assert status(growing.run.path)["state"] == Watch(growing.run.path).look()["state"] == "running"
+    assert status(growing.run.path)["state"] == Watch(growing.run.path).look()["state"] == "stopped"
+
+
+def test_a_driver_of_another_machine_lives_while_its_beat_goes_on(growing: Growing) -> None:
+    growing.begin_cycle()
+    now = [1000.0]
+    watch = Watch(growing.run.path, clock=lambda: now[0])
+    path = lease_path(growing.run.path, 1)
+    far = replace(Holder.this_process("far"), host="elsewhere", pid=7)
+
+    def look(beat: int, at: float) -> str:
+        now[0] = 1000.0 + at
+        write_json(path, asdict(replace(far, beat=beat)))
+        os.utime(path, (0, 0))  # the clock of that machine is wrong
+        return str(watch.look()["state"])
+
+    assert [look(1, 0), look(1, 29), look(2, 31), look(3, 36), look(3, 65)] == ["running"] * 5
+    assert look(3, 66) == "stopped"
+    assert status(growing.run.path)["state"] == "stopped"  # a single look has nothing but the time of the file
+    write_json(path, asdict(replace(far, beat=4)))
+    assert status(growing.run.path)["state"] == "running"
+    write_json(path, asdict(replace(far, beat=4, released=True)))
+    assert status(growing.run.path)["state"] == watch.look()["state"] == "stopped"
 
 
 def test_the_command_ends_with_ctrl_c(growing: Growing) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +210,71 @@ def test_names_leave_out_temporary_files(tmp_path: Path) -> None:
     (tmp_path / ".a.123.tmp").touch()
     assert storage.names_in(tmp_path) == ["a", "b"]
     assert storage.names_in(tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As Linux answers on vfat (EPERM), and mounts of object stores do. None of them can be mounted here."""
+
+    def link(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(ConfigError, match=f"{tmp_path}: its file system has no hard links .* use a local disk, NFS"):
+        storage.require_writable(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_fault_of_the_probe_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.require_writable(tmp_path)
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "input/output error")))
+    with pytest.raises(OSError, match="input/output error"):
+        storage.require_writable(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+@pytest.mark.parametrize("read", [storage.read_json, storage.read_yaml, storage.read_sealed, storage.read_table])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, read: Callable[[Path], object], kind: str) -> None:
+    path = tmp_path / "record"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(Damage, match=f"{path}: not a regular file"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("deep.json", b"[" * 200_000),
+        ("digits.json", b'{"format": 2, "n": ' + b"9" * 5000 + b"}"),
+        ("list.json", b"[1, 2]"),
+        ("text.json", b"\xff\xfe"),
+        ("deep.yaml", b"[" * 20_000),
+        ("digits.yaml", b"n: " + b"9" * 5000),
+        ("date.yaml", b"format: 2\nn: 2001-99-99"),
+        ("day.yaml", b"format: 2\nn: 2001-01-01"),
+        ("keys.yaml", b"format: 2\n? [1, 2]\n: 3"),
+        ("laughs.yaml", b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"),
+        ("code.yaml", b"!!python/object/apply:os.abort []"),
+    ],
+)
+def test_records_of_any_content_are_damage_in_one_line(tmp_path: Path, name: str, data: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    read = storage.read_json if path.suffix == ".json" else storage.read_yaml
+    with pytest.raises((Damage, UnknownFormat), match=rf"^{path}: [^\n]{{1,300}}$"):
+        read(path)
+
+
+def test_a_record_without_end_is_not_read(tmp_path: Path) -> None:
+    for name, read in (("r.json", storage.read_json), ("r.yaml", storage.read_yaml)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(2**40)  # sparse
+        with pytest.raises(Damage, match="1,099,511,627,776 bytes; at most"):
+            read(tmp_path / name)

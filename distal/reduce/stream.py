@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distal import machine
 from distal.assignments import Assignments
 from distal.errors import Damage
 from distal.pool import Pool
@@ -22,13 +22,54 @@ from distal.scores import Scores
 STRIPE_BYTES = 16 * 2**20  # of assignments that one worker looks at
 STRIPE_SAMPLES = 2**18  # and samples: some 100 bytes each
 
-Mapper = Callable[[Callable[[Block], Block], Sequence[Block]], Iterable[Block]]
+SAMPLE_BYTES = 130  # that counts and scores of a sample take; measured, tests/reduce/test_stream.py
+MEMORY_SHARE = 4  # a part of this many of the memory is for threads
 
 
-def in_threads(work: Callable[[Block], Block], stripes: Sequence[Block]) -> Iterator[Block]:
-    """Do `work` for every stripe in as many threads as there are cores: decoding and counting let go of the GIL."""
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+class Work(Protocol):
+    """Does a piece of work for a stripe; doing it twice writes the same bytes.
+
+    Attributes:
+        n_bytes: memory that it takes.
+    """
+
+    @property
+    def n_bytes(self) -> int:
+        """See above."""
+        ...
+
+    def __call__(self, stripe: Block) -> Block:
+        """Returns the stripe."""
+        ...
+
+
+Mapper = Callable[[Work, Sequence[Block]], Iterable[Block]]
+
+
+def in_threads(work: Work, stripes: Sequence[Block]) -> Iterator[Block]:
+    """Do `work` for every stripe in `n_threads`: decoding and counting let go of the GIL."""
+    with ThreadPoolExecutor(n_threads(work.n_bytes)) as threads:
         yield from threads.map(work, stripes)
+
+
+def n_threads(n_bytes: int) -> int:
+    """As many as this process may use CPUs, and as fit into a quarter of the memory that it may use.
+
+    Args:
+        n_bytes: memory that one of them takes.
+    """
+    return max(1, min(machine.cpus(), machine.memory_bytes() // MEMORY_SHARE // max(1, n_bytes)))
+
+
+def stripe_samples(n_rows: int, itemsize: int, block_size: int) -> int:
+    """Samples looked at together: a whole number of blocks, so that each chunk is read once."""
+    samples = min(STRIPE_SAMPLES, STRIPE_BYTES // max(1, n_rows * itemsize))
+    return max(1, samples // block_size) * block_size
+
+
+def stripe_bytes(n_rows: int, itemsize: int, samples: int) -> int:
+    """Memory that a stripe takes: its assignments twice, row by row and joined, and what is computed of them."""
+    return samples * (2 * n_rows * itemsize + SAMPLE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -74,9 +115,8 @@ def reduce(
     n_samples, block_size = assignments.n_samples, assignments.block_size
     annotations = tuple(ANNOTATIONS) if reduction.annotate else ()
     scores = Scores.create(dest, reduction.measures, n_samples, block_size, annotations)
-    # A stripe is a whole number of blocks: each chunk is read once.
-    samples = min(STRIPE_SAMPLES, STRIPE_BYTES // max(1, len(reduction.rows) * assignments.dtype.itemsize))
-    stripes = split_blocks(n_samples, max(1, samples // block_size) * block_size)
+    samples = stripe_samples(len(reduction.rows), assignments.dtype.itemsize, block_size)
+    stripes = split_blocks(n_samples, samples)
     done = 0
     for stripe in mapper(_Stripe(reduction, scores), stripes):
         done += len(stripe)
@@ -90,6 +130,13 @@ class _Stripe:
 
     reduction: Reduction
     scores: Scores
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the largest one takes."""
+        assignments, n_rows = self.reduction.assignments, len(self.reduction.rows)
+        samples = stripe_samples(n_rows, assignments.dtype.itemsize, assignments.block_size)
+        return stripe_bytes(n_rows, assignments.dtype.itemsize, min(samples, assignments.n_samples))
 
     def __call__(self, stripe: Block) -> Block:
         values = _reduced(self.reduction, stripe)

@@ -352,7 +352,11 @@ STREAM = _of(
         'reduction.pool.columns(*span, "sample_key")',
         'reduction.pool.columns(0, len(stripe), "sample_key")',
     ),
-    ("stream: stripes that cut blocks", "max(1, samples // block_size) * block_size)", "max(block_size, samples))"),
+    (
+        "stream: stripes that cut blocks",
+        "return max(1, samples // block_size) * block_size",
+        "return max(block_size, samples)",
+    ),
     ("stream: the first sample of the stripe", "sample {stripe.start + lacking[0]}", "sample {lacking[0]}"),
 )
 
@@ -757,7 +761,7 @@ ASSIGNMENTS = _of(
 
 LEASE = _of(
     "lease.py",
-    "test_lease.py",
+    "test_lease.py test_writers.py",
     (
         "lease: one that was released is held",
         "False if holder is None or holder.released else",
@@ -865,7 +869,7 @@ OTHERS = (
     ),
     *_of(
         "score/scorer.py",
-        "score/test_loop.py",
+        "score/test_scorer.py",
         (
             "scorer: committed blocks are written again",
             "todo = [ref for ref in order.refs if not self._is_done(ref.index - job.first_index, block)]",

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 
+from distal import machine
 from distal.assignments import Assignments, unassigned
 from distal.cluster import in_tasks
 from distal.eligibility import Eligibility
@@ -14,7 +17,7 @@ from distal.pool import Pool
 from distal.records import Window, split_blocks
 from distal.reduce import stream
 from distal.reduce.measures import FROM_VOTES, Votes, random
-from distal.reduce.stream import Reduction
+from distal.reduce.stream import Reduction, n_threads
 from distal.scores import Scores
 
 N, ROWS, CLASSES = 240, 5, 4
@@ -232,3 +235,64 @@ def test_reducing_again_replaces_the_scores(pool: Pool, tmp_path: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-3])
     with pytest.raises(Damage, match=r"random: block 0 does not decode"):
         Scores.open(tmp_path / "scores.zarr").read("random", 0, 10)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import numpy as np
+from distal import machine
+from distal.assignments import Assignments
+from distal.records import split_blocks
+from distal.reduce.stream import Reduction, n_threads, reduce, stripe_bytes, stripe_samples
+
+N, ROWS, BLOCK, THREADS = 2**19, 16, 65_536, int(sys.argv[2])
+machine.cpus = lambda: THREADS
+path = Path(sys.argv[1])
+blocks = split_blocks(N, BLOCK)
+assignments = Assignments.create(
+    path / "a.zarr", n_rows=ROWS, n_samples=N, block_size=BLOCK, n_classes=10,
+    eligible=(np.ones(len(block), bool) for block in blocks),
+)
+rng = np.random.default_rng(0)
+for row in range(ROWS):
+    for block in blocks:
+        assignments.write(row, block, rng.integers(0, 10, len(block), np.uint8))
+
+
+def status(name):
+    return int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0]) * 1024
+
+
+measures = ("dispersion", "vote_entropy", "flips")
+small = Assignments.create(
+    path / "small.zarr", n_rows=ROWS, n_samples=4, block_size=4, n_classes=10, eligible=[np.ones(4, bool)]
+)
+for row in range(ROWS):
+    small.write(row, small.blocks[0], np.zeros(4, np.uint8))
+reduce(Reduction(small, None, measures, range(ROWS)), path / "small-scores.zarr")  # compiles
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+reduce(Reduction(assignments, None, measures, range(ROWS)), path / "scores.zarr")
+stripe = stripe_bytes(ROWS, 1, stripe_samples(ROWS, 1, BLOCK))
+assert n_threads(stripe) == THREADS
+print(status("VmHWM") - before, THREADS * stripe)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak of a part of a process")
+def test_memory_is_what_is_forecast_per_thread(tmp_path: Path) -> None:
+    """Measured with 64 rows: 50 MB of 68 for one thread, 84 MB of 135 for two."""
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    used, expected = map(int, done.stdout.split())
+    assert expected / 3 < used < expected * 4 / 3
+
+
+def test_threads_fit_into_the_memory_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cpus", lambda: 192)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 8 * 2**30)
+    assert n_threads(40 * 2**20) == 51
+    assert n_threads(2**20) == 192
+    assert n_threads(2**40) == 1
