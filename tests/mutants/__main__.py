@@ -43,7 +43,7 @@ def run(mutants: Sequence[Mutant], parallel: int) -> Iterator[Outcome]:
         for tree in trees:
             free.put(tree)
         trees[0].require_own()
-        killers = sorted({file for mutant in mutants for file in mutant.killers})
+        killers = sorted({each.partition("::")[0] for mutant in mutants for each in mutant.killers})
         code, output = trees[0].test(killers, timeout_s=10 * RUN_TIMEOUT_S)
         if code:
             raise RuntimeError(f"the tests fail without a mutant\n{output}")

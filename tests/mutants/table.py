@@ -13,7 +13,7 @@ class Mutant:
     Attributes:
         file: of the working tree.
         old, new: the text that is replaced, which must be there exactly once.
-        killers: the default test files of which one must fail.
+        killers: default tests of which one must fail, files or parts of them; those that need no Ray come first.
         equivalent: why no test can fail; empty where one must.
     """
 
@@ -640,7 +640,8 @@ LEDGER = _of(
 
 ANSWERS = _of(
     "labels/answers.py",
-    "labels/test_answers.py",
+    "labels/test_answers.py::test_what_counts labels/test_answers.py::test_the_race_that_two_importers_run "
+    "labels/test_answers.py::test_a_correction_that_is_taken_back_is_heard labels/test_answers.py",
     (
         "answers: skipped says what unsure says",
         "(self.label, self.status) != (other.label, other.status)",
@@ -801,6 +802,7 @@ LEASE = _of(
         "lease: a superseded driver leaves a lease",
         "        self._thread.join()\n        if self._successor is not None:\n            return\n",
         "        self._thread.join()\n",
+        "it writes or removes its own lease alone, and the one with the largest number counts",
     ),
     ("lease: an end is no release", "replace(self._me, released=True)", "replace(self._me, released=False)"),
     ("lease: a beat that stands still", "beat=self._me.beat + 1", "beat=1"),

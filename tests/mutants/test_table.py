@@ -1,4 +1,4 @@
-"""The table of mutants keeps up with the code. What the mutants come to is for `python -m tests.mutants`."""
+"""Every mutant still applies to the code. `python -m tests.mutants` tries them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_a_mutant_applies(mutant: Mutant) -> None:
     original = (ROOT / mutant.file).read_text()
     changed = mutant.apply(original)
     assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(original))
-    assert all((ROOT / file).is_file() for file in mutant.killers)
+    assert all((ROOT / each.partition("::")[0]).is_file() for each in mutant.killers)
 
 
 def test_names_are_unique() -> None:

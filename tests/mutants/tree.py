@@ -39,7 +39,7 @@ KILLED, SURVIVED, EQUIVALENT, BROKEN = "killed", "survived", "equivalent", "brok
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one mutant.
+    """The result for one mutant.
 
     Attributes:
         verdict: KILLED, SURVIVED, EQUIVALENT, or BROKEN when it could not be tried.
@@ -128,16 +128,16 @@ class Tree:
             return outcome(*((EQUIVALENT, mutant.equivalent) if mutant.equivalent else (SURVIVED, "")))
         if code == -1:
             return outcome(KILLED, f"no end after {RUN_TIMEOUT_S} s", timed_out=True)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) \S+", output, re.MULTILINE)  # an error in a fixture shows as such
         if code != 1 or failed is None:
             return outcome(BROKEN, f"pytest ended with {code}: {output[-600:]}")
         if mutant.equivalent:
-            return outcome(BROKEN, f"named equivalent, and {failed[1]} fails")
-        return outcome(KILLED, failed[1], timed_out="from pytest-timeout" in output)
+            return outcome(BROKEN, f"named equivalent, and {failed[0]} fails")
+        return outcome(KILLED, failed[0], timed_out="from pytest-timeout" in output)
 
 
 def _pytest(tree: Path, kernels: Path, output: Path, arguments: list[str]) -> None:
-    """Run pytest in a copy; what it needs of other packages is imported already, of distal nothing is."""
+    """Run pytest in a copy; other packages may be imported already, distal is not."""
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -156,13 +156,19 @@ def _pytest(tree: Path, kernels: Path, output: Path, arguments: list[str]) -> No
 
 
 class _Examples:
-    """Has Hypothesis draw the same examples in every run, and leave a counterexample as it is: nobody reads it."""
+    """Makes Hypothesis draw the same examples in every run, and skip the shrinking of counterexamples."""
 
     def pytest_configure(self) -> None:
-        from hypothesis import Phase, settings
+        from hypothesis import HealthCheck, Phase, settings
 
-        phases = (Phase.explicit, Phase.generate)
-        settings.register_profile("mutants", derandomize=True, database=None, deadline=None, phases=phases)
+        settings.register_profile(
+            "mutants",
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=(Phase.explicit, Phase.generate),
+            suppress_health_check=[HealthCheck.too_slow],
+        )
         settings.load_profile("mutants")
 
 
