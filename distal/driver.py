@@ -284,6 +284,7 @@ class _Driver:
                 f"cycle {cycle.index}: {n_eligible} eligible images are left, fewer than the budget of {budget}; "
                 "it takes all of them"
             )
+        self._check_enough(cycle)
         self._check_warm_start(cycle)
         cycle.begin(self.config)
         self.attempt.event("cycle", cycle=cycle.index, n_eligible=n_eligible)
@@ -295,8 +296,6 @@ class _Driver:
         label_files = tuple(self.directory.label_files(before=cycle.index))
         ledger = Ledger.read(label_files)
         answers = names_in(self.directory.answers)  # kept, so that one that goes missing is missed
-        if cycle.marker("train") is None:
-            self._check_enough(cycle, ledger)
         self.attempt.meter.set(metrics.CYCLE, cycle.index)
         self.attempt.meter.set(metrics.LABELLED, len(ledger))
         warm_from = None
@@ -353,15 +352,6 @@ class _Driver:
         )
         training.start(at_once=cycle.marker("train") is not None)
         return training
-
-    def _check_enough(self, cycle: Cycle, ledger: Ledger) -> None:
-        """`train.workers` may have been raised since the first labels were counted."""
-        least = LABELS_PER_RANK * self.ranks.workers
-        if len(ledger) < least:
-            raise ConfigError(
-                f"train.workers: {self.ranks.workers} ranks need {least} labelled samples, {LABELS_PER_RANK} each, "
-                f"and cycle {cycle.index} has {len(ledger)}; lower train.workers"
-            )
 
     def _score(self, cycle: Cycle, training: _Training) -> None:
         """Score the eligible samples of the pool at every checkpoint, those still to come included."""
@@ -626,6 +616,15 @@ class _Driver:
                 f"train.workers: {workers} ranks of {threads} threads need {needed} {unit}, this machine has "
                 f"{self.slots.scoring}; lower train.workers or train.threads, or use a larger machine if the cycle has "
                 "begun"
+            )
+
+    def _check_enough(self, cycle: Cycle) -> None:
+        """`train.workers` may have been raised since the first labels were counted."""
+        n, workers = len(self.directory.ledger(before=cycle.index)), self.config.train.workers
+        if n < LABELS_PER_RANK * workers:
+            raise ConfigError(
+                f"train.workers: {workers} ranks need {LABELS_PER_RANK * workers} labelled samples, {LABELS_PER_RANK} "
+                f"each, and cycle {cycle.index} has {n}; lower train.workers"
             )
 
     def _check_warm_start(self, cycle: Cycle) -> None:
