@@ -289,3 +289,21 @@ def test_what_is_damaged_is_deleted_or_made_again_when_a_cycle_goes_on(tmp_path:
     assert len(said) == 3
     assert np.array_equal(again.eligible(0, N), eligible)
     assert [again.committed(row, recorded=True) for row in range(ROWS)] == [{0, 1}, {1, 2}, {0, 1, 2}]
+
+
+def test_some_rows_are_read_in_their_order(tmp_path: Path) -> None:
+    assignments = create(tmp_path / "a.zarr")
+    for row in range(ROWS):
+        for block in assignments.blocks:
+            assignments.write(row, block, np.full(len(block), row, np.uint8))
+    for rows in ([1], [2, 0], [0, 2], range(1, 3)):
+        assert assignments.read(3, N, rows).tolist() == [[row] * (N - 3) for row in rows]
+
+
+@pytest.mark.parametrize("rows", [None, [2], [0, 2]])
+def test_a_block_that_is_not_committed_is_unassigned_or_damage(tmp_path: Path, rows: list[int] | None) -> None:
+    assignments = filled(tmp_path / "a.zarr")
+    assignments.chunk("assignments", 2, assignments.blocks[1]).unlink()
+    assert assignments.read(0, N, rows)[-1].tolist() == [0, 1, 2, 3, *[255] * 4, 0, 1]
+    with pytest.raises(Damage, match="assignments: row 2, block 1 is missing"):
+        assignments.read(0, N, rows, complete=True)
