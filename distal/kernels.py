@@ -107,7 +107,7 @@ def _mode_counts_of_many(assignments: Any, counts: Any, mode_count: Any, n_missi
                 at = np.uint64(i) * width + np.uint64(clipped[i])
                 k = counts.dtype.type(flat[at] + one)
                 flat[at] = k
-                largest[i] = k if k > largest[i] else largest[i]
+                largest[i] = k if k > largest[i] and clipped[i] != last else largest[i]
         n_missing[start : start + n] = counts[:n, C]
         for t in range(T):
             clipped = classes[t]

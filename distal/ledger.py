@@ -88,9 +88,8 @@ class Ledger:
     @property
     def sha256(self) -> str:
         """Of all indices, labels, and declined indices (hex)."""
-        content = hashlib.sha256(np.stack([self.indices, self.labels]).astype("<i8").tobytes())
-        content.update(self.declined.astype("<i8").tobytes())
-        return content.hexdigest()
+        parts = [len(self)], self.indices, self.labels, self.declined  # the length tells where the parts end
+        return hashlib.sha256(np.concatenate(parts).astype("<i8").tobytes()).hexdigest()
 
     def asked(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Which of the samples [start, stop) are labelled or declined: (stop - start,) bool."""

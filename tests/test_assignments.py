@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distal import arrays
+from distal.arrays import Array, create_array
 from distal.assignments import Assignments, dtype_for, unassigned
 from distal.errors import ConfigError, Damage
 from distal.records import split_blocks
@@ -235,3 +236,74 @@ def test_leftovers_of_a_killed_writer_are_not_blocks(tmp_path: Path) -> None:
     assignments = filled(tmp_path / "a.zarr")
     (assignments.path / "assignments/c/0/1.0123456789abcdef.partial").write_bytes(b"half")
     assert assignments.committed(0) == {0, 1, 2}
+
+
+def test_labels_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of labels is the commit: with a margin that could not be written, nothing is committed."""
+    assignments = create(tmp_path / "a.zarr")
+    write = Array.write
+
+    def fail(array: Array, *arguments: object) -> None:
+        if array.path.name == "margin":
+            raise OSError(errno.EIO, "input/output error")
+        write(array, *arguments)
+
+    monkeypatch.setattr(Array, "write", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        assignments.write(0, assignments.blocks[0], np.zeros(4, np.uint8), {"margin": np.zeros(4, np.float32)})
+    assert not assignments.has(0, assignments.blocks[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "chunks", "dtype", "fill"),
+    [
+        ("assignments", (ROWS + 1, N), (1, BLOCK), "uint8", 255),
+        ("assignments", (ROWS, N), (1, BLOCK + 1), "uint8", 255),
+        ("assignments", (ROWS, N), (1, BLOCK), "uint16", 255),
+        ("assignments", (ROWS, N), (1, BLOCK), "uint8", 0),
+        ("margin", (ROWS, N), (1, BLOCK), "float16", 0.0),
+        ("eligible", (N,), (BLOCK,), "bool", True),
+    ],
+)
+def test_another_layout_than_the_record_says_is_damage(
+    tmp_path: Path, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, fill: object
+) -> None:
+    create(tmp_path / "a.zarr")
+    create_array(tmp_path / "a.zarr" / name, shape, chunks, dtype, fill, ("checkpoint", "sample")[-len(shape) :])
+    with pytest.raises(Damage, match=f"{name}: its metadata has changed"):
+        Assignments.open(tmp_path / "a.zarr")
+
+
+def test_what_is_damaged_is_deleted_or_made_again_when_a_cycle_goes_on(tmp_path: Path) -> None:
+    assignments = filled(tmp_path / "a.zarr")
+    eligible = assignments.eligible(0, N)
+    for chunk in ("assignments/c/0/2", "margin/c/1/0", "eligible/c/2"):
+        flip_a_bit(assignments.path / chunk)
+    layout = {"n_rows": ROWS, "n_samples": N, "block_size": BLOCK, "n_classes": 5, "recorded": ("margin",)}
+    said: list[str] = []
+    again = Assignments.take_up(
+        assignments.path, **layout, eligible=lambda start, stop: eligible[start:stop], on_damage=said.append
+    )
+    named = ("eligible: block 2", "assignments: row 0, block 2", "margin: row 1, block 0")
+    assert [any(name in line for line in said) for name in named] == [True] * 3
+    assert len(said) == 3
+    assert np.array_equal(again.eligible(0, N), eligible)
+    assert [again.committed(row, recorded=True) for row in range(ROWS)] == [{0, 1}, {1, 2}, {0, 1, 2}]
+
+
+def test_some_rows_are_read_in_their_order(tmp_path: Path) -> None:
+    assignments = create(tmp_path / "a.zarr")
+    for row in range(ROWS):
+        for block in assignments.blocks:
+            assignments.write(row, block, np.full(len(block), row, np.uint8))
+    for rows in ([1], [2, 0], [0, 2], range(1, 3)):
+        assert assignments.read(3, N, rows).tolist() == [[row] * (N - 3) for row in rows]
+
+
+@pytest.mark.parametrize("rows", [None, [2], [0, 2]])
+def test_a_block_that_is_not_committed_is_unassigned_or_damage(tmp_path: Path, rows: list[int] | None) -> None:
+    assignments = filled(tmp_path / "a.zarr")
+    assignments.chunk("assignments", 2, assignments.blocks[1]).unlink()
+    assert assignments.read(0, N, rows)[-1].tolist() == [0, 1, 2, 3, *[255] * 4, 0, 1]
+    with pytest.raises(Damage, match="assignments: row 2, block 1 is missing"):
+        assignments.read(0, N, rows, complete=True)

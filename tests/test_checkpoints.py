@@ -32,6 +32,34 @@ def test_the_first_commit_wins(tmp_path: Path) -> None:
     assert torch.equal(checkpoints.load(late)["w"], STATE["w"])
 
 
+def test_of_two_writers_at_once_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A late one of an attempt that was killed: it saw no manifest, and commits after its successor did."""
+    serialize = checkpoints.serialize
+
+    def overtaken(value: object) -> bytes:
+        monkeypatch.setattr(checkpoints, "serialize", serialize)
+        winners.append(checkpoints.commit(tmp_path, 0, 1, STATE))
+        return serialize(value)
+
+    winners: list[object] = []
+    monkeypatch.setattr(checkpoints, "serialize", overtaken)
+    late = checkpoints.commit(tmp_path, 0, 1, {"w": torch.zeros(2), "n": torch.tensor(0)})
+    assert [late] == winners
+    assert torch.equal(checkpoints.load(checkpoints.read(tmp_path, 0))["w"], STATE["w"])
+
+
+def test_weights_that_could_not_be_written_are_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest is the commit: it comes last."""
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "input/output error")
+
+    monkeypatch.setattr(checkpoints, "write_bytes", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        checkpoints.commit(tmp_path, 0, 1, STATE)
+    assert not checkpoints.is_committed(tmp_path, 0)
+
+
 def test_weights_that_were_trained_from_something_else_are_not_taken_up(tmp_path: Path) -> None:
     checkpoints.commit(tmp_path, 0, 1, STATE, inputs="abc")
     with pytest.raises(Damage, match="0000: trained from other inputs than the cycle has now"):

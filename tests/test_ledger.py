@@ -86,6 +86,24 @@ def test_what_training_needs(labels: list[int], workers: int, reason: str | None
     assert too_few(labels, workers) == reason
 
 
+def test_the_hash_is_of_everything() -> None:
+    """Also of what is an index here, a label there, and declined elsewhere."""
+    ledgers = [
+        Ledger(np.array(indices), np.array(labels), np.array(declined, np.int64))
+        for indices, labels, declined in (
+            ([1, 2], [3, 4], []),
+            ([1, 2], [3, 5], []),
+            ([1, 3], [3, 4], []),
+            ([1, 2], [3, 4], [5]),
+            ([1, 2], [3, 4], [6]),
+            ([1], [2], [3, 4]),
+            ([1], [2], []),
+        )
+    ]
+    assert len({each.sha256 for each in [*ledgers, Ledger.empty()]}) == 8
+    assert ledgers[0].sha256 == Ledger(np.array([1, 2]), np.array([3, 4])).sha256
+
+
 def test_label_files_of_a_cycle(tmp_path: Path) -> None:
     for name in ("labels.parquet", "labels-2.parquet", "labels.json", "selection.parquet"):
         (tmp_path / name).touch()

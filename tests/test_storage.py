@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distal import arrays, storage
-from distal.errors import ConfigError, Damage, UnknownFormat
+from distal.errors import ConfigError, Damage, DiskFull, UnknownFormat
 
 
 def test_a_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -95,6 +95,16 @@ class TestReadRegular:
         ended.set()
         thread.join()
         assert seen == {b"12345", "not a regular file"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_space_and_no_quota_are_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(DiskFull, match=rf"file: {os.strerror(number).lower()}; everything committed so far stays"):
+        storage.write_bytes(tmp_path / "file", b"new")
 
 
 def test_the_first_creator_wins(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from distal.acquire import batch
 from distal.acquire.batch import select
 from distal.assignments import Assignments
 from distal.config import SelectConfig
+from distal.errors import Damage
 from distal.hashing import mix64, sample_keys
 from distal.pool import Pool
 from distal.records import split_blocks
@@ -101,3 +102,32 @@ def test_tie_share(pool: Pool, tmp_path: Path, stored) -> None:
     cut = selection.table["dispersion"].to_numpy()[-1]
     above = np.count_nonzero(score > cut)
     assert selection.tie_share == (50 - above) / 50
+
+
+def test_ties_are_broken_by_the_margin_of_the_last_checkpoint(pool: Pool, tmp_path: Path) -> None:
+    margin = np.random.default_rng(1).permutation(2 * N).reshape(2, N).astype(np.float16)
+    assignments = Assignments.create(
+        tmp_path / "a.zarr", n_rows=2, n_samples=N, block_size=BLOCK, n_classes=4,
+        eligible=(np.ones(len(block), bool) for block in split_blocks(N, BLOCK)), recorded=("margin",),
+    )  # fmt: skip
+    scores = Scores.create(tmp_path / "scores.zarr", ["dispersion"], N, BLOCK)
+    for block in assignments.blocks:
+        span = slice(block.start, block.stop)
+        for row in range(2):
+            assignments.write(row, block, np.zeros(len(block), np.uint8), {"margin": margin[row, span]})
+        scores.write(block, {"dispersion": np.ones(len(block), np.float32)})
+    for row in range(2):
+        selection = select(
+            scores, assignments, pool, SelectConfig(), tmp_path / "s", last_row=row, budget=30, seed=0, cycle=0
+        )
+        assert selection.indices.tolist() == margin[row].argsort()[:30].tolist()
+
+
+def test_another_selection_than_was_made_is_damage(pool: Pool, tmp_path: Path, stored) -> None:
+    scores, assignments, _, _ = stored
+    again = {"last_row": 0, "budget": 20, "seed": 0, "cycle": 0}
+    made = select(scores, assignments, pool, SelectConfig(), tmp_path / "s", **again)
+    assert select(scores, assignments, pool, SelectConfig(), tmp_path / "t", expected=made.sha256, **again) == made
+    with pytest.raises(Damage, match="is not the one that was made"):
+        select(scores, assignments, pool, SelectConfig(), tmp_path / "u", expected="0" * 64, **again)
+    assert not (tmp_path / "u").exists()

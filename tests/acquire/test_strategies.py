@@ -49,6 +49,30 @@ class Twice(Short):
         return [0] * budget
 
 
+class Below(Short):
+    def select(self, candidates: Shown, budget: int, rng: np.random.Generator) -> Any:
+        return np.arange(budget) - 1
+
+
+class Beyond(Short):
+    def select(self, candidates: Shown, budget: int, rng: np.random.Generator) -> Any:
+        return len(candidates) - np.arange(budget)
+
+
+class Fractions(Short):
+    def select(self, candidates: Shown, budget: int, rng: np.random.Generator) -> Any:
+        return np.arange(budget) / 1.0
+
+
+class Drawn:
+    needs = frozenset({"final"})
+    seen: Shown
+
+    def select(self, candidates: Shown, budget: int, rng: np.random.Generator) -> Any:
+        type(self).seen = candidates
+        return rng.permutation(len(candidates))[:budget]
+
+
 class Wishes:
     needs = ("gradients",)
 
@@ -87,13 +111,16 @@ def outputs(indices: np.ndarray, names: Collection[str]) -> dict[str, np.ndarray
     return {name: tables[name][indices] for name in names}
 
 
-def choose(pool: Pool, stored: Any, folder: Path, budget: int = 20, **config: Any) -> list[int]:
+def choose(
+    pool: Pool, stored: Any, folder: Path, budget: int = 20, *, seed: int = 4, cycle: int = 1, **config: Any
+) -> list[int]:
     scores, assignments, _ = stored
     section = SelectConfig(tie_break="hash", **config)
     dest = folder / "s.parquet"
     selection = select(
-        scores, assignments, pool, section, dest, budget=budget, seed=4, cycle=1, last_row=ROWS - 1, outputs=outputs
-    )
+        scores, assignments, pool, section, dest,
+        budget=budget, seed=seed, cycle=cycle, last_row=ROWS - 1, outputs=outputs,
+    )  # fmt: skip
     return selection.indices.tolist()
 
 
@@ -123,11 +150,31 @@ def test_a_strategy_of_the_users_own(pool: Pool, stored, tmp_path: Path) -> None
     assert seen.sample_id[0] == f"s1-{best[0]:05d}"
 
 
+def test_a_strategy_sees_the_final_votes_of_as_many_candidates_as_were_asked_for(
+    pool: Pool, stored, tmp_path: Path
+) -> None:
+    choose(pool, stored, tmp_path, batch=f"{HERE}:Drawn", candidate_factor=1.97)
+    best = ranked(stored[2])[:40]  # 39.4 of them, rounded up
+    assert Drawn.seen.index.tolist() == best.tolist()
+    assert np.array_equal(Drawn.seen.assignments, stored[1].read(0, N)[-1:, best])
+    assert (Drawn.seen.probabilities, Drawn.seen.embeddings) == (None, None)
+
+
+@pytest.mark.parametrize("batch", [f"{HERE}:Drawn", "power"])
+def test_what_is_drawn_depends_on_seed_and_cycle_alone(pool: Pool, stored, tmp_path: Path, batch: str) -> None:
+    drawn = [choose(pool, stored, tmp_path, seed=s, cycle=c, batch=batch) for s, c in ((0, 0), (0, 1), (1, 0))]
+    assert drawn[0] == choose(pool, stored, tmp_path, seed=0, cycle=0, batch=batch)
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
 @pytest.mark.parametrize(
     ("name", "error", "words"),
     [
         ("Short", ConfigError, r"shape \(19,\); it must return 20 positions"),
         ("Twice", ConfigError, "a position twice"),
+        ("Below", ConfigError, r"or one outside \[0, 100\)"),
+        ("Beyond", ConfigError, r"or one outside \[0, 100\)"),
+        ("Fractions", ConfigError, "returned float64 of shape"),
         ("Wishes", ConfigError, r"needs must be a set of some of final, all, probabilities, embeddings, got \('grad"),
         ("Nothing", ModelError, "has no function or class 'Nothing'"),
     ],
@@ -136,7 +183,7 @@ def test_a_strategy_that_does_not_do_as_it_should(
     pool: Pool, stored, tmp_path: Path, name: str, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        choose(pool, stored, tmp_path, batch=f"{HERE}:{name}")
+        choose(pool, stored, tmp_path, batch=f"{HERE}:{name}", candidate_factor=5)
     assert not (tmp_path / "s.parquet").exists()
 
 

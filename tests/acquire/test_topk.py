@@ -113,3 +113,17 @@ def test_a_cap_on_groups_against_going_down_the_list(c: Candidates, k: int, most
             taken[group] = taken.get(group, 0) + 1
             expected.append(index)
     assert top.result()[0].index.tolist() == expected[:k]
+
+
+def test_a_cap_leaves_room_for_worse_ones() -> None:
+    """Of twenty of one group one is kept: that is no full list, and its score is no threshold."""
+    top = TopK(3, most_per_group=1)
+    for score, groups in ((1.0, [0] * 20), (0.5, [1, 2]), (0.25, [3, 4])):
+        n = len(groups)
+        index = np.arange(n) + int(100 / score)
+        top.add(
+            Candidates(
+                index, np.full(n, score, np.float32), np.zeros(n, np.float16), index.astype(np.uint64), np.array(groups)
+            )
+        )
+    assert top.result()[0].index.tolist() == [100, 200, 201]

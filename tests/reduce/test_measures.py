@@ -152,6 +152,7 @@ def test_more_checkpoints_than_a_byte_counts() -> None:
 def test_recorded_measures_grow_with_uncertainty() -> None:
     assert measures.margin(np.array([0, 0.25, 1], np.float16)).tolist() == [1, 0.75, 0]
     assert measures.entropy(np.array([0, 0.5], np.float16)).tolist() == [0, 0.5]
+    assert measures.least_confidence(np.array([0, 0.5], np.float16)).tolist() == [0, 0.5]
 
 
 def test_random_is_seeded_and_uniform() -> None:

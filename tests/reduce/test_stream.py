@@ -16,7 +16,7 @@ from distal.errors import Damage
 from distal.pool import Pool
 from distal.records import Window, split_blocks
 from distal.reduce import stream
-from distal.reduce.measures import FROM_VOTES, Votes
+from distal.reduce.measures import FROM_VOTES, Votes, random
 from distal.reduce.stream import Reduction, n_threads
 from distal.scores import Scores
 
@@ -81,8 +81,9 @@ def test_scores_on_disk(pool: Pool, tmp_path: Path, eligible: np.ndarray, monkey
         assert np.isnan(array[:][~eligible]).all()
     margin = assignments.read_recorded("margin", ROWS - 1, 0, N)
     assert np.array_equal(group["margin"][:], (1 - margin.astype(np.float64)).astype(np.float32), equal_nan=True)
-    assert np.isnan(group["random"][:][~eligible]).all()
-    assert not np.isnan(group["random"][:][eligible]).any()
+    (keys,) = pool.columns(0, N, "sample_key")
+    expected = np.where(eligible, random(3, 1, keys), np.nan).astype(np.float32)
+    assert np.array_equal(group["random"][:], expected, equal_nan=True)
 
 
 def test_nothing_recorded_nothing_reduced(pool: Pool, tmp_path: Path) -> None:
@@ -161,8 +162,25 @@ def test_only_what_was_left_out_may_lack_a_value(pool: Pool, tmp_path: Path, eli
         reduce(assignments, pool, tmp_path / "s.zarr", measures=("dispersion",), remaining=tuple(remaining))
 
 
-def test_a_lost_block_is_no_score(pool: Pool, tmp_path: Path) -> None:
+def test_a_sample_that_was_not_left_out_and_lacks_a_value_is_damage(
+    pool: Pool, tmp_path: Path, eligible: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples may lack values after an elimination; those of a lost cell are too many. In any stripe."""
+    monkeypatch.setattr(stream, "STRIPE_BYTES", 1)
+    assignments = filled(tmp_path / "a.zarr", pool, 64)
+    block = assignments.blocks[2]
+    labels = assignments.read(block.start, block.stop)[ROWS - 1].copy()
+    labels[10:20] = 255
+    assignments.write(ROWS - 1, block, labels, {})
+    remaining = tuple(int(eligible[b.start : b.stop].sum()) for b in assignments.blocks)
+    with pytest.raises(Damage, match=f"block 2 has {remaining[2] - 10} samples .* and {remaining[2]} were not left"):
+        reduce(assignments, pool, tmp_path / "s.zarr", measures=("dispersion",), remaining=remaining)
+
+
+@pytest.mark.parametrize("stripe_bytes", [1, 2**25])
+def test_a_lost_block_is_no_score(pool: Pool, tmp_path: Path, monkeypatch, stripe_bytes: int) -> None:
     """A chunk that is gone reads as UNASSIGNED: that must not pass for an answer."""
+    monkeypatch.setattr(stream, "STRIPE_BYTES", stripe_bytes)
     assignments = filled(tmp_path / "a.zarr", pool, 64)
     (assignments.path / "assignments/c/3/1").unlink()
     with pytest.raises(Damage, match="a.zarr: sample 64 is eligible and has no value"):
