@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from distal.errors import Damage, ModelError
 from distal.records import CheckpointRef
-from distal.storage import create_json, names_in, read_json, sha256, write_bytes
+from distal.storage import create_json, link, names_in, read_json, sha256, write_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import, and looking at a queue does not need it
     import torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and looking at a queue does 
 MANIFEST = "manifest.json"
 SAFETENSORS, LIGHTNING = ".safetensors", ".ckpt"
 KEEP_ALL = "ModelCheckpoint(save_top_k=-1) in Lightning"
-NAME = re.compile(r"\d{4,}")
+NAME = re.compile(r"[0-9]{4,}")
 VISIBLE_S = 60.0
 
 
@@ -57,14 +57,27 @@ def commit(
     Raises:
         Damage: the one that came first was trained from other inputs.
     """
+    if is_committed(folder, index):
+        return _of_same_inputs(folder, index, inputs)
+    return commit_bytes(folder, index, epoch, serialize(state_dict), inputs=inputs, metrics=metrics)
+
+
+def commit_bytes(
+    folder: Path, index: int, epoch: int, data: bytes, *, inputs: str = "", metrics: dict[str, float] | None = None
+) -> CheckpointRef:
+    """Like `commit`, of weights that are serialized."""
     place = folder / f"{index:04d}"
     if not (place / MANIFEST).exists():
-        data = serialize(state_dict)
         checksum = sha256(data)
         file = f"weights-{checksum[:12]}.pt"
         write_bytes(place / file, data)
         record = {"index": index, "epoch": epoch, "file": file, "sha256": checksum, "inputs": inputs}
         create_json(place / MANIFEST, {**record, "metrics": metrics or {}})
+    return _of_same_inputs(folder, index, inputs)
+
+
+def _of_same_inputs(folder: Path, index: int, inputs: str) -> CheckpointRef:
+    place = folder / f"{index:04d}"
     if read_json(place / MANIFEST)["inputs"] != inputs:
         raise Damage(
             f"{place}: trained from other inputs than the cycle has now; put back what was there, or remove "
@@ -82,8 +95,22 @@ def read(folder: Path, index: int) -> CheckpointRef:
 
 def committed(folder: Path) -> list[int]:
     """Indices of the committed checkpoints, in order."""
-    indices = [int(name) for name in names_in(folder) if NAME.fullmatch(name)]
-    return [index for index in indices if is_committed(folder, index)]
+    indices = {int(name) for name in names_in(folder) if NAME.fullmatch(name)}
+    return sorted(index for index in indices if is_committed(folder, index))
+
+
+def unbroken(folder: Path, inputs: str = "") -> list[CheckpointRef]:
+    """The committed checkpoints from the first to the last before a gap; raises Damage like `commit`."""
+    indices = committed(folder)
+    return [_of_same_inputs(folder, index, inputs) for place, index in enumerate(indices) if place == index]
+
+
+def take_over(ref: CheckpointRef, folder: Path) -> None:
+    """Commit a published checkpoint in another folder, too; raises Damage when its bytes have changed."""
+    _check_bytes(ref, ref.path.read_bytes())
+    place = folder / f"{ref.index:04d}"
+    link(ref.path, place / ref.path.name)
+    create_json(place / MANIFEST, read_json(ref.path.parent / MANIFEST))
 
 
 def is_committed(folder: Path, index: int) -> bool:
@@ -146,10 +173,14 @@ def load(checkpoint: CheckpointRef) -> StateDict:
         raise Damage(
             f"{checkpoint.path}: the weights of checkpoint {checkpoint.index} are missing; put the file back"
         ) from None
-    if sha256(data) != checkpoint.sha256:
-        raise Damage(f"{checkpoint.path}: the bytes of checkpoint {checkpoint.index} have changed")
+    _check_bytes(checkpoint, data)
     state: StateDict = within(deserialize(data, checkpoint.path.suffix), checkpoint.key, checkpoint.prefix)
     return state
+
+
+def _check_bytes(checkpoint: CheckpointRef, data: bytes) -> None:
+    if sha256(data) != checkpoint.sha256:
+        raise Damage(f"{checkpoint.path}: the bytes of checkpoint {checkpoint.index} have changed")
 
 
 def within(value: Any, key: str | None, prefix: str) -> Any:

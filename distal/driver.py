@@ -26,7 +26,7 @@ from distal.assignments import PROBABILITIES, Assignments
 from distal.attempt import Attempt, begin
 from distal.config import Config, check_unchanged
 from distal.eligibility import Eligibility
-from distal.errors import ConfigError, ModelError, RunConflict
+from distal.errors import ConfigError, Damage, ModelError, RunConflict
 from distal.evaluation import evaluate
 from distal.hashing import digest
 from distal.labelling import Waiting
@@ -41,7 +41,7 @@ from distal.records import CheckpointRef, JsonObject, Progress, auto_block_size
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
 from distal.runs import Cycle, Run
-from distal.score.job import Elimination, Published, Scored
+from distal.score.job import Elimination, Producer, Published, Scored
 from distal.scores import Scores
 from distal.selection import Selection, short_of
 from distal.storage import be_durable, sha256
@@ -326,6 +326,7 @@ class _Driver:
             attempt=self.directory.attempt,
         )
 
+        published_to = self._published_to(cycle)
         given_up = threading.Event()
 
         def on_event(name: str, **values: Any) -> None:
@@ -337,7 +338,7 @@ class _Driver:
             if config.train.command is None:
                 train(job, self.ranks, given_up=given_up, still_ours=self.attempt.lease.check, on_event=on_event)
             else:
-                run_command(config.train.command, job, self.pool, given_up)
+                run_command(config.train.command, job, self.pool, published_to, given_up)
             return {
                 "n_labeled": len(ledger),
                 "device": self.slots.device,
@@ -348,12 +349,26 @@ class _Driver:
         training = _Training(
             stage=partial(self._stage, cycle, "train", lambda: made_from, work),
             abandon=partial(abandon, job, given_up),
-            queue=checkpoints.Queue(cycle.checkpoints, len(config.train.checkpoint_epochs)),
+            queue=checkpoints.Queue(published_to, len(config.train.checkpoint_epochs)),
             slots=self.slots.training(self.ranks.workers, self.ranks.threads),
             all_slots=self.slots.scoring if self.slots.shared else 0,
         )
         training.start(at_once=cycle.marker("train") is not None)
         return training
+
+    def _published_to(self, cycle: Cycle) -> Path:
+        """Where training publishes. A script may train otherwise when it is started again, so it starts on its own."""
+        if _begun(cycle).train.command is None or cycle.marker("train") is not None:
+            return cycle.checkpoints
+        before = checkpoints.committed(cycle.checkpoints)
+        dest = cycle.begin_attempt()
+        if before:
+            reason = (
+                f"train.command is started again; it publishes to {dest.name}, and the {len(before)} checkpoints of "
+                "before count only where it gives the same weights, or goes on from them"
+            )
+            self.attempt.event("training_anew", cycle=cycle.index, published_before=len(before), reason=reason)
+        return dest
 
     def _score(self, cycle: Cycle, training: _Training) -> None:
         """Score the eligible samples of the pool at every checkpoint, those still to come included."""
@@ -385,7 +400,7 @@ class _Driver:
                 scored = self.attempt.fill(
                     job,
                     assignments,
-                    training,
+                    self._reusing(cycle, assignments, training, first_index),
                     progress,
                     elimination=_elimination(cycle),
                     n_expected=n_rows,
@@ -414,6 +429,16 @@ class _Driver:
             }
 
         self._stage(cycle, "score", made_from, work)
+
+    def _reusing(self, cycle: Cycle, assignments: Assignments, training: _Training, first_index: int) -> Producer:
+        """The producer of the checkpoints to score, which first takes over what is scored of them already."""
+        on_event, earlier = partial(self.attempt.event, cycle=cycle.index), []
+        for path in filter(Assignments.begun, cycle.earlier_assignments()):
+            try:
+                earlier.append(Assignments.open(path))
+            except Damage as damage:
+                on_event("damaged_block", reason=f"{damage}; its rows will be scored again")
+        return _Reusing(training, assignments, earlier, first_index, on_event) if earlier else training
 
     def _test(self, cycle: Cycle) -> None:
         """Predict the images to test and validate on at the last checkpoint with the same actors, and evaluate it."""
@@ -710,6 +735,56 @@ class _Training:
         """Return when training is done; raises what went wrong with it."""
         while not self.finished():
             time.sleep(0.1)  # in slices: one long wait would not let a signal through
+
+
+class _Reusing:
+    """The checkpoints of a training script that was started again: what was scored before counts for equal weights.
+
+    A row counts while all rows up to it have the weights of before. From the first that has not, this is another
+    training, and its rows are scored anew.
+
+    Args:
+        assignments: those of this attempt, as the scoring loop has them.
+        earlier: those of the attempts before, the latest first.
+        first_index: the checkpoint that row 0 belongs to.
+    """
+
+    def __init__(
+        self,
+        training: _Training,
+        assignments: Assignments,
+        earlier: Sequence[Assignments],
+        first_index: int,
+        on_event: Callable[..., None],
+    ) -> None:
+        self._training, self._assignments, self._earlier = training, assignments, list(earlier)
+        self._first_index, self._on_event = first_index, on_event
+        self._weights: list[str] = []  # of the rows that have been looked at, which are the first ones
+        self.finished, self.slots_held = training.finished, training.slots_held
+
+    def published(self) -> Sequence[CheckpointRef]:
+        """See `Producer`."""
+        refs = self._training.published()
+        weights = {ref.index - self._first_index: ref.sha256 for ref in refs}
+        while (row := len(self._weights)) < self._assignments.n_rows and row in weights:
+            self._weights.append(weights[row])
+            self._take_over(row)
+        return refs
+
+    def _take_over(self, row: int) -> None:
+        begun = [each for each in self._earlier if each.attributes["weights"][row] is not None]
+        same = [each for each in begun if each.begun_with(self._weights)]
+        for each in same:
+            for damage in each.remove_damaged(row):
+                self._on_event("damaged_block", reason=f"{damage}; it will be scored again")
+            self._assignments.take_over(each, row)
+        if begun and not same:
+            reason = (
+                f"train.command did not give the weights of before again: checkpoint {row + self._first_index} has "
+                "others; it and those after it are scored anew"
+            )
+            self._on_event("other_weights", row=row, reason=reason)
+            self._earlier = []
 
 
 def _labelled_before(labels: Path) -> JsonObject:

@@ -113,6 +113,15 @@ def create_bytes(path: Path, data: bytes) -> bool:
         return True
 
 
+def link(source: Path, path: Path) -> None:
+    """Give a file that is never changed another name, unless there is no such file, or the name is taken."""
+    with disk_errors(path), suppress(FileNotFoundError, FileExistsError):
+        make_folder(path.parent)
+        os.link(source, path)
+        if is_durable():
+            _flush(path.parent)
+
+
 def _replace(temporary: Path, path: Path) -> None:
     if is_durable():
         _flush(temporary)
