@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,38 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "free some space and run the same command again"
             ) from error
         raise
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file that somebody else wrote.
+
+    Opening a FIFO would wait for its writer and opening a device may do anything, so the kind is checked before the
+    file is opened, and again afterwards: another file may have taken its place meanwhile.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or has more than `max_bytes` bytes; `strerror` says which.
+    """
+    _require_regular(path, path.stat(), max_bytes)
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        _require_regular(path, status, max_bytes)
+        data = file.read(status.st_size + 1)
+        if len(data) > status.st_size:  # it grows, or has no size at all, as in /proc
+            data += file.read(max_bytes - len(data) + 1)
+    if len(data) > max_bytes:
+        raise _too_large(path, max_bytes)
+    return data
+
+
+def _require_regular(path: Path, status: os.stat_result, max_bytes: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_size > max_bytes:
+        raise _too_large(path, max_bytes)
+
+
+def _too_large(path: Path, max_bytes: int) -> OSError:
+    return OSError(errno.EFBIG, f"more than {max_bytes:,} bytes", str(path))
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:

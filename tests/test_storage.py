@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from pathlib import Path
 
@@ -33,6 +34,65 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         storage.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+class TestReadRegular:
+    def test_what_is_there_is_read_up_to_the_limit(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"12345")
+        (tmp_path / "link").symlink_to("file")
+        assert storage.read_regular(tmp_path / "file", 5) == b"12345"
+        assert storage.read_regular(tmp_path / "link", 5) == b"12345"
+        with pytest.raises(OSError, match="more than 4 bytes"):
+            storage.read_regular(tmp_path / "file", 4)
+        with pytest.raises(FileNotFoundError):
+            storage.read_regular(tmp_path / "missing", 5)
+
+    def test_a_file_that_is_longer_than_it_says(self) -> None:
+        """Files in /proc say that they have no bytes."""
+        path = Path("/proc/self/cmdline")
+        assert path.stat().st_size == 0
+        whole = path.read_bytes()
+        assert storage.read_regular(path, len(whole)) == whole
+        with pytest.raises(OSError, match="more than"):
+            storage.read_regular(path, len(whole) - 1)
+
+    @pytest.mark.timeout(10)
+    def test_anything_else_is_refused_at_once(self, tmp_path: Path) -> None:
+        """Nobody writes into the FIFO, and /dev/zero has no end."""
+        os.mkfifo(tmp_path / "fifo")
+        (tmp_path / "linked").symlink_to("fifo")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(tmp_path / "socket"))  # the names of sockets are short
+            for path in ("fifo", "linked", "socket", ".", "/dev/zero"):
+                with pytest.raises(OSError, match="not a regular file"):
+                    storage.read_regular(tmp_path / path, 5)
+
+    @pytest.mark.timeout(10)
+    def test_a_fifo_that_takes_the_place_of_a_file(self, tmp_path: Path) -> None:
+        """The kind is looked at again when it is open; opening does not wait for a writer."""
+        os.mkfifo(tmp_path / "fifo")
+        (tmp_path / "file").write_bytes(b"12345")
+        path = tmp_path / "path"
+        path.symlink_to("file")
+        ended = threading.Event()
+
+        def exchange() -> None:
+            while not ended.is_set():
+                for target in ("fifo", "file"):
+                    (tmp_path / "next").symlink_to(target)
+                    (tmp_path / "next").replace(path)
+
+        thread = threading.Thread(target=exchange)
+        thread.start()
+        seen = set()
+        for _ in range(3000):
+            try:
+                seen.add(storage.read_regular(path, 5))
+            except OSError as error:
+                assert error.strerror == "not a regular file"
+        ended.set()
+        thread.join()
+        assert seen == {b"12345"}
 
 
 def test_the_first_creator_wins(tmp_path: Path) -> None:
