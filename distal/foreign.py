@@ -17,7 +17,7 @@ import itertools
 import re
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -323,21 +323,13 @@ def find_weights(name: str, value: object, template: StateDict, layout: Layout) 
         elif len(fitting := _fitting(value, template)) == 1:
             key = fitting[0]
         else:
-            known = (
-                f"; set checkpoints.key to {' or '.join(map(_short, fitting[:4]))}"
-                if fitting
-                else ", and none fits model.name"
-            )
+            known = f"; set checkpoints.key to {_some(fitting, 'or')}" if fitting else ", and none fits model.name"
             raise ModelError(f"{name}: not a state_dict of plain tensors (it has {_first(value)}){known}")
     try:
         state = checkpoints.within(value, key, "")
     except KeyError:
         fitting = _fitting(value, template)
-        known = (
-            f"{' or '.join(map(_short, fitting[:4]))} would fit"
-            if fitting
-            else "nothing in it fits model.name: set it to null"
-        )
+        known = f"{_some(fitting, 'or')} would fit" if fitting else "nothing in it fits model.name: set it to null"
         raise ModelError(f"checkpoints.key: {name} has no {key!r}; {known}") from None
     if not isinstance(state, Mapping):
         return key, layout.prefix or ""
@@ -350,7 +342,7 @@ def find_weights(name: str, value: object, template: StateDict, layout: Layout) 
     prefixes = _prefixes(state, template)
     if len(prefixes) > 1:
         raise ModelError(
-            f"{name}: has weights for this network more than once, under {' and '.join(map(_short, prefixes[:4]))}; set "
+            f"{name}: has weights for this network more than once, under {_some(prefixes, 'and')}; set "
             "checkpoints.strip_prefix to one of them"
         )
     return key, prefixes[0] if prefixes else ""
@@ -377,7 +369,9 @@ def _fitting(value: object, template: StateDict) -> list[str]:
         if fits[id(each)]:
             found.append(".".join(place))
         elif is_new and len(place) < DEEPEST:
-            waiting += [((*place, name), inner) for name, inner in reversed(each.items()) if isinstance(name, str)]
+            waiting += [
+                ((*place, name), inner) for name, inner in reversed(list(each.items())) if isinstance(name, str)
+            ]
     return found
 
 
@@ -393,6 +387,10 @@ def _prefixes(state: Mapping[Any, object], template: StateDict) -> list[str]:
 def _first(keys: Mapping[Any, object]) -> str:
     shown = [_short(key) for key in itertools.islice(keys, 5)]
     return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
+
+
+def _some(names: Sequence[str], word: str) -> str:
+    return f" {word} ".join(map(_short, names[:4]))
 
 
 def _short(value: object) -> str:
