@@ -360,7 +360,7 @@ def read_json(path: Path, required: Sequence[str] = ()) -> JsonObject:
     """
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damage(f"{path}: not valid JSON ({error})") from error
     return _checked(path, record, required)
 
