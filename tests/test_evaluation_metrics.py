@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
 
 from distal.evaluation import calibration_error, evaluate
@@ -66,6 +70,31 @@ def test_calibration_by_hand() -> None:
     right = np.array([True, False, True, True, False])
     expected = (abs(1 - 0.6) + abs(2 - 1.15) + abs(0 - 1)) / 5
     assert calibration_error(right, confidence) == pytest.approx(expected)
+
+
+BORDERS = [m / 15 for m in range(1, 16)]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.booleans(),
+            st.sampled_from(BORDERS).flatmap(
+                lambda border: st.sampled_from([border, math.nextafter(border, 0), min(1.0, math.nextafter(border, 1))])
+            ),
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_calibration_at_the_borders_of_bins(predictions: list[tuple[bool, float]]) -> None:
+    """Against the definition: bin m is ((m - 1) / 15, m / 15], so a border belongs to the bin below it."""
+    gaps = dict.fromkeys(range(1, 16), 0.0)
+    for right, confidence in predictions:
+        gaps[next(m for m in range(1, 16) if confidence <= m / 15)] += right - confidence
+    expected = sum(map(abs, gaps.values())) / len(predictions)
+    found = calibration_error(np.array([right for right, _ in predictions]), np.array([c for _, c in predictions]))
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("n_classes", [2, 7])

@@ -104,12 +104,7 @@ def train_rank(job: TrainJob) -> None:
 
     net = initial_network(job)
     model = ray_torch.prepare_model(net)
-    rank = _Rank(job, model, device, images, labels, ledger.indices)
-    rank.warm_up()
-    finished = rank.restore()
-    for epoch in range(finished + 1, job.config.epochs + 1):
-        loss = rank.train_epoch(epoch)
-        rank.save(epoch, loss)
+    _Rank(job, model, device, images, labels, ledger.indices).train()
 
 
 def initial_network(job: TrainJob) -> nn.Module:
@@ -153,6 +148,14 @@ class _Rank:
             weight_decay=self.config.weight_decay,
             nesterov=True,
         )
+
+    def train(self) -> None:
+        """All epochs that are still to do."""
+        self.warm_up()
+        finished = self.restore()
+        for epoch in range(finished + 1, self.config.epochs + 1):
+            loss = self.train_epoch(epoch)
+            self.save(epoch, loss)
 
     def warm_up(self) -> None:
         """One forward and backward pass whose results are thrown away.

@@ -1,15 +1,27 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
+from distal import checkpoints
 from distal.augment import crop_flip
-from distal.config import TrainConfig
+from distal.config import ModelConfig, TrainConfig
 from distal.hashing import mix64
-from distal.train.loop import batches, learning_rate
+from distal.models import ModelSpec
+from distal.storage import write_bytes
+from distal.train.loop import TrainJob, _Rank, batches, initial_network, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -92,3 +104,114 @@ def test_every_epoch_has_its_own_order() -> None:
     first, again, other = (np.concatenate(batches(50, 12, 0, 1, seed)) for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+SPEC = ModelSpec(ModelConfig(), 4, (1, 12, 12), (0.5,), (0.5,))
+N = 60
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Images, labels and `sample_index` of a labelled set."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (N, 1, 12, 12), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(N) % 4, np.arange(1000, 1000 + N)
+
+
+def job(folder: Path, **config: object) -> TrainJob:
+    settings = {"epochs": 3, "batch_size": 12, "threads": 1, **config}
+    write_bytes(folder / "train" / "owner", b"me")
+    return TrainJob(
+        folder, "", folder, (), SPEC, TrainConfig(**settings), seed=0, cycle=0, threads=1, warm_from=None,
+        inputs="inputs", owner="me",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Sees(nn.Module):
+    """A network that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(144, 4)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.seen += list(inputs)
+        return self.layer(inputs.flatten(1))
+
+
+def seen(folder: Path, epoch: int, seed: int = 0, cycle: int = 0, **config: object) -> dict[int, bytes]:
+    """What the network is shown of each sample in an epoch, in that order, by the training loop itself."""
+    net, (images, labels, indices) = Sees(), data()
+    of = replace(job(folder, **config), seed=seed, cycle=cycle)
+    rank = _Rank(of, net, torch.device("cpu"), images, labels, indices)
+    order = []
+    take, rank._augmented = rank._augmented, lambda positions, epoch: order.extend(positions) or take(positions, epoch)  # type: ignore[method-assign]
+    rank.train_epoch(epoch)
+    assert len(order) == len(net.seen) == N
+    return {int(position): image.numpy().tobytes() for position, image in zip(order, net.seen, strict=True)}
+
+
+def test_what_training_sees_is_a_function_of_seed_cycle_epoch_and_sample(alone: None, tmp_path: Path) -> None:
+    """Whatever ran before, and whatever else is in the batch; each of them alone changes most images."""
+    first = seen(tmp_path, epoch=1)
+    assert seen(tmp_path, epoch=1) == first
+    assert list(seen(tmp_path, epoch=1)) == list(first)
+    in_other_batches = seen(tmp_path, epoch=1, batch_size=7)
+    assert in_other_batches == first
+    for other in ({"epoch": 2}, {"epoch": 1, "seed": 1}, {"epoch": 1, "cycle": 1}):
+        changed = seen(tmp_path, **other)
+        assert list(changed) != list(first)  # another order
+        assert sum(changed[sample] != first[sample] for sample in range(N)) > 0.7 * N
+    plain = seen(tmp_path, epoch=1, augment="none")
+    assert seen(tmp_path, epoch=2, augment="none") == plain
+    images, _, indices = data()
+    expected = SPEC.preprocess()(crop_flip(images, mix64("augment", 0, 0, 1, indices)))
+    assert first == {sample: expected[sample].numpy().tobytes() for sample in range(N)}
+
+
+def train_and_resume(folder: Path, rank: int, world_size: int) -> None:
+    """One of several ranks: trains, and from the state after its first epoch does the others again with a new DDP."""
+    store = dist.FileStore(str(folder / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    for name in ("whole", "resumed"):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(initial_network(job(folder / name)))
+        one = _Rank(job(folder / name), model, torch.device("cpu"), *data())
+        save = one.save
+
+        def keep(epoch: int, loss: float, one: _Rank = one, save=save) -> None:  # type: ignore[no-untyped-def]
+            save(epoch, loss)
+            if rank == 0 and epoch == 1:
+                write_bytes(folder / "resumed" / "train" / "state.pt", one.job.state_path.read_bytes())
+
+        if name == "whole":
+            one.save = keep  # type: ignore[method-assign]
+        one.train()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_three_ranks_that_resume_give_the_same_bits(tmp_path: Path) -> None:
+    """DDP orders its sums by the gradients of its first backward pass, which three ranks show and two do not."""
+    code = (  # one import for three processes
+        "import os, sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
+        "from tests.train.test_loop import train_and_resume\n"
+        "rank = 0 if os.fork() else 1 if os.fork() else 2\n"
+        "train_and_resume(Path(sys.argv[1]), rank, 3)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) if rank < 2 else 0)"
+    )
+    for name in ("whole", "resumed"):
+        job(tmp_path / name)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=200)
+    refs = [
+        [checkpoints.read(tmp_path / name / "checkpoints", row) for row in range(3)] for name in ("whole", "resumed")
+    ]
+    assert [ref.sha256 for ref in refs[0]] == [ref.sha256 for ref in refs[1]]
