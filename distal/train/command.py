@@ -206,20 +206,22 @@ def publish_checkpoint(
         folder: what `{checkpoints}` came to.
         state_dict: of the network that `model.name` builds.
         index: 0 for the first checkpoint, and so on, without a gap.
-        metrics: such as the training loss, for people.
+        metrics: such as the training loss, for people: numbers.
 
     Raises:
-        ValueError: `index` is no index, or `state_dict` is none.
+        ValueError: `index` is no index, `state_dict` is none, or a metric is no number.
         Superseded: another attempt has taken over; this script should end.
         RunConflict: the folder has another checkpoint of that index.
     """
     folder, index = Path(folder), _checked_index(index)
     _check_state(state_dict)
+    try:
+        numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"publish_checkpoint: metrics must map names to numbers ({error})") from None
     _check_still_ours(folder)
     data = checkpoints.serialize(dict(state_dict))
-    ref = checkpoints.commit_bytes(
-        folder, index, index + 1, data, inputs=os.environ.get(INPUTS, ""), metrics=metrics or {}
-    )
+    ref = checkpoints.commit_bytes(folder, index, index + 1, data, inputs=os.environ.get(INPUTS, ""), metrics=numbers)
     if sha256(data) != ref.sha256:
         raise RunConflict(
             f"{folder}: checkpoint {index} is published already, with other weights; publish each index once, from one "
