@@ -31,6 +31,7 @@ from distal.storage import (
     files_below,
     names_in,
     read_json,
+    read_regular,
     read_sealed,
     read_table,
     remove_tree,
@@ -424,7 +425,7 @@ def _sound(path: Path) -> bool:
 
 def _unchanged(path: Path, checksum: str) -> None:
     try:
-        data = path.read_bytes()
+        data = read_regular(path, checkpoints.ANY_SIZE)
     except FileNotFoundError:
         raise Damage(f"{path}: missing") from None
     if sha256(data) != checksum:
