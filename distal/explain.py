@@ -146,6 +146,8 @@ def _told(run: Run, cycle: Cycle, pool: Pool, index: int) -> JsonObject:
         told["why"] = _why_not_eligible(told, cycle, config, pool, index)
     elif made.batch is None:
         told["why"] = "not selected yet"
+        if isinstance(config, ForeignConfig):
+            told["why"] += ", or by another select section than the run began with: see its analyses"
     elif told["chosen"]:
         told["why"] = f"chosen at place {told['place'] + 1} of {told['selected']}, {_chosen_by(made.how, told)}"
     elif made.how.from_ is not None:
