@@ -327,7 +327,9 @@ class _Driver:
         )
 
         published_to = self._published_to(cycle)
-        given_up = threading.Event()
+        given_up, fits = threading.Event(), threading.Event()
+        if config.train.command is None or cycle.marker("train") is not None:
+            fits.set()
 
         def on_event(name: str, **values: Any) -> None:
             self.attempt.event(name, cycle=cycle.index, **values)
@@ -338,7 +340,7 @@ class _Driver:
             if config.train.command is None:
                 train(job, self.ranks, given_up=given_up, still_ours=self.attempt.lease.check, on_event=on_event)
             else:
-                run_command(config.train.command, job, self.pool, published_to, given_up)
+                run_command(config.train.command, job, self.pool, published_to, given_up, fits)
             return {
                 "n_labeled": len(ledger),
                 "device": self.slots.device,
@@ -350,6 +352,7 @@ class _Driver:
             stage=partial(self._stage, cycle, "train", lambda: made_from, work),
             abandon=partial(abandon, job, given_up),
             queue=checkpoints.Queue(published_to, len(config.train.checkpoint_epochs)),
+            fits=fits,
             slots=self.slots.training(self.ranks.workers, self.ranks.threads),
             all_slots=self.slots.scoring if self.slots.shared else 0,
         )
@@ -670,6 +673,7 @@ class _Training:
         stage: the work.
         abandon: tells ranks that are still at work to stop.
         queue: where its checkpoints appear.
+        fits: set when they can be scored: a script may train another network than the one that scores.
         slots: held while it runs.
         all_slots: held while the ranks find no room.
     """
@@ -679,10 +683,11 @@ class _Training:
         stage: Callable[[], None],
         abandon: Callable[[], None],
         queue: checkpoints.Queue,
+        fits: threading.Event,
         slots: int,
         all_slots: int,
     ) -> None:
-        self._stage, self._abandon, self._queue = stage, abandon, queue
+        self._stage, self._abandon, self._queue, self._fits = stage, abandon, queue, fits
         self._slots, self._all_slots = slots, all_slots
         self._starved_at: int | None = None
         self._future: Future[None] = Future()
@@ -716,7 +721,7 @@ class _Training:
 
     def published(self) -> Sequence[CheckpointRef]:
         """The checkpoints so far."""
-        return self._queue.published()
+        return self._queue.published() if self._fits.is_set() else []
 
     def finished(self) -> bool:
         """Whether training is done, and its checkpoints can be seen; raises what went wrong with it."""

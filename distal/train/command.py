@@ -61,7 +61,9 @@ def check_command(command: str) -> None:
         raise ConfigError("train.command: does not say {checkpoints}, the folder to publish to")
 
 
-def run_command(command: str, job: TrainJob, pool: Pool, dest: Path, given_up: threading.Event) -> None:
+def run_command(
+    command: str, job: TrainJob, pool: Pool, dest: Path, given_up: threading.Event, fits: threading.Event
+) -> None:
     """Run the command of a cycle; returns when it has ended and every checkpoint is published.
 
     Args:
@@ -69,6 +71,7 @@ def run_command(command: str, job: TrainJob, pool: Pool, dest: Path, given_up: t
         pool: that of the job, with the classes of the run.
         dest: the folder that this start publishes to, and no other.
         given_up: ends the command when it is set.
+        fits: set once the first checkpoint has been looked at, and its weights fit.
 
     Raises:
         TrainingFailed: it ended with another code than 0; the message has the end of what it said.
@@ -102,7 +105,7 @@ def run_command(command: str, job: TrainJob, pool: Pool, dest: Path, given_up: t
         except OSError as error:
             raise ConfigError(f"train.command: {words[0]}: {error.strerror}") from None
         try:
-            code = _wait(job, dest, process, given_up)
+            code = _wait(job, dest, process, given_up, fits)
         finally:
             _end(process)
     if code:
@@ -110,7 +113,7 @@ def run_command(command: str, job: TrainJob, pool: Pool, dest: Path, given_up: t
             f"train.command ended with {code} in cycle {job.cycle}; {train / ERR} ends with:\n"
             + "\n".join(_last_lines(train / ERR))
         )
-    _check_first(job, dest)
+    _check_first(job, dest, fits)
     published, wanted = checkpoints.committed(dest), range(len(job.config.checkpoint_epochs))
     if published != list(wanted):
         raise _other_than_wanted(job, published)
@@ -134,26 +137,27 @@ def _runs(indices: Sequence[int]) -> str:
     return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
 
 
-def _wait(job: TrainJob, dest: Path, process: subprocess.Popen[bytes], given_up: threading.Event) -> int:
-    checked = False
+def _wait(
+    job: TrainJob, dest: Path, process: subprocess.Popen[bytes], given_up: threading.Event, fits: threading.Event
+) -> int:
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(POLL_S)
         if given_up.is_set():
             raise Superseded(f"{job.folder}: training was given up")
-        checked = checked or _check_first(job, dest)
+        _check_first(job, dest, fits)
         published = checkpoints.committed(dest)
         if published and published[-1] >= len(job.config.checkpoint_epochs):  # hours may pass before it ends
             raise _other_than_wanted(job, published)
 
 
-def _check_first(job: TrainJob, dest: Path) -> bool:
-    """Whether there is a checkpoint; refuses one that does not fit."""
-    there = checkpoints.committed(dest)
+def _check_first(job: TrainJob, dest: Path, fits: threading.Event) -> None:
+    """Look at the first checkpoint, once it is there."""
+    there = [] if fits.is_set() else checkpoints.committed(dest)
     if there:
         ref = checkpoints.read(dest, there[0])
         check_fits(ref.path.name, checkpoints.load(ref), job.model.build(pretrained=False).state_dict())
-    return bool(there)
+        fits.set()
 
 
 def _die_with_parent() -> None:

@@ -344,7 +344,7 @@ def test_other_checkpoints_than_those_that_are_wanted(
     command = f"{sys.executable} {tmp_path / 'train.py'} {{checkpoints}}"
     dest = Run(tmp_path).cycle(0).begin_attempt()
     with pytest.raises(ModelError, match=message) as raised:
-        run_command(command, replace(made, folder=dest.parent), pool, dest, threading.Event())
+        run_command(command, replace(made, folder=dest.parent), pool, dest, threading.Event(), threading.Event())
     assert "\n" not in str(raised.value)
 
 
