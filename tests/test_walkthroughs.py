@@ -55,7 +55,7 @@ def test_your_training(tmp_path: Path) -> None:
     (tmp_path / "loop-score.yaml").write_text(scored)
     inside, beside = blocks("your-training.md", "sh")
     shell(tmp_path, inside)
-    run = Run.open(tmp_path / "runs" / "mine")
+    run = Run.open(tmp_path / "runs" / "loop")
     assert len(run.ledger(before=1)) == 300
     assert committed(run.cycle(1).checkpoints) == list(range(6))
     shell(tmp_path, beside)
