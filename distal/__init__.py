@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from distal.runs import Run
     from distal.scores import Scores
     from distal.selection import Selection
-    from distal.train.command import publish_checkpoint
+    from distal.train.command import publish_checkpoint, resume_checkpoints
 
 # Names are imported when they are first used: `import distal` costs nothing.
 _HOMES = {
@@ -43,6 +43,7 @@ _HOMES = {
     "build": "distal.pool.build",
     "load": "distal.config",
     "publish_checkpoint": "distal.train.command",
+    "resume_checkpoints": "distal.train.command",
     "run": "distal.driver",
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "build",
     "load",
     "publish_checkpoint",
+    "resume_checkpoints",
     "run",
 ]
 

@@ -113,6 +113,12 @@ def _connection(address: str | None) -> AbstractContextManager[None]:
     return cluster.connect(address)
 
 
+def by_scores(how: SelectConfig, measure: str) -> SelectConfig:
+    """How a batch is chosen here: nothing is asked of a network, so what takes more than scores is the largest."""
+    batch = how.batch if how.batch in ("top_k", "power") else "top_k"
+    return how.model_copy(update={"measure": measure, "batch": batch, "from_": None})
+
+
 class Scored:
     """A cycle whose assignments are complete."""
 
@@ -209,9 +215,7 @@ class Scored:
                 "(score.eliminate: exact), so no more than that can be selected; score again with "
                 "score.eliminate=none in another run directory"
             )
-        # Nothing is asked of a network here, so a batch that takes more than scores is one of the largest.
-        batch = how.batch if how.batch in ("top_k", "power") else "top_k"
-        how = how.model_copy(update={"measure": measure, "batch": batch, "from_": None})
+        how = by_scores(how, measure)
         made_from = {
             "reduce": reduced["inputs_sha256"],
             "seed": str(self.config.seed),

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from distal.arrays import METADATA, Array, create_array, create_group
 from distal.errors import ConfigError, Damage
 from distal.records import Block, JsonObject, split_blocks
-from distal.storage import create_folder, create_json, names_in, read_json, temporary_folder, write_bytes
+from distal.storage import create_folder, create_json, link, names_in, read_json, temporary_folder, write_bytes
 
 ARRAY, ELIGIBLE = "assignments", "eligible"
 PROBABILITIES = "probabilities"
@@ -312,6 +312,24 @@ class Assignments:
                 f"{self.path}: row {row} was begun with weights {kept[:12]}, and checkpoint {row} now is "
                 f"{sha256[:12]}; put the old checkpoint back, or remove {self.path}* to score all rows again"
             )
+
+    def begun_with(self, weights: Sequence[str]) -> bool:
+        """Whether the first rows are scored with these weights, one per row."""
+        kept = self.weights
+        return [kept.get(row) for row in range(len(weights))] == list(weights)
+
+    def take_over(self, other: Assignments, row: int) -> None:
+        """Commit what others of the same layout have of a row that is scored with the same weights. For the driver
+        alone, before it hands the row out. Nothing is taken of what another kind of machine scored.
+
+        A chunk is a file that is never changed, so a link is a copy. As always, that of the assignments comes last.
+        """
+        fingerprint = other.fingerprint
+        if fingerprint is None or self.adopt_fingerprint(fingerprint) != fingerprint:
+            return
+        for block in self.blocks:
+            for name in (*self.recorded, ARRAY):
+                link(other.chunk(name, row, block), self.chunk(name, row, block))
 
     def damaged(self, row: int) -> Iterator[tuple[str, Block, Damage]]:
         """Every chunk of `row` that is there and does not decode: array, block, and what is wrong."""

@@ -14,13 +14,15 @@ from __future__ import annotations
 import io
 import re
 import time
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distal.errors import Damage, ModelError
+from distal.errors import Damage, ModelError, one_line
 from distal.records import CheckpointRef
-from distal.storage import create_json, names_in, read_json, sha256, write_bytes
+from distal.storage import create_json, link, names_in, read_json, read_regular, sha256, write_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import, and looking at a queue does not need it
     import torch
@@ -30,8 +32,13 @@ if TYPE_CHECKING:  # torch takes seconds to import, and looking at a queue does 
 MANIFEST = "manifest.json"
 SAFETENSORS, LIGHTNING = ".safetensors", ".ckpt"
 KEEP_ALL = "ModelCheckpoint(save_top_k=-1) in Lightning"
-NAME = re.compile(r"\d{4,}")
+KINDS = {"index": int, "epoch": int, "file": str, "sha256": str, "inputs": str, "metrics": dict}
+"""What a manifest says, and the type of each."""
+
+NAME = re.compile(r"[0-9]{4,}")
 VISIBLE_S = 60.0
+ZIP = b"PK\x03\x04"
+ANY_SIZE = 2**63 - 1
 
 
 def commit(
@@ -57,14 +64,27 @@ def commit(
     Raises:
         Damage: the one that came first was trained from other inputs.
     """
+    if is_committed(folder, index):
+        return _of_same_inputs(folder, index, inputs)
+    return commit_bytes(folder, index, epoch, serialize(state_dict), inputs=inputs, metrics=metrics)
+
+
+def commit_bytes(
+    folder: Path, index: int, epoch: int, data: bytes, *, inputs: str = "", metrics: dict[str, float] | None = None
+) -> CheckpointRef:
+    """Like `commit`, of weights that are serialized."""
     place = folder / f"{index:04d}"
     if not (place / MANIFEST).exists():
-        data = serialize(state_dict)
         checksum = sha256(data)
         file = f"weights-{checksum[:12]}.pt"
         write_bytes(place / file, data)
         record = {"index": index, "epoch": epoch, "file": file, "sha256": checksum, "inputs": inputs}
         create_json(place / MANIFEST, {**record, "metrics": metrics or {}})
+    return _of_same_inputs(folder, index, inputs)
+
+
+def _of_same_inputs(folder: Path, index: int, inputs: str) -> CheckpointRef:
+    place = folder / f"{index:04d}"
     if read_json(place / MANIFEST)["inputs"] != inputs:
         raise Damage(
             f"{place}: trained from other inputs than the cycle has now; put back what was there, or remove "
@@ -76,19 +96,38 @@ def commit(
 def read(folder: Path, index: int) -> CheckpointRef:
     """The committed checkpoint with this index; raises FileNotFoundError when there is none."""
     place = folder / f"{index:04d}"
-    record = read_json(place / MANIFEST, required=("index", "epoch", "file", "sha256", "inputs", "metrics"))
-    return CheckpointRef(record["index"], record["epoch"], place / record["file"], record["sha256"], record["metrics"])
+    record = read_json(place / MANIFEST, required=tuple(KINDS))
+    for key, kind in KINDS.items():
+        if type(record[key]) is not kind:
+            raise Damage(f"{place / MANIFEST}: {key} is a {type(record[key]).__name__}, not of type {kind.__name__}")
+    if record["index"] != index or record["file"] in ("", ".", "..") or Path(record["file"]).name != record["file"]:
+        raise Damage(f"{place / MANIFEST}: not of checkpoint {index}, or its file is not beside it; put it back")
+    return CheckpointRef(index, record["epoch"], place / record["file"], record["sha256"], record["metrics"])
 
 
 def committed(folder: Path) -> list[int]:
     """Indices of the committed checkpoints, in order."""
-    indices = [int(name) for name in names_in(folder) if NAME.fullmatch(name)]
-    return [index for index in indices if is_committed(folder, index)]
+    indices = {int(name) for name in names_in(folder) if NAME.fullmatch(name)}
+    return sorted(index for index in indices if is_committed(folder, index))
+
+
+def unbroken(folder: Path, inputs: str = "") -> list[CheckpointRef]:
+    """The committed checkpoints from the first to the last before a gap; raises Damage like `commit`."""
+    indices = committed(folder)
+    return [_of_same_inputs(folder, index, inputs) for place, index in enumerate(indices) if place == index]
+
+
+def take_over(ref: CheckpointRef, folder: Path) -> None:
+    """Commit a published checkpoint in another folder, too; raises Damage when its bytes have changed."""
+    _check_bytes(ref, read_regular(ref.path, ANY_SIZE))
+    place = folder / f"{ref.index:04d}"
+    link(ref.path, place / ref.path.name)
+    create_json(place / MANIFEST, read_json(ref.path.parent / MANIFEST))
 
 
 def is_committed(folder: Path, index: int) -> bool:
     """Whether there is a checkpoint with this index."""
-    return (folder / f"{index:04d}" / MANIFEST).exists()
+    return (folder / f"{index:04d}" / MANIFEST).is_file()
 
 
 class Queue:
@@ -132,11 +171,11 @@ def load(checkpoint: CheckpointRef) -> StateDict:
     """The weights of a checkpoint, on the CPU.
 
     Raises:
-        ModelError: whoever else writes these files has removed it.
+        ModelError: whoever else writes these files has removed it, or it holds no plain tensors.
         Damage: the file is missing, or its bytes are not those that were committed.
     """
     try:
-        data = checkpoint.path.read_bytes()
+        data = read_regular(checkpoint.path, ANY_SIZE)  # its size was looked at before it counted
     except FileNotFoundError:
         if checkpoint.path.suffix == LIGHTNING:
             raise ModelError(
@@ -146,10 +185,20 @@ def load(checkpoint: CheckpointRef) -> StateDict:
         raise Damage(
             f"{checkpoint.path}: the weights of checkpoint {checkpoint.index} are missing; put the file back"
         ) from None
+    except OSError as error:
+        raise Damage(f"{checkpoint.path}: {error.strerror}") from error
+    _check_bytes(checkpoint, data)
+    try:
+        value = deserialize(data, checkpoint.path.suffix)
+    except Unreadable as error:
+        raise ModelError(f"{checkpoint.path}: not a state_dict of plain tensors ({error})") from error
+    state: StateDict = within(value, checkpoint.key, checkpoint.prefix)
+    return state
+
+
+def _check_bytes(checkpoint: CheckpointRef, data: bytes) -> None:
     if sha256(data) != checkpoint.sha256:
         raise Damage(f"{checkpoint.path}: the bytes of checkpoint {checkpoint.index} have changed")
-    state: StateDict = within(deserialize(data, checkpoint.path.suffix), checkpoint.key, checkpoint.prefix)
-    return state
 
 
 def within(value: Any, key: str | None, prefix: str) -> Any:
@@ -161,7 +210,11 @@ def within(value: Any, key: str | None, prefix: str) -> Any:
     if key is not None:
         value = _below(value, key)
     if prefix and isinstance(value, Mapping):
-        value = {name.removeprefix(prefix): tensor for name, tensor in value.items() if name.startswith(prefix)}
+        value = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in value.items()
+            if isinstance(name, str) and name.startswith(prefix)
+        }
     return value
 
 
@@ -191,20 +244,68 @@ def serialize(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+class Unreadable(Exception):
+    """Bytes are no checkpoint that may be loaded; the message says why, in one line."""
+
+
 def deserialize(data: bytes, suffix: str = ".pt") -> Any:
     """The inverse of `serialize`, on the CPU. Only tensors and plain values are accepted, never code.
 
+    Everything that is loaded from a file of somebody else goes through here. What is loaded is not larger than the
+    file, but for tensors that are repeated views of what it holds: look at shapes before values.
+
     Args:
         suffix: of the file they come from; `.safetensors` is another format.
+
+    Raises:
+        Unreadable: the bytes are no such file, whatever they are.
     """
     import torch
 
-    if suffix == SAFETENSORS:
-        from safetensors.torch import load as load_safetensors
+    try:
+        if suffix == SAFETENSORS:
+            from safetensors.torch import load as load_safetensors
 
-        return load_safetensors(data)
+            return load_safetensors(data)
+        check_sizes(data)
+        with warnings.catch_warnings(action="ignore"):  # of torch, about kinds of tensors that are refused anyway
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a stranger's bytes can make them raise anything
+        raise Unreadable(one_line(error)[:200]) from error
 
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+def check_sizes(data: bytes) -> None:
+    """Raise Unreadable for a zip archive that is larger inside than outside: torch writes its entries as they are."""
+    if not data.startswith(ZIP):  # as torch tells; the format before torch 1.6 stores plain bytes
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise Unreadable("a compressed archive, which torch.save does not write")
+    if sum(entry.file_size for entry in entries) > len(data):
+        raise Unreadable("an archive that says it holds more bytes than it has")
+
+
+def oddity(value: object) -> str:
+    """Why something is no plain tensor: dense, in memory, each value of its own; empty when it is one.
+
+    Looks at no value, so it is quick and takes no memory, whatever a stranger's file says.
+    """
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout != torch.strided:
+        return f"a tensor of layout {str(value.layout).removeprefix('torch.')}"
+    if value.device.type != "cpu":
+        return f"a tensor on the device {value.device.type}"
+    if value.is_quantized:
+        return "a quantised tensor"
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return "an expanded view, which repeats its values"
+    return ""
 
 
 def _contiguous(value: Any) -> Any:

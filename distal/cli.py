@@ -625,7 +625,8 @@ def _answer(
 
 
 def _refuse(line: str, exit_code: int, as_json: bool) -> typer.Exit:
-    """Say in one line what went wrong."""
+    """Say in one line what went wrong, and nothing that a terminal would obey: names of files may hold anything."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     print(f"distal: {line}", file=sys.stderr)
     if as_json:
         print(json.dumps({"state": "error", "error": line, "exit_code": exit_code}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -358,8 +359,18 @@ def _cost(runs: _Runs) -> list[JsonObject]:
 
 
 def _csv(results: pa.Table) -> bytes:
+    import pyarrow as pa
     from pyarrow import csv
 
+    for place, field in enumerate(results.schema):
+        if pa.types.is_string(field.type):
+            texts = [None if text is None else _csv_text(text) for text in results[field.name].to_pylist()]
+            results = results.set_column(place, field, pa.array(texts, pa.string()))
     buffer = io.BytesIO()
     csv.write_csv(results, buffer)
     return buffer.getvalue()
+
+
+def _csv_text(text: str) -> str:
+    """A text that a spreadsheet would run as a formula gets a leading `'`."""
+    return f"'{text}" if re.match("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]", text) else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_CLASS_COLUMNS = 20
+MAX_NAME = 40  # characters of a name in a figure
+_LITERAL = {"text.parse_math": False}  # a name with two dollars is no formula
 
 # Okabe and Ito's colours (2008) with grey instead of their yellow, which is hard to see on white.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
@@ -30,7 +33,7 @@ def markdown(told: JsonObject) -> str:
     """The report, as kept beside the figures."""
     n_seeds, metric, strategies = len(told["seeds"]), told["metric"], told["strategies"]
     start = told["conditions"].get("initial_set")
-    common = f"Initial set: {start}." if start else ""
+    common = f"Initial set: {_text(start)}." if start else ""
     share = f"{100 * (1 - told['level']):g}%"
     parts = [f"# {len(strategies)} strategies, {n_seeds} seed{'s' * (n_seeds != 1)}", *_told_first(told)]
     parts.append("![learning curves](curves.png)")
@@ -84,7 +87,7 @@ def markdown(told: JsonObject) -> str:
 def _told_first(told: JsonObject) -> list[str]:
     """Conditions, and all that is missing."""
     lines = [
-        f"- {name}: {value if isinstance(value, str) else json.dumps(value)}"
+        f"- {_text(name)}: {_text(value if isinstance(value, str) else json.dumps(value))}"
         for name, value in told["conditions"].items()
     ]
     lines.append(f"- seeds: {', '.join(map(str, told['seeds']))}")
@@ -92,17 +95,18 @@ def _told_first(told: JsonObject) -> list[str]:
         lines.append("- The initial set is balanced over the classes: for that, labels were read that nobody paid for.")
     missing = told["missing"]
     lines += [
-        f"- Reference {name} is not among the strategies: nothing is tested against it."
+        f"- Reference {_text(name)} is not among the strategies: nothing is tested against it."
         for name in missing["references"]
     ]
     if missing["cycles"]:
         each = [
-            f"{row['strategy']} seed {row['seed']} ({row['cycles']} of {row['of']} cycles)" for row in missing["cycles"]
+            f"{_text(row['strategy'])} seed {row['seed']} ({row['cycles']} of {row['of']} cycles)"
+            for row in missing["cycles"]
         ]
         lines.append(f"- Incomplete, so left out of AUBC, tests, labels saved and cost: {', '.join(each)}.")
     for name, rows in missing["values"].items():
         if rows:
-            each = [f"{row['strategy']} seed {row['seed']} cycle {row['cycle']}" for row in rows]
+            each = [f"{_text(row['strategy'])} seed {row['seed']} cycle {row['cycle']}" for row in rows]
             rest = "; its seed is in no AUBC, test or labels saved of that strategy" if name == told["metric"] else ""
             lines.append(f"- No {name} in {len(each)} cycle(s) ({', '.join(each)}): in no mean of that budget{rest}.")
     if len(told["seeds"]) == 1:
@@ -217,16 +221,38 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = [head, ["---"] * len(head), *rows]
+    cells = [[_text(cell) for cell in head], ["---"] * len(head), *([_text(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def _text(data: str) -> str:
+    """Something as Markdown shows it, whatever is in it: names of classes and strategies are no markup."""
+    escaped = re.sub(r"[\\`*$~]|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(", r"\\\g<0>", _printable(data))
+    return re.sub("[&<>|]", lambda found: f"&#{ord(found[0])};", escaped)
+
+
+def _printable(data: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in data)
+
+
+def _short(name: str) -> str:
+    """A name for a figure."""
+    name = _printable(name)
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..."
 
 
 def plot_curves(told: JsonObject) -> Figure:
     """The metric against the labels paid for: the mean over the seeds, and a standard deviation to each side."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    with rc_context(_LITERAL):
+        return _curves(told, Figure(figsize=(8, 5), layout="constrained"))
+
+
+def _curves(told: JsonObject, figure: Figure) -> Figure:
     axes = figure.subplots()
+    lines = []
     budgets = told["budgets"][told["metric"]]
     for k, name in enumerate(told["strategies"]):
         found = [(row["n_labeled"], row["strategies"][name]) for row in budgets if row["strategies"][name]["n"]]
@@ -235,29 +261,38 @@ def plot_curves(told: JsonObject) -> Figure:
         sd = np.array([each["sd"] or 0.0 for _, each in found])
         colour, line = _COLOURS[k % len(_COLOURS)], _LINES[k // len(_COLOURS) % len(_LINES)]
         marker = _MARKERS[k % len(_MARKERS)]
-        axes.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=5, label=name)
+        lines += axes.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=5)
         axes.fill_between(x, mean - sd, mean + sd, alpha=0.1, color=colour, linewidth=0)
     n_seeds = len(told["seeds"])
     fewer = any(each["n"] < n_seeds for row in budgets for each in row["strategies"].values())
     spread = f"mean and standard deviation over {'up to ' * fewer}{n_seeds} seeds" if n_seeds > 1 else "one seed"
     axes.set(xlabel="labels paid for", ylabel=told["metric"], title=spread)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
+    # Labels that begin with _ would be left out, so they are given afterwards.
+    legend = figure.legend(lines, ["-"] * len(lines), loc="outside right upper", frameon=False)
+    for text, name in zip(legend.get_texts(), told["strategies"], strict=True):
+        text.set_text(_short(name))
     return figure
 
 
 def plot_classes(told: JsonObject) -> Figure:
     """One panel per strategy: the share of each class in what was selected; dashed where all would be as frequent."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names, rows = told["classes"]["names"], told["classes"]["strategies"]
-    figure = Figure(figsize=(max(6.0, min(16.0, 0.3 * len(names))), 1.0 + 1.1 * len(rows)), layout="constrained")
+    size = max(6.0, min(16.0, 0.3 * len(names))), 1.0 + 1.1 * len(rows)
+    with rc_context(_LITERAL):
+        return _panels([_short(name) for name in names], rows, Figure(figsize=size, layout="constrained"))
+
+
+def _panels(names: Sequence[str], rows: Sequence[JsonObject], figure: Figure) -> Figure:
     panels: list[Axes] = list(figure.subplots(len(rows), sharex=True, sharey=True, squeeze=False)[:, 0])
     for k, (axes, row) in enumerate(zip(panels, rows, strict=True)):
         share = np.array(row["counts"]) / max(1, sum(row["counts"]))
         axes.bar(range(len(names)), share, color=_COLOURS[k % len(_COLOURS)])
         axes.axhline(1 / len(names), linestyle="--", linewidth=1, color="#444444")
-        axes.set_title(row["strategy"], loc="left", fontsize="medium")
+        axes.set_title(_short(row["strategy"]), loc="left", fontsize="medium")
     if len(names) <= MAX_CLASS_COLUMNS:
         panels[-1].set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     panels[-1].set_xlabel("class")
@@ -271,6 +306,6 @@ def save(figure: Figure, path: Path) -> None:
 
     form = path.suffix.removeprefix(".")
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "distal"}):
+    with rc_context({"svg.hashsalt": "distal", **_LITERAL}):
         figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
     write_bytes(path, buffer.getvalue())

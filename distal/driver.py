@@ -26,10 +26,11 @@ from distal.assignments import PROBABILITIES, Assignments
 from distal.attempt import Attempt, begin
 from distal.config import Config, check_unchanged
 from distal.eligibility import Eligibility
-from distal.errors import ConfigError, ModelError, RunConflict
+from distal.errors import ConfigError, Damage, ModelError, RunConflict
 from distal.evaluation import evaluate
 from distal.hashing import digest
 from distal.labelling import Waiting
+from distal.labels import answers
 from distal.labels.oracle import choose_at_random, choose_initial, label_from_pool
 from distal.ledger import LABELS_PER_RANK, Ledger, too_few, write_labels
 from distal.lists import find, read_labels, require_readable
@@ -41,10 +42,10 @@ from distal.records import CheckpointRef, JsonObject, Progress, auto_block_size
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
 from distal.runs import Cycle, Run
-from distal.score.job import Elimination, Published, Scored
+from distal.score.job import Elimination, Producer, Published, Scored
 from distal.scores import Scores
 from distal.selection import Selection, short_of
-from distal.storage import be_durable, names_in, sha256
+from distal.storage import be_durable, sha256
 from distal.strategies import scored_epochs
 from distal.train.command import run_command
 from distal.train.launch import Ranks, abandon, train
@@ -297,7 +298,7 @@ class _Driver:
         config = _begun(cycle)
         label_files = tuple(self.directory.label_files(before=cycle.index))
         ledger = Ledger.read(label_files)
-        answers = names_in(self.directory.answers)  # kept, so that one that goes missing is missed
+        n_imports = answers.n_imports(self.directory.answers)  # kept, so that one that goes missing is missed
         self.attempt.meter.set(metrics.CYCLE, cycle.index)
         self.attempt.meter.set(metrics.LABELLED, len(ledger))
         warm_from = None
@@ -325,7 +326,10 @@ class _Driver:
             attempt=self.directory.attempt,
         )
 
-        given_up = threading.Event()
+        published_to = self._published_to(cycle)
+        given_up, fits = threading.Event(), threading.Event()
+        if config.train.command is None or cycle.marker("train") is not None:
+            fits.set()
 
         def on_event(name: str, **values: Any) -> None:
             self.attempt.event(name, cycle=cycle.index, **values)
@@ -336,10 +340,11 @@ class _Driver:
             if config.train.command is None:
                 train(job, self.ranks, given_up=given_up, still_ours=self.attempt.lease.require, on_event=on_event)
             else:
-                run_command(config.train.command, job, self.pool, given_up, self.attempt.lease.require)
+                require = self.attempt.lease.require
+                run_command(config.train.command, job, self.pool, published_to, given_up, fits, require)
             return {
                 "n_labeled": len(ledger),
-                "answers": answers,
+                "n_imports": n_imports,
                 "device": self.slots.device,
                 "world_size": self.ranks.workers,
                 "deterministic": self.slots.device == "cpu",  # a GPU may lack such a kernel; see `be_deterministic`
@@ -348,12 +353,27 @@ class _Driver:
         training = _Training(
             stage=partial(self._stage, cycle, "train", lambda: made_from, work),
             abandon=partial(abandon, job, given_up),
-            queue=checkpoints.Queue(cycle.checkpoints, len(config.train.checkpoint_epochs)),
+            queue=checkpoints.Queue(published_to, len(config.train.checkpoint_epochs)),
+            fits=fits,
             slots=self.slots.training(self.ranks.workers, self.ranks.threads),
             all_slots=self.slots.scoring if self.slots.shared else 0,
         )
         training.start(at_once=cycle.marker("train") is not None)
         return training
+
+    def _published_to(self, cycle: Cycle) -> Path:
+        """Where training publishes. A script may train otherwise when it is started again, so it starts on its own."""
+        if _begun(cycle).train.command is None or cycle.marker("train") is not None:
+            return cycle.checkpoints
+        before = checkpoints.committed(cycle.checkpoints)
+        dest = cycle.begin_attempt()
+        if before:
+            reason = (
+                f"train.command is started again; it publishes to {dest.name}, and the {len(before)} checkpoints of "
+                "before count only where it gives the same weights, or goes on from them"
+            )
+            self.attempt.event("training_anew", cycle=cycle.index, published_before=len(before), reason=reason)
+        return dest
 
     def _score(self, cycle: Cycle, training: _Training) -> None:
         """Score the eligible samples of the pool at every checkpoint, those still to come included."""
@@ -385,7 +405,7 @@ class _Driver:
                 scored = self.attempt.fill(
                     job,
                     assignments,
-                    training,
+                    self._reusing(cycle, assignments, training, first_index),
                     progress,
                     elimination=_elimination(cycle),
                     n_expected=n_rows,
@@ -414,6 +434,16 @@ class _Driver:
             }
 
         self._stage(cycle, "score", made_from, work)
+
+    def _reusing(self, cycle: Cycle, assignments: Assignments, training: _Training, first_index: int) -> Producer:
+        """The producer of the checkpoints to score, which first takes over what is scored of them already."""
+        on_event, earlier = partial(self.attempt.event, cycle=cycle.index), []
+        for path in filter(Assignments.begun, cycle.earlier_assignments()):
+            try:
+                earlier.append(Assignments.open(path))
+            except Damage as damage:
+                on_event("damaged_block", reason=f"{damage}; its rows will be scored again")
+        return _Reusing(training, assignments, earlier, first_index, on_event) if earlier else training
 
     def _test(self, cycle: Cycle) -> None:
         """Predict the images to test and validate on at the last checkpoint with the same actors, and evaluate it."""
@@ -654,6 +684,7 @@ class _Training:
         stage: the work.
         abandon: tells ranks that are still at work to stop.
         queue: where its checkpoints appear.
+        fits: set when they can be scored: a script may train another network than the one that scores.
         slots: held while it runs.
         all_slots: held while the ranks find no room.
     """
@@ -663,10 +694,11 @@ class _Training:
         stage: Callable[[], None],
         abandon: Callable[[], None],
         queue: checkpoints.Queue,
+        fits: threading.Event,
         slots: int,
         all_slots: int,
     ) -> None:
-        self._stage, self._abandon, self._queue = stage, abandon, queue
+        self._stage, self._abandon, self._queue, self._fits = stage, abandon, queue, fits
         self._slots, self._all_slots = slots, all_slots
         self._starved_at: int | None = None
         self._future: Future[None] = Future()
@@ -700,7 +732,7 @@ class _Training:
 
     def published(self) -> Sequence[CheckpointRef]:
         """The checkpoints so far."""
-        return self._queue.published()
+        return self._queue.published() if self._fits.is_set() else []
 
     def finished(self) -> bool:
         """Whether training is done, and its checkpoints can be seen; raises what went wrong with it."""
@@ -719,6 +751,56 @@ class _Training:
         """Return when training is done; raises what went wrong with it."""
         while not self.finished():
             time.sleep(0.1)  # in slices: one long wait would not let a signal through
+
+
+class _Reusing:
+    """The checkpoints of a training script that was started again: what was scored before counts for equal weights.
+
+    A row counts while all rows up to it have the weights of before. From the first that has not, this is another
+    training, and its rows are scored anew.
+
+    Args:
+        assignments: those of this attempt, as the scoring loop has them.
+        earlier: those of the attempts before, the latest first.
+        first_index: the checkpoint that row 0 belongs to.
+    """
+
+    def __init__(
+        self,
+        training: _Training,
+        assignments: Assignments,
+        earlier: Sequence[Assignments],
+        first_index: int,
+        on_event: Callable[..., None],
+    ) -> None:
+        self._training, self._assignments, self._earlier = training, assignments, list(earlier)
+        self._first_index, self._on_event = first_index, on_event
+        self._weights: list[str] = []  # of the rows that have been looked at, which are the first ones
+        self.finished, self.slots_held = training.finished, training.slots_held
+
+    def published(self) -> Sequence[CheckpointRef]:
+        """See `Producer`."""
+        refs = self._training.published()
+        weights = {ref.index - self._first_index: ref.sha256 for ref in refs}
+        while (row := len(self._weights)) < self._assignments.n_rows and row in weights:
+            self._weights.append(weights[row])
+            self._take_over(row)
+        return refs
+
+    def _take_over(self, row: int) -> None:
+        begun = [each for each in self._earlier if row in each.weights]
+        same = [each for each in begun if each.begun_with(self._weights)]
+        for each in same:
+            for damage in each.remove_damaged(row):
+                self._on_event("damaged_block", reason=f"{damage}; it will be scored again")
+            self._assignments.take_over(each, row)
+        if begun and not same:
+            reason = (
+                f"train.command did not give the weights of before again: checkpoint {row + self._first_index} has "
+                "others; it and those after it are scored anew"
+            )
+            self._on_event("other_weights", row=row, reason=reason)
+            self._earlier = []
 
 
 def _came_back(labels: Path) -> JsonObject:

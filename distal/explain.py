@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distal.acquire.batch import Order
+from distal.acquire.topk import Candidates
+from distal.analysis import by_scores
 from distal.assignments import Assignments
-from distal.config import Config, ForeignConfig
+from distal.config import Config, ForeignConfig, SelectConfig
 from distal.errors import RunConflict, UserError
+from distal.hashing import digest, mix64
 from distal.lists import find
 from distal.pool import Pool
-from distal.records import STRIPE_SAMPLES, JsonObject, split_blocks
+from distal.pool.images import OK
+from distal.records import STRIPE_SAMPLES, JsonObject, Window, split_blocks
 from distal.runs import Cycle, Run
 from distal.scores import Scores
 from distal.selection import Selection
+from distal.strategies import K_CENTER
 
 
 def explain(path: Path, sample_id: str, *, pool: Path | None = None) -> JsonObject:
@@ -84,6 +91,29 @@ def diff(first: Path, second: Path, *, cycle: int | None = None) -> JsonObject:
     }
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What a cycle was reduced to, and what was selected from it; None where that is not done."""
+
+    how: SelectConfig
+    budget: int
+    scores: Scores | None
+    batch: Selection | None
+
+
+def _made(cycle: Cycle, config: Config | ForeignConfig, n_rows: int) -> _Made:
+    if isinstance(config, Config):
+        scores = Scores.open(cycle.scores) if cycle.marker("reduce") else None
+        return _Made(config.select, config.loop.budget, scores, cycle.chosen() if cycle.marker("select") else None)
+    measure, window = Window.of_name(config.select.measure)
+    how, budget = by_scores(config.select, measure), config.score.budget
+    analysis = cycle.analysis(f"{measure}@rows={n_rows}{window}")
+    scores = Scores.open(analysis.scores) if analysis.marker("reduce") else None
+    selected = analysis.marker(f"select-{budget}")
+    same = selected is not None and selected["inputs"]["select"] == digest(how.model_dump(mode="json"))
+    return _Made(how, budget, scores, Selection.read(analysis.selection(budget)) if same else None)
+
+
 def _told(run: Run, cycle: Cycle, pool: Pool, index: int) -> JsonObject:
     marker, config = cycle.marker("score"), cycle.config
     assert marker is not None
@@ -91,8 +121,9 @@ def _told(run: Run, cycle: Cycle, pool: Pool, index: int) -> JsonObject:
     n_rows = marker["n_rows"]
     assignments = Assignments.open(cycle.assignments)
     names = _classes(config, pool)
-    votes = assignments.read(index, index + 1, range(n_rows))[:, 0]
+    votes = assignments.read(index, index + 1, range(n_rows))[:, 0] if n_rows else np.empty(0, assignments.dtype)
     labels = [_name(names, int(vote)) if vote < assignments.n_classes else None for vote in votes]
+    made = _made(cycle, config, n_rows)
     told: JsonObject = {
         "cycle": cycle.index,
         "eligible": bool(assignments.eligible(index, index + 1)[0]),
@@ -105,17 +136,27 @@ def _told(run: Run, cycle: Cycle, pool: Pool, index: int) -> JsonObject:
         at = np.flatnonzero(ledger.indices == index)
         told["label_before"] = _name(names, int(ledger.labels[at[0]])) if len(at) else None
         told["declined"] = bool(np.isin(index, ledger.declined))
-    if cycle.marker("reduce"):
-        scores = Scores.open(cycle.scores)
-        told["scores"] = {name: _number(scores.read(name, index, index + 1)[0]) for name in scores.measures}
-        told |= _rank(scores, config.select.measure, index)
-    if cycle.marker("select"):
-        batch = cycle.chosen()
-        told |= _chosen(batch, index)
-        if config.select.max_per_group is not None:
-            told |= _group(batch, pool, index, config.select.max_per_group)
-            told["short"] = isinstance(config, Config) and told["budget"] < config.loop.budget
-    told["why"] = _why(told, config.select.measure)
+    if made.scores is not None:
+        told["scores"] = {name: _number(made.scores.read(name, index, index + 1)[0]) for name in made.scores.measures}
+        if made.how.from_ is None:
+            told |= _rank(made.scores, made.how.measure, index)
+    if made.batch is not None:
+        told |= _chosen(made, index)
+    if not told["eligible"]:
+        told["why"] = _why_not_eligible(told, cycle, config, pool, index)
+    elif made.batch is None:
+        told["why"] = "not selected yet"
+        if isinstance(config, ForeignConfig):
+            told["why"] += ", or by another select section than the run began with: see its analyses"
+    elif told["chosen"]:
+        told["why"] = f"chosen at place {told['place'] + 1} of {told['selected']}, {_chosen_by(made.how, told)}"
+    elif made.how.from_ is not None:
+        told["why"] = "not chosen: select.from does not name it"
+    else:
+        assert made.scores is not None
+        order = Order(made.scores, assignments, pool, made.how, config.seed, cycle.index, n_rows - 1)
+        told |= _standing(order, made, index)
+        told["why"] = f"not chosen: {_why_not(order, told)}"
     return told
 
 
@@ -133,46 +174,104 @@ def _rank(scores: Scores, measure: str, index: int) -> JsonObject:
     return {"rank": larger + 1, "ties": equal - 1, "candidates": total}
 
 
-def _chosen(batch: Selection, index: int) -> JsonObject:
-    at = np.flatnonzero(batch.indices == index)
-    row: dict[str, Any] = batch.table.slice(int(at[0]), 1).to_pylist()[0] if len(at) else {}
-    last = batch.table.slice(len(batch) - 1, 1).to_pylist()[0] if len(batch) else {}
+def _chosen(made: _Made, index: int) -> JsonObject:
+    assert made.batch is not None
+    at = np.flatnonzero(made.batch.indices == index)
+    row: dict[str, Any] = made.batch.table.slice(int(at[0]), 1).to_pylist()[0] if len(at) else {}
     return {
         "chosen": bool(len(at)),
         "place": row.get("rank"),
         "decided_by": row.get("decided_by"),
-        "budget": len(batch),
-        "cut": last.get(last.get("measure", "")),
+        "budget": made.budget,
+        "selected": len(made.batch),
     }
 
 
-def _group(batch: Selection, pool: Pool, index: int, most: int) -> JsonObject:
-    """Its group, and whether the batch has as many of it as it may have."""
-    group_id, *others = pool.take_samples([index, *batch.indices], ["group_id"])["group_id"].to_pylist()
-    return {"group_id": group_id, "group_is_full": group_id is not None and others.count(group_id) >= most}
+def _chosen_by(how: SelectConfig, told: JsonObject) -> str:
+    decided_by = told["decided_by"]
+    if decided_by == "file":
+        return "as select.from names it"
+    if decided_by in (K_CENTER, "strategy"):
+        return f"by {how.batch}, from the candidates with the largest {how.measure}"
+    if how.batch == "power":
+        return _by_power(how)
+    what = "draw" if how.measure == "random" else "score"
+    return f"by its {what}" if decided_by == "score" else f"by the tie-break: {decided_by}"
 
 
-def _why(told: JsonObject, measure: str) -> str:
-    if not told["eligible"]:
-        if told.get("label_before") is not None:
-            return f"labelled already, as {told['label_before']}"
-        return (
-            "asked already, without a label"
-            if told.get("declined")
-            else "not eligible: unreadable, or outside pool.limit"
-        )
-    if "chosen" not in told:
-        return "not selected yet"
-    if told["chosen"]:
-        by = "its score" if told["decided_by"] == "score" else f"the tie-break: {told['decided_by']}"
-        return f"chosen at place {told['place'] + 1} of {told['budget']}, by {by}"
-    if told.get("rank") is None:
-        return f"no {measure}: left out before the last checkpoint (score.eliminate: exact)"
-    if told.get("group_is_full") and (told["short"] or told["scores"][measure] >= told["cut"]):
-        return f"not chosen: the batch has as many of group {told['group_id']} as select.max_per_group allows"
-    if told["scores"][measure] == told["cut"]:
-        return f"not chosen: its {measure} is that of the last one chosen, and the tie-break went against it"
-    return f"not chosen: its {measure} is smaller than that of the last one chosen, {told['cut']:.4f}"
+def _standing(order: Order, made: _Made, index: int) -> JsonObject:
+    """Where a sample that was not chosen stands against the last of those that came first.
+
+    Returns:
+        `first`, how many those are: the batch, or its candidates; `is_candidate`, whether it is one of them; `against`,
+        what decides between it and the last of them: "score" or "tie" where that is better, "group" where it is not and
+        its group is full, None where it has no score.
+    """
+    assert made.batch is not None
+    mine = order.of(index, index + 1)
+    told: JsonObject = {"is_candidate": False, "against": None}
+    if np.isnan(mine.score[0]):
+        return told
+    if order.composed:
+        first, _ = order.first(made.budget)
+        n_first, last = len(first), first.at(slice(len(first) - 1, None))
+        told["is_candidate"] = bool(np.isin(index, first.index))
+    else:
+        n_first, last_index = len(made.batch), int(made.batch.indices[-1])
+        last = order.of(last_index, last_index + 1)
+    told |= {"first": n_first, "cut": _number(order.scores.read(order.config.measure, *_span(last))[0])}
+    comes_before = mine.joined(last).ranked().index[0] == index
+    if comes_before or n_first < order.n_first(made.budget):
+        (group,) = order.pool.take_samples([index], ["group_id"])["group_id"].to_pylist()
+        return told | {"against": "group", "group_id": group}
+    return told | {"against": "score" if mine.score[0] < last.score[0] else "tie"}
+
+
+def _why_not(order: Order, told: JsonObject) -> str:
+    """Why a sample with a place in the order was not chosen, by what its strategy did."""
+    how = order.config
+    if told["is_candidate"]:
+        return f"it is one of the {told['first']:,} candidates, of which {how.batch} chose others"
+    if told["against"] is None and told["scores"][how.measure] is not None:
+        return f"its {how.measure} is 0, and power draws from larger ones only"
+    if told["against"] is None:
+        return f"no {how.measure}: left out before the last checkpoint (score.eliminate: exact)"
+    taken, last = "the batch has", "the last one chosen"
+    if order.composed:
+        taken, last = "the candidates have", f"the last of the {told['first']:,} candidates of {how.batch}"
+    if told["against"] == "group":
+        return f"{taken} as many of group {told['group_id']} as select.max_per_group allows"
+    what = "draw" if how.measure == "random" or how.batch == "power" else how.measure
+    if told["against"] == "tie":
+        return f"its {what} is that of {last}, and the tie-break went against it"
+    if how.batch == "power":
+        return f"its draw, {_by_power(how)}, is smaller than that of {last}"
+    return f"its {what} is smaller than that of {last}, {told['cut']:.4f}"
+
+
+def _by_power(how: SelectConfig) -> str:
+    return f"by power: at random, in proportion to {how.measure}^{how.beta:g}"
+
+
+def _why_not_eligible(told: JsonObject, cycle: Cycle, config: Config | ForeignConfig, pool: Pool, index: int) -> str:
+    if told.get("label_before") is not None:
+        return f"labelled already, as {told['label_before']}"
+    if told.get("declined"):
+        return "asked already, without a label"
+    status, key = pool.columns(index, index + 1, "status", "sample_key")
+    if status[0] != OK:
+        return "not eligible: unreadable"
+    share = config.select.subpool
+    if share is not None and mix64("subpool", config.seed, cycle.index, key)[0] >= share * 2.0**64:
+        return f"not eligible: not in the part of the pool that was drawn for this cycle (select.subpool: {share})"
+    reasons = ["outside pool.limit"] if config.pool.limit is not None else []
+    if isinstance(config, ForeignConfig) and config.pool.exclude is not None:
+        reasons.append("in pool.exclude")
+    return f"not eligible: {' or '.join(reasons)}"
+
+
+def _span(one: Candidates) -> tuple[int, int]:
+    return int(one.index[0]), int(one.index[0]) + 1
 
 
 def _classes(config: Config | ForeignConfig, pool: Pool) -> tuple[str, ...]:

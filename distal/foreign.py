@@ -13,20 +13,23 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import io
+import itertools
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distal import checkpoints
-from distal.errors import ModelError, RunConflict, one_line
+from distal.errors import ModelError, RunConflict
 from distal.records import CheckpointRef
-from distal.storage import names_in, read_json, sha256, write_json
+from distal.storage import names_in, read_json, read_regular, sha256, write_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from distal.checkpoints import StateDict
 
 SETTLED_S = 2.0  # seconds that a file must have stood still
@@ -34,6 +37,8 @@ BROKEN_S = 60.0  # seconds after which a file that stands still and does not loa
 SUFFIXES = (".pt", ".pth", checkpoints.LIGHTNING, checkpoints.SAFETENSORS)
 VERSION = re.compile(r"-v\d+$")
 WRITTEN_OVER = re.compile(r"(?i)(?<![a-z])(best|last|latest|final|current)(?![a-z])")
+DEEPEST = 16  # mappings in one another in which weights are looked for
+ROOM = (16, 2**28)  # of a file: times the bytes of the network, for states of optimizers and averages, and bytes on top
 STATE_DICT = "state_dict"  # where Lightning has it, and many a script
 
 
@@ -208,21 +213,27 @@ class ForeignCheckpoints:
                 f"{path}: a folder: a sharded checkpoint; consolidate it into one file, or leave it out with "
                 "checkpoints.pattern"
             )
+        most = ROOM[0] * sum(value.nbytes for value in self._template.values()) + ROOM[1]
         try:
-            data, stat = path.read_bytes(), path.stat()
+            data, stat = read_regular(path, most), path.stat()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise ModelError(
+                f"{path}: {error.strerror}; a checkpoint of model.name is a regular file of at most {most:,} bytes; "
+                "leave it out with checkpoints.pattern"
+            ) from error
         if (stat.st_size, stat.st_mtime_ns) != self._seen[name][0] or len(data) != stat.st_size:
             return None
         try:
             value = checkpoints.deserialize(data, path.suffix)
-        except Exception as error:
+        except checkpoints.Unreadable as error:
             if objects := _objects(data, path.suffix):
                 raise ModelError(_cannot_read(path, self._pattern, self._layout.key, objects)) from error
             if patient:
                 return None
             raise ModelError(
-                f"{path}: truncated, or not a state_dict of plain tensors ({one_line(error)[:200]}); save "
+                f"{path}: truncated, or not a state_dict of plain tensors ({error}); save "
                 "model.state_dict() alone, or remove the file"
             ) from error
         key, prefix = find_weights(name, value, self._template, self._layout)
@@ -230,6 +241,8 @@ class ForeignCheckpoints:
         check_fits(name, state, self._template)
         weights = _weights_sha256(state)
         step = value.get("global_step") if isinstance(value, Mapping) and path.suffix == checkpoints.LIGHTNING else None
+        if step is not None and type(step) is not int:
+            raise ModelError(f"{path}: global_step is a {type(step).__name__}; Lightning writes an integer; remove it")
         self._refuse_backwards(name, step)
         known = any(entry.weights_sha256 == weights for entry in self._entries)
         index = None if known else sum(entry.index is not None for entry in self._entries)
@@ -256,7 +269,7 @@ class ForeignCheckpoints:
                 continue  # whoever needs it will say so; rows that are scored do not
             if (stat.st_size, stat.st_mtime_ns) == (entry.size, entry.mtime_ns):
                 continue
-            if stat.st_size != entry.size or sha256(path.read_bytes()) != entry.sha256:
+            if stat.st_size != entry.size or sha256(read_regular(path, entry.size)) != entry.sha256:
                 if entry.index is None:  # last.ckpt, written again
                     del self._entries[position]
                     continue
@@ -318,13 +331,13 @@ def find_weights(name: str, value: object, template: StateDict, layout: Layout) 
         elif len(fitting := _fitting(value, template)) == 1:
             key = fitting[0]
         else:
-            known = f"; set checkpoints.key to {' or '.join(fitting)}" if fitting else ", and none fits model.name"
+            known = f"; set checkpoints.key to {_some(fitting, 'or')}" if fitting else ", and none fits model.name"
             raise ModelError(f"{name}: not a state_dict of plain tensors (it has {_first(value)}){known}")
     try:
         state = checkpoints.within(value, key, "")
     except KeyError:
         fitting = _fitting(value, template)
-        known = f"{' or '.join(fitting)} would fit" if fitting else "nothing in it fits model.name: set it to null"
+        known = f"{_some(fitting, 'or')} would fit" if fitting else "nothing in it fits model.name: set it to null"
         raise ModelError(f"checkpoints.key: {name} has no {key!r}; {known}") from None
     if not isinstance(state, Mapping):
         return key, layout.prefix or ""
@@ -337,7 +350,7 @@ def find_weights(name: str, value: object, template: StateDict, layout: Layout) 
     prefixes = _prefixes(state, template)
     if len(prefixes) > 1:
         raise ModelError(
-            f"{name}: has weights for this network more than once, under {' and '.join(prefixes)}; set "
+            f"{name}: has weights for this network more than once, under {_some(prefixes, 'and')}; set "
             "checkpoints.strip_prefix to one of them"
         )
     return key, prefixes[0] if prefixes else ""
@@ -349,17 +362,25 @@ def _holds_tensors(value: Mapping[Any, object]) -> bool:
     return bool(value) and all(isinstance(each, torch.Tensor) for each in value.values())
 
 
-def _fitting(value: object, template: StateDict, place: str = "") -> list[str]:
+def _fitting(value: object, template: StateDict) -> list[str]:
     """The keys, with dots between nested ones, below which there is everything that the network has."""
-    if not isinstance(value, Mapping):
-        return []
-    if place and _holds_tensors(value):
-        return [place] if _prefixes(value, template) else []
-    return [
-        found
-        for name, each in value.items()
-        for found in _fitting(each, template, f"{place}.{name}" if place else str(name))
-    ]
+    found: list[str] = []
+    fits: dict[int, bool] = {}  # of each mapping, looked at once: it may be held in many places, also by itself
+    waiting: list[tuple[tuple[str, ...], object]] = [((), value)]
+    while waiting:
+        place, each = waiting.pop()
+        if not isinstance(each, Mapping):
+            continue
+        is_new = id(each) not in fits
+        if is_new:
+            fits[id(each)] = bool(place) and _holds_tensors(each) and bool(_prefixes(each, template))
+        if fits[id(each)]:
+            found.append(".".join(place))
+        elif is_new and len(place) < DEEPEST:
+            waiting += [
+                ((*place, name), inner) for name, inner in reversed(list(each.items())) if isinstance(name, str)
+            ]
+    return found
 
 
 def _prefixes(state: Mapping[Any, object], template: StateDict) -> list[str]:
@@ -372,8 +393,19 @@ def _prefixes(state: Mapping[Any, object], template: StateDict) -> list[str]:
 
 
 def _first(keys: Mapping[Any, object]) -> str:
-    shown = [str(key) for key in keys]
+    shown = [_short(key) for key in itertools.islice(keys, 5)]
     return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
+
+
+def _some(names: Sequence[str], word: str) -> str:
+    return f" {word} ".join(map(_short, names[:4]))
+
+
+def _short(value: object) -> str:
+    """What a stranger's file says, for a message: not long, and nothing that a terminal would obey."""
+    text = str(value) if isinstance(value, str | int) else type(value).__name__
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _weights_sha256(state: StateDict) -> str:
@@ -396,6 +428,7 @@ def _objects(data: bytes, suffix: str) -> list[str]:
     if suffix == checkpoints.SAFETENSORS:
         return []
     try:
+        checkpoints.check_sizes(data)
         return sorted(get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
     except Exception:  # not even a pickle: the caller tells what is wrong with it
         return []
@@ -411,9 +444,9 @@ def _cannot_read(path: Path, pattern: str, key: str | None, objects: list[str]) 
         f"for p in f.glob({pattern!r}) if p.is_file()]"
     )
     return (
-        f"{path}: holds an object of {objects[0]}, and loading that runs code of its writer, which distal never does; "
-        f"save model.state_dict() alone, or, if you trust it, convert with: python -c {shlex.quote(code)} and set "
-        f"checkpoints.path={path.parent / 'converted'} checkpoints.pattern=*.pt checkpoints.key=null"
+        f"{path}: holds an object of {_short(objects[0])}, and loading that runs code of its writer, which distal "
+        f"never does; save model.state_dict() alone, or, if you trust it, convert with: python -c {shlex.quote(code)} "
+        f"and set checkpoints.path={path.parent / 'converted'} checkpoints.pattern=*.pt checkpoints.key=null"
     )
 
 
@@ -421,30 +454,51 @@ def check_fits(name: str, state: object, template: StateDict) -> None:
     """Raise ModelError, naming the first key that is missing, unexpected or of another shape."""
     import torch
 
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or any(not isinstance(value, torch.Tensor) for value in state.values()):
         kinds = sorted({type(value).__name__ for value in state.values()}) if isinstance(state, dict) else []
         found = f"holds {', '.join(kinds)}" if kinds else f"is a {type(state).__name__}"
         raise ModelError(f"{name}: not a state_dict of plain tensors (it {found}); save model.state_dict() alone")
+    if unnamed := [key for key in state if not isinstance(key, str)]:
+        raise ModelError(
+            f"{name}: not a state_dict: its keys must be names, and {_short(unnamed[0])} is a "
+            f"{type(unnamed[0]).__name__}; save model.state_dict() alone"
+        )
     missing = [key for key in template if key not in state]
     unexpected = [key for key in state if key not in template]
     if missing or unexpected:
-        told = [f"{what} {keys[0]}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+        told = [
+            f"{what} {_short(keys[0])}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys
+        ]
         raise ModelError(f"{name}: its keys do not fit model.name: {', '.join(told)}{_hint(missing, unexpected)}")
     for key, value in template.items():
-        if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
+        _check_fits(name, key, state[key], value)
+    for key in template:  # only now: a value may be looked at whose place is one of the network's
+        if not torch.isfinite(state[key]).all():
             raise ModelError(
                 f"{name}: {key} has values that are not finite: training diverged; leave the file out with "
                 "checkpoints.pattern, or remove it"
             )
-        if state[key].shape != value.shape:
-            hint = ""
-            if state[key].shape[1:] == value.shape[1:]:
-                hint = f"; set model.num_classes={state[key].shape[0]} if these are its classes"
-            elif key.startswith("conv1."):
-                hint = "; set model.stem"
-            raise ModelError(
-                f"{name}: {key} has shape {tuple(state[key].shape)}, the network needs {tuple(value.shape)}{hint}"
-            )
+
+
+def _check_fits(name: str, key: str, found: Tensor, wanted: Tensor) -> None:
+    """Kind, shape and dtype of one tensor; not its values."""
+    import torch
+
+    if odd := checkpoints.oddity(found):
+        raise ModelError(f"{name}: {key} is {odd}; save model.state_dict() alone, with plain tensors")
+    if found.shape != wanted.shape:
+        hint = ""
+        if found.shape[1:] == wanted.shape[1:]:
+            hint = f"; set model.num_classes={found.shape[0]} if these are its classes"
+        elif key.startswith("conv1."):
+            hint = "; set model.stem"
+        raise ModelError(f"{name}: {key} has shape {tuple(found.shape)}, the network needs {tuple(wanted.shape)}{hint}")
+    able = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+    if not wanted.is_floating_point():  # such as a count of batches, which averaging makes a fraction
+        able |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+    if found.dtype not in able and found.dtype != wanted.dtype:
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in (found.dtype, wanted.dtype)]
+        raise ModelError(f"{name}: {key} is {dtypes[0]}, and the network needs {dtypes[1]}; save it as that")
 
 
 def _hint(missing: list[str], unexpected: list[str]) -> str:
@@ -452,21 +506,21 @@ def _hint(missing: list[str], unexpected: list[str]) -> str:
     for key in unexpected:
         prefix = key.removesuffix(missing[0]) if missing and key.endswith(missing[0]) else ""
         if prefix and all(prefix + wanted in unexpected for wanted in missing):
-            return f"; every key begins with {prefix!r}: save it without that prefix"
+            return f"; every key begins with {_short(prefix)!r}: save it without that prefix"
     return ""
 
 
 def _is_numbered(name: str) -> bool:
     path = Path(name)
     stem = VERSION.sub("", path.stem)
-    return path.parent != Path() or (any(each.isdigit() for each in stem) and not WRITTEN_OVER.search(stem))
+    return path.parent != Path() or (any(each.isdecimal() for each in stem) and not WRITTEN_OVER.search(stem))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sorts numbers by value, and what is longer after what it begins with: epoch2, epoch2-v1, epoch10."""
     path = Path(name)
     parts = re.split(r"(\d+)", str(path.with_suffix("")))
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part] + [(-1, 0, path.suffix)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part] + [(-1, 0, path.suffix)]
 
 
 def known(record: Path) -> list[Entry]:

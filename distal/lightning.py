@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from distal.train.command import publish_checkpoint
+from distal.train.command import publish_checkpoint, resume_checkpoints
 
 
 class PublishCheckpoints(Callback):
@@ -28,6 +28,15 @@ class PublishCheckpoints(Callback):
         self.folder, self.every_n_epochs = Path(folder), every_n_epochs
         self.prefix = "" if module is None else f"{module}."
         self.epochs = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """See `lightning.pytorch.Callback`. With `fit(ckpt_path=...)` training goes on, and so do its checkpoints."""
+        n_before = trainer.current_epoch // self.every_n_epochs
+        if trainer.is_global_zero and n_before and len(resume_checkpoints(self.folder, n_before)) < n_before:
+            raise ValueError(
+                f"PublishCheckpoints: training goes on after epoch {trainer.current_epoch}, and the {n_before} "
+                "checkpoints of before are not there; start again without ckpt_path"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See `lightning.pytorch.Callback`."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from distal import plugins
-from distal.checkpoints import deserialize
+from distal.checkpoints import ANY_SIZE, Unreadable, deserialize, oddity
 from distal.config import Architecture, ChannelStats, ForeignModel, ModelConfig
 from distal.errors import ModelError, one_line
 from distal.hashing import seed_for
 from distal.pool import Pool
+from distal.storage import read_regular
 
 SMALL_CNN = "small_cnn"
 SMALL_SIDE = 64  # pixels; below it the first layers of a ResNet throw away most of the image
@@ -297,13 +298,12 @@ def _weights(config: ModelConfig | ForeignModel) -> StateDict:
     path = Path(config.weights)
     if path.is_absolute():
         try:
-            state = deserialize(path.read_bytes())
+            state = deserialize(read_regular(path, ANY_SIZE))
         except FileNotFoundError:
             raise ModelError(f"model.weights: {path}: no such file") from None
-        except Exception as error:
-            reason = one_line(error)[:200]
-            raise ModelError(f"model.weights: {path} is not a file of plain tensors ({reason})") from error
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        except (OSError, Unreadable) as error:
+            raise ModelError(f"model.weights: {path} is not a file of plain tensors ({one_line(error)})") from error
+        if not isinstance(state, dict) or any(map(oddity, state.values())):
             raise ModelError(f"model.weights: {path} is not a state_dict; save model.state_dict() alone")
         return state
 

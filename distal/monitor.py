@@ -27,6 +27,8 @@ SHOWN_FAULTS = 5
 SPOKEN = (  # events that a person should know of; each has a `reason`
     "training_waits",
     "training_failed",
+    "training_anew",
+    "other_weights",
     "scoring_waits",
     "actor_lost",
     "actor_asked_for_again",

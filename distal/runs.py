@@ -170,13 +170,45 @@ class Cycle(Staged):
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the published weights."""
-        return self.folder / "checkpoints"
+        """Folder of the published weights: that of the last attempt at training."""
+        return self._of_attempt("checkpoints", max(self._attempts("checkpoints"), default=0))
 
     @property
     def assignments(self) -> Path:
-        """Assignments of the pool at every checkpoint."""
-        return self.folder / "assignments.zarr"
+        """Assignments of the pool at every checkpoint of the last attempt at training."""
+        return self._of_attempt("assignments", max(self._attempts("assignments", ".zarr"), default=0), ".zarr")
+
+    def published_to(self) -> list[Path]:
+        """The folders that the attempts at training published to, the latest first."""
+        return [self._of_attempt("checkpoints", n) for n in sorted(self._attempts("checkpoints"), reverse=True)]
+
+    def earlier_assignments(self) -> list[Path]:
+        """Those of earlier attempts, the latest first."""
+        numbers = sorted(self._attempts("assignments", ".zarr"), reverse=True)
+        return [self._of_attempt("assignments", number, ".zarr") for number in numbers[1:]]
+
+    def begin_attempt(self) -> Path:
+        """Make a folder for the checkpoints of a training script that is started, and return it.
+
+        Each start has a folder of its own: what an earlier one still writes stays out of it. Unless the cycle has been
+        scored, it has assignments of its own, too, for the same reason. `cycle.checkpoints` and `cycle.assignments` are
+        those of the last attempt from here on.
+        """
+        number = max(self._attempts("checkpoints"), default=-1) + 1
+        if number and self.marker("score") is None:
+            storage.make_folder(self._of_attempt("assignments", number, ".zarr"))
+        dest = self._of_attempt("checkpoints", number)
+        storage.make_folder(dest)
+        return dest
+
+    def _attempts(self, stem: str, suffix: str = "") -> list[int]:
+        """The numbers of the attempts at training that have a folder of this kind."""
+        pattern = re.compile(rf"{stem}(?:-(\d+))?{re.escape(suffix)}")
+        found = (pattern.fullmatch(name) for name in storage.names_in(self.folder))
+        return [int(match[1] or 0) for match in found if match]
+
+    def _of_attempt(self, stem: str, number: int, suffix: str = "") -> Path:
+        return self.folder / f"{stem}-{number}{suffix}" if number else self.folder / f"{stem}{suffix}"
 
     def held_out(self, name: str) -> Path:
         """Assignments of the images to evaluate on, `test` or `val`, at the last checkpoint."""
@@ -185,7 +217,7 @@ class Cycle(Staged):
     @property
     def elimination(self) -> Path:
         """What was decided at each barrier, `<row>.json`; see `score.eliminate`."""
-        return self.folder / "elimination"
+        return self.folder / self.assignments.stem.replace("assignments", "elimination")
 
     def remaining(self, n_rows: int) -> tuple[int, ...] | None:
         """Of each block, how many samples were scored at the last of `n_rows` rows; None when nothing was left out."""

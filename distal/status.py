@@ -180,7 +180,7 @@ class Watch:
         complete = False
         cycle = self._last_cycle()
         if cycle is not None:
-            if self._rows is None or self._rows.cycle is not cycle:
+            if self._rows is None or self._rows.cycle is not cycle or self._rows.path != cycle.assignments:
                 self._rows = _Rows(cycle)
             told |= {"cycle": cycle.index, **self._rows.look(self._clock())}
             n_cycles = _n_cycles(cycle)
@@ -220,6 +220,7 @@ class _Rows:
 
     def __init__(self, cycle: Cycle) -> None:
         self.cycle = cycle
+        self.path = cycle.assignments  # another one after a training script was started again
         self._assignments: Assignments | None = None
         self._eligible: Sequence[int] = ()  # samples per block
         self._n_published = 0

@@ -175,6 +175,13 @@ def create_folder(made: Path, path: Path) -> bool:
         if is_durable():
             _flush(path.parent)
         return True
+def link(source: Path, path: Path) -> None:
+    """Give a file that is never changed another name, unless there is no such file, or the name is taken."""
+    with disk_errors(path), suppress(FileNotFoundError, FileExistsError):
+        make_folder(path.parent)
+        os.link(source, path)
+        if is_durable():
+            _flush(path.parent)
 
 
 def _replace(temporary: Path, path: Path) -> None:
@@ -364,12 +371,12 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
         FileNotFoundError: no such file.
         Damage: it is no regular file, or larger than `limit`.
     """
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        limit = machine.memory_bytes() // 2 if limit is None else limit
-        if size > limit:
-            raise Damage(f"{path}: {size:,} bytes, at most {limit:,} are read")
-        return file.read()
+    try:
+        return read_regular(path, machine.memory_bytes() // 2 if limit is None else limit)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EFBIG):
+            raise Damage(f"{path}: {error.strerror}") from error
+        raise
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -9,12 +9,10 @@ that was made before must come out again, or it stops. What cannot be made again
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +22,7 @@ from distal.assignments import ELIGIBLE, Assignments, begun_path, record_path
 from distal.config import Config, ForeignConfig
 from distal.errors import Damage, UnknownFormat, one_line
 from distal.hashing import digest
-from distal.labels.answers import Answer
+from distal.labels import answers
 from distal.lease import Lease
 from distal.ledger import Ledger
 from distal.monitor import Display, Silent
@@ -54,7 +52,8 @@ UNREADABLE = (OSError, LookupError, TypeError, ValueError, AttributeError, Arith
 """What else reading something damaged raises: a disk that fails, a record of another shape or of a senseless size."""
 
 COPY = "put it back from a copy"
-ANSWERS = re.compile(r"(\d{6,})-([0-9a-f]{12})\.parquet", re.ASCII)
+IMPORT_AGAIN = "import the answers again from a copy"
+ANSWERS = re.compile(r"\d{6,}\.parquet", re.ASCII)
 
 REDO = {
     "train": ("train",),
@@ -227,22 +226,12 @@ class _Inspection:
                 self.found.append(Damaged(_line(cycle.folder, error), advice=COPY))
 
     def _answers(self, folder: Path) -> None:
-        """What people said. Each file says in its name how many there were before it, and the hash of what it holds."""
-        advice = "import the answers again from a copy"
-        numbers = []
+        """The log of what people said: its files are numbered without a gap, and each holds its number."""
         for name in self._look(partial(names_in, folder), place=folder, advice=COPY) or []:
-            named = ANSWERS.fullmatch(name)
-            if named is None:
+            if ANSWERS.fullmatch(name) is None:
                 self.found.append(Damaged(f"{folder / name}: not a file of answers", advice="move it elsewhere"))
-                continue
-            numbers.append(int(named[1]))
-            self._look(partial(_same_answers, folder / name, named[2]), place=folder / name, advice=advice)
-        # Two imports at the same moment may have the same number, so numbers repeat and are left out; there are never
-        # fewer files before one than it says.
-        lacking = [(number, number - sum(each < number for each in numbers)) for number in numbers]
-        for number, n in [(number, n) for number, n in lacking if n > 0][:1]:
-            files = "a file" if n == 1 else f"{n} files"
-            self.found.append(Damaged(f"{folder}: {files} before number {number:06d} missing", advice=advice))
+        for number in range(answers.n_imports(folder)):
+            self._look(partial(answers.read_import, folder, number), place=folder, advice=IMPORT_AGAIN)
 
     def _own(self, run: Run, cycle: Cycle, config: Config) -> None:
         """A cycle of `distal run`."""
@@ -273,10 +262,10 @@ class _Inspection:
             self._look(check, delete=(cycle.labels,), redo=(cycle, "label"), advice=advice)
         if "train" in markers:
             self._look(partial(_ledger, run, cycle, markers["train"]), advice="put the label files back from a copy")
-            for name in markers["train"].get("answers", ()):
-                if not (run.answers / name).exists():
-                    what = f"{run.answers / name}: missing, and cycle {cycle.index} was trained after it was imported"
-                    self.found.append(Damaged(what, advice="import the answers again from a copy"))
+            # A gap in the log is found without this; the last file of it is not.
+            for number in range(answers.n_imports(run.answers), markers["train"].get("n_imports", 0)):
+                what = f"{answers.import_path(run.answers, number)}: missing, and cycle {cycle.index} was trained after it"
+                self.found.append(Damaged(what, advice=IMPORT_AGAIN))
         self._analyses(cycle)
 
     def _foreign(self, cycle: Cycle, config: ForeignConfig) -> None:
@@ -485,12 +474,6 @@ def _indexed(cycle: Cycle, refs: Mapping[int, str], marker: JsonObject) -> None:
     scored = [refs.get(index) for index in range(marker["n_rows"])]
     if digest(scored) != marker["inputs"]["checkpoints"]:
         raise Damage(f"{cycle.foreign}: not the checkpoints that were scored")
-
-
-def _same_answers(path: Path, checksum: str) -> None:
-    rows = [asdict(Answer(**row)) for row in read_table(path).to_pylist()]
-    if hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12] != checksum:
-        raise Damage(f"{path}: not the answers that its name says")
 
 
 def _sound(path: Path) -> bool:

@@ -84,7 +84,7 @@ def test_a_file_larger_than_any_chunk_is_not_read(array: Array) -> None:
     array.write((0, slice(0, N)), np.zeros(N, np.uint8))
     with array.chunk_path(0, 0).open("r+b") as file:
         file.truncate(2**40)  # sparse: it takes no space
-    with pytest.raises(Damage, match="1,099,511,627,776 bytes, at most"):
+    with pytest.raises(Damage, match=r"more than [\d,]+ bytes"):
         array.read((slice(0, 1),))
 
 

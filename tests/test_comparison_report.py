@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from markdown_it import MarkdownIt
 from PIL import Image
 from pyarrow import csv
 
 from distal.comparison_report import report
+from distal.comparison_view import plot_curves
 from distal.errors import ConfigError
 from distal.statistics import aubc, holm, signed_rank
 from distal.storage import read_table
@@ -211,6 +214,67 @@ def test_classes_and_overlap(tmp_path: Path) -> None:
     assert "| better | 9 | 0.000 | 0.0% | 100.0% | 100.0% | 0.0% |" in text
     assert "1 selected sample(s) have no known class" in text
     assert "| better | 0.38 | 1.00 |" in text
+
+
+HOSTILE = (
+    "$\\frac$", "$$", "_mine", "_a_b_", "cat|dog", "<script>alert(1)</script>", "&lt;b&gt;", "\\", "\\|", "`a`", "**bold**",
+    "[a](javascript:b)", "![x](y)", "# head", "a\nb | c\r\n| d |", "\x1b[31mred\x00", "-->", "=cmd|' /C calc'!A0", "@SUM(A1)",
+    "+1", "-1", "\t=1", "x" * 300,
+)  # fmt: skip
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The tables of a Markdown page as a reader sees them: rows of cells; nothing in a cell may be markup."""
+    found: list[list[list[str]]] = []
+    inline = ""
+    for token in MarkdownIt("gfm-like", {"linkify": False}).parse(text):
+        if token.type == "table_open":
+            found.append([])
+        elif token.type == "tr_open":
+            found[-1].append([])
+        assert not token.type.startswith("html")
+        for child in token.children or ():
+            assert child.type in ("text", "softbreak", "image", "text_special"), child
+            assert child.type != "image" or child.attrs["src"] in ("curves.png", "classes.png")
+        if token.type in ("th_close", "td_close"):
+            found[-1][-1].append(inline)
+        inline = "".join(child.content for child in token.children or ())
+    return found
+
+
+def test_names_are_data(tmp_path: Path) -> None:
+    """Through the real rendering: no name is markup, a formula, a column more, or missing from a legend."""
+    rows = rows_of(2, gain=dict.fromkeys(HOSTILE, 0.0))
+    chosen = {(0, name, 0): (np.array([1, 2]), np.array([0, 1])) for name in HOSTILE}
+    told = report(
+        table(rows), chosen, out=tmp_path, conditions={"pool": "<b>|$_$", "*a*": ["<i>"]}, references=["_mine"],
+        classes=HOSTILE[:20],
+    )  # fmt: skip
+    for name in ("curves.png", "classes.png"):
+        with Image.open(tmp_path / name) as figure:
+            assert min(figure.size) > 500
+    text = (tmp_path / "report.md").read_text()
+    assert "<" not in text
+    shown = ["".join(c if c.isprintable() else " " for c in name).strip() for name in HOSTILE]
+    found = tables(text)
+    assert len(found) == 8
+    for rows_found in found:
+        assert len({len(row) for row in rows_found}) == 1
+    by_class = next(each for each in found if "most frequent" in each[0])
+    assert by_class[0][5:] == shown[:20]
+    assert [row[0] for row in by_class[1:]] == shown
+    (overlap,) = [each for each in found if each[0][0] == ""]
+    assert overlap[0][1:] == shown
+    written = csv.read_csv(tmp_path / "results.csv", parse_options=csv.ParseOptions(newlines_in_values=True))
+    names = dict.fromkeys(written["strategy"].to_pylist())
+    assert [name.removeprefix("'") for name in names] == list(HOSTILE)
+    assert not any(name[0] in "=+-@\t" for name in names)
+    drawn = plot_curves(told)
+    drawn.canvas.draw()
+    assert [each.get_text()[:10] for each in drawn.legends[0].get_texts()] == [
+        "".join(c if c.isprintable() else " " for c in name)[:10] for name in HOSTILE
+    ]
+    ElementTree.parse(tmp_path / "curves.svg")  # well-formed
 
 
 def test_one_budget_has_no_area(tmp_path: Path) -> None:

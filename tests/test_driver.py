@@ -14,17 +14,19 @@ import torch
 import zarr
 
 from distal import checkpoints, driver
+from distal.assignments import Assignments
 from distal.errors import ConfigError, Damage, DistalError, ModelError, PoolError, RunConflict, UserError
 from distal.ledger import Ledger
 from distal.models import ModelSpec
 from distal.monitor import spoken
 from distal.pool import Pool
 from distal.pool.build import build
-from distal.records import Progress
+from distal.records import CheckpointRef, Progress
 from distal.runs import Run
+from distal.score.job import Published
 from distal.score.predict import Predictor
 from distal.status import status
-from tests.helpers import small_config, write_source
+from tests.helpers import flip, small_config, write_source
 
 N_READABLE, INITIAL, BUDGET, ROWS = 238, 24, 16, 3
 
@@ -415,3 +417,79 @@ class TestMistakes:
         with pytest.raises(RunConflict, match="not an empty folder and not a run"):
             driver.run(small_config(tmp_path, pool, None))
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "reused"),
+    [
+        ([["a", "b", None]], ["a", "b", "c"], {0: 0, 1: 0}),
+        ([["a", "b", "c"]], ["a", "x", "c"], {0: 0}),  # from the first row that differs it is another training
+        ([["a", "b", "c"]], ["x", "b", "c"], {}),
+        ([["a", None, None], ["a", "b", None]], ["a", "b", "c"], {0: 0, 1: 1}),
+        ([["x", "y", None], ["a", "b", None]], ["a", "b", "c"], {0: 1, 1: 1}),
+        ([["a", "x", None], ["a", "b", "c"]], ["a", "b", "c"], {0: 0, 1: 1, 2: 1}),
+    ],
+)
+def test_what_is_scored_counts_while_all_weights_so_far_are_the_same(
+    tmp_path: Path, before: list[list[str | None]], now: list[str], reused: dict[int, int]
+) -> None:
+    """Of the attempts before, the latest first: whose rows a script that was started again keeps."""
+    said: list[str] = []
+
+    def scored(name: str, weights: list[str | None], value: int) -> Assignments:
+        made = Assignments.create(
+            tmp_path / name, n_rows=3, n_samples=6, block_size=3, n_classes=9, eligible=[np.ones(3, bool)] * 2
+        )
+        made.adopt_fingerprint({"cpu": "one"})
+        for row, sha256 in enumerate(weights):
+            if sha256 is not None:
+                made.adopt_weights(row, sha256)
+                made.write(row, made.blocks[0], np.full(3, value, np.uint8))
+        return made
+
+    earlier = [scored(f"before-{i}.zarr", weights, i) for i, weights in enumerate(before)]
+    mine = scored("mine.zarr", [], 9)
+    refs = [CheckpointRef(row, row + 1, tmp_path, sha256) for row, sha256 in enumerate(now)]
+    reusing = driver._Reusing(
+        Published(refs),  # type: ignore[arg-type]
+        mine,
+        earlier,
+        first_index=0,
+        on_event=lambda name, **values: said.append(name),
+    )
+    assert list(reusing.published()) == refs
+    found = {row: int(mine.read(0, 3, [row])[0, 0]) for row in range(3) if mine.has(row, mine.blocks[0])}
+    assert found == reused
+    assert not any(mine.has(row, mine.blocks[1]) for row in range(3))
+    differs = any(each is not None for row in range(3) if row not in reused for each in [w[row] for w in before])
+    assert said == (["other_weights"] if differs else [])
+
+
+def test_nothing_is_reused_that_is_damaged_or_that_another_machine_scored(tmp_path: Path) -> None:
+    made = []
+    for name in ("before.zarr", "mine.zarr", "other.zarr"):
+        made.append(
+            Assignments.create(
+                tmp_path / name, n_rows=1, n_samples=6, block_size=3, n_classes=9, eligible=[np.ones(3, bool)] * 2
+            )
+        )
+    before, mine, other = made
+    before.adopt_fingerprint({"cpu": "one"})
+    other.adopt_fingerprint({"cpu": "another"})
+    before.adopt_weights(0, "a")
+    for block in before.blocks:
+        before.write(0, block, np.zeros(3, np.uint8))
+    flip(before.chunk("assignments", 0, before.blocks[0]))
+    said: list[str] = []
+    for each in (mine, other):
+        driver._Reusing(
+            Published([CheckpointRef(0, 1, tmp_path, "a")]),  # type: ignore[arg-type]
+            each,
+            [before],
+            first_index=0,
+            on_event=lambda name, **values: said.append(name),
+        ).published()
+    assert mine.committed(0) == {1}
+    assert mine.fingerprint == {"cpu": "one"}
+    assert other.committed(0) == set()
+    assert said == ["damaged_block"]

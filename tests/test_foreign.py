@@ -20,7 +20,7 @@ def write(folder: Path, name: str, value: float = 0.0) -> Path:
     """A state_dict that was written an hour ago."""
     folder.mkdir(exist_ok=True)
     path = folder / name
-    state = {"weight": torch.full((2, 3), value), "bias": torch.zeros(2)}
+    state = {"weight": torch.full((2, 3), float(value)), "bias": torch.zeros(2)}
     save_file(state, path) if name.endswith("safetensors") else torch.save(state, path)
     age(path)
     return path
@@ -155,7 +155,11 @@ def save(folder: Path, name: str, **more: object) -> Path:
 
 def lightning(value: float, **more: object) -> dict[str, object]:
     """What Lightning saves, as far as it matters here."""
-    state = {"model.weight": torch.full((2, 3), value), "model.bias": torch.zeros(2), "loss.scale": torch.ones(1)}
+    state = {
+        "model.weight": torch.full((2, 3), float(value)),
+        "model.bias": torch.zeros(2),
+        "loss.scale": torch.ones(1),
+    }
     return {"epoch": 3, "state_dict": state, "callbacks": {"ModelCheckpoint": {"best_k_models": {}}}, **more}
 
 

@@ -16,6 +16,9 @@ from distal.config import ModelConfig
 from distal.errors import ModelError
 from distal.foreign import ForeignCheckpoints, Layout
 from distal.models import ModelSpec
+from distal.runs import Run
+from distal.storage import remove_tree
+from distal.train.command import OWNER
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -51,15 +54,21 @@ class Plain(Classifier):
         pass
 
 
-def fit(folder: Path, *callbacks: lightning.Callback, kind: type[Classifier] = Plain) -> None:
+def fit(
+    folder: Path,
+    *callbacks: lightning.Callback,
+    kind: type[Classifier] = Plain,
+    epochs: int = EPOCHS,
+    ckpt_path: Path | None = None,
+) -> None:
     torch.manual_seed(0)
     data = DataLoader(TensorDataset(torch.rand(32, 1, 8, 8), torch.arange(32) % 4), batch_size=8)
     trainer = lightning.Trainer(
-        max_epochs=EPOCHS, callbacks=list(callbacks), accelerator="cpu", logger=False, default_root_dir=folder,
+        max_epochs=epochs, callbacks=list(callbacks), accelerator="cpu", logger=False, default_root_dir=folder,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False if not any(
             isinstance(each, ModelCheckpoint) for each in callbacks) else None,
     )  # fmt: skip
-    trainer.fit(kind(folder), data)
+    trainer.fit(kind(folder), data, ckpt_path=ckpt_path)
     long_ago = time.time() - 3600
     for path in folder.rglob("*.ckpt"):
         os.utime(path, (long_ago, long_ago))
@@ -82,6 +91,28 @@ def test_the_callback_publishes(tmp_path: Path) -> None:
         PublishCheckpoints(tmp_path / "out", every_n_epochs=0)
     with pytest.raises(ValueError, match="Plain has no module 'network'"):
         fit(tmp_path, PublishCheckpoints(tmp_path / "other", module="network"))
+
+
+def test_a_training_that_goes_on_keeps_the_checkpoints_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a script that is started again by `train.command`: every start publishes to a folder of its own."""
+    cycle = Run(tmp_path).cycle(0)
+    (cycle.folder / "train").mkdir(parents=True)
+    (cycle.folder / "train" / "owner").write_text("me")
+    monkeypatch.setenv(OWNER, "me")
+    first, second, third = (cycle.begin_attempt() for _ in range(3))
+    saves = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1)
+    fit(tmp_path, PublishCheckpoints(first, module="net"), saves, epochs=3)
+    (last,) = tmp_path.glob("epoch=2-*.ckpt")
+    fit(tmp_path, PublishCheckpoints(second, module="net"), ckpt_path=last)
+    found = [checkpoints.read(second, index).sha256 for index in checkpoints.committed(second)]
+    assert found[:3] == [checkpoints.read(first, index).sha256 for index in range(3)]
+    assert len(found) == EPOCHS
+    remove_tree(first)
+    remove_tree(second)
+    with pytest.raises(ValueError, match="goes on after epoch 3, and the 3 checkpoints of before are not there"):
+        fit(tmp_path, PublishCheckpoints(third, module="net"), ckpt_path=last)
 
 
 def test_its_checkpoints_as_they_are(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from distal import analysis
 from distal.assignments import Assignments
 from distal.config import ModelConfig
 from distal.errors import ConfigError, ModelError, RunConflict, SourceError, UserError
+from distal.explain import explain
 from distal.models import ModelSpec
 from distal.monitor import spoken
 from distal.pool import Pool
@@ -94,6 +95,15 @@ def test_the_selection_is_of_the_most_dispersed(scored: tuple[Path, dict]) -> No
     assert len(chosen) == 20
     assert dispersion[chosen.indices].min() >= np.sort(dispersion)[-20]
     assert chosen.sha256 == result["selection_sha256"]
+
+
+def test_a_selection_is_explained(scored: tuple[Path, dict], pool: Pool) -> None:
+    run, result = scored
+    ids = pool.samples(0, N)["sample_id"].to_pylist()
+    chosen = Selection.read(Path(result["selection"])).sample_ids
+    assert explain(run, chosen[0])["cycles"][0]["why"].startswith("chosen at place 1 of 20, by ")
+    said = {name: explain(run, name)["cycles"][0]["why"] for name in ids[::16] if name not in chosen}
+    assert all(why.startswith(("not chosen: its dispersion is ", "not eligible: unreadable")) for why in said.values())
 
 
 def test_again_does_nothing_and_says_the_same(scored: tuple[Path, dict], pool: Pool, folder: Path) -> None:

@@ -336,5 +336,5 @@ def test_a_record_without_end_is_not_read(tmp_path: Path) -> None:
     for name, read in (("r.json", storage.read_json), ("r.yaml", storage.read_yaml)):
         with (tmp_path / name).open("wb") as file:
             file.truncate(2**40)  # sparse
-        with pytest.raises(Damage, match="1,099,511,627,776 bytes, at most"):
+        with pytest.raises(Damage, match=r"more than [\d,]+ bytes"):
             read(tmp_path / name)

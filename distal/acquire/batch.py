@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +63,9 @@ def select(
         ConfigError: the user's own strategy does not choose as it should.
     """
     own = strategy(config)
-    composed = own is not None or config.batch == K_CENTER
-    top = TopK(math.ceil(config.candidate_factor * budget) if composed else budget, config.max_per_group)
-    blocks_per_stripe = max(1, STRIPE_SAMPLES // assignments.block_size)
-    for stripe in split_blocks(assignments.n_samples, blocks_per_stripe * assignments.block_size):
-        span = (stripe.start, stripe.stop)
-        score = scores.read(config.measure, *span)
-        (keys,) = pool.columns(*span, "sample_key")
-        if config.batch == "power":
-            score = drawn(score, config.beta, mix64("power", seed, cycle, keys))
-        if config.breaks_ties_by_margin:
-            margin = assignments.read_recorded("margin", last_row, *span)
-        else:
-            margin = np.zeros(len(stripe), dtype=np.float16)
-        groups = None if config.max_per_group is None else _groups(pool, *span)
-        top.add(Candidates(np.arange(*span), score, margin, mix64("tie", seed, cycle, keys), groups))
-    chosen, decided_by = top.result()
-    if composed:
+    order = Order(scores, assignments, pool, config, seed, cycle, last_row)
+    chosen, decided_by = order.first(budget)
+    if order.composed:
         budget = min(budget, len(chosen))
         if own is None:
             found = _asked(outputs, chosen.index, {"embeddings"})
@@ -98,6 +85,54 @@ def select(
             f"({str(expected)[:12]}); nothing was changed; put the run back from a copy"
         )
     return Selection.write(dest, table)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which samples are chosen, or become candidates of a batch that is composed by more than scores.
+
+    Attributes:
+        assignments: supplies the margin of `last_row`, the last checkpoint, when ties are broken by it.
+    """
+
+    scores: Scores
+    assignments: Assignments
+    pool: Pool
+    config: SelectConfig
+    seed: int
+    cycle: int
+    last_row: int
+
+    @property
+    def composed(self) -> bool:
+        """Whether something else than this order chooses, from the candidates that come first in it."""
+        return self.config.batch == K_CENTER or ":" in self.config.batch
+
+    def n_first(self, budget: int) -> int:
+        """How many that come first are the batch, or its candidates, unless groups leave fewer."""
+        return math.ceil(self.config.candidate_factor * budget) if self.composed else budget
+
+    def of(self, start: int, stop: int) -> Candidates:
+        """What decides where the samples [start, stop) come."""
+        config, span = self.config, (start, stop)
+        score = self.scores.read(config.measure, *span)
+        (keys,) = self.pool.columns(*span, "sample_key")
+        if config.batch == "power":
+            score = drawn(score, config.beta, mix64("power", self.seed, self.cycle, keys))
+        if config.breaks_ties_by_margin:
+            margin = self.assignments.read_recorded("margin", self.last_row, *span)
+        else:
+            margin = np.zeros(stop - start, dtype=np.float16)
+        groups = None if config.max_per_group is None else _groups(self.pool, *span)
+        return Candidates(np.arange(*span), score, margin, mix64("tie", self.seed, self.cycle, keys), groups)
+
+    def first(self, budget: int) -> tuple[Candidates, list[str]]:
+        """Those that come first, and what decided on each; see `TopK.result`."""
+        top = TopK(self.n_first(budget), self.config.max_per_group)
+        blocks_per_stripe = max(1, STRIPE_SAMPLES // self.assignments.block_size)
+        for stripe in split_blocks(self.assignments.n_samples, blocks_per_stripe * self.assignments.block_size):
+            top.add(self.of(stripe.start, stripe.stop))
+        return top.result()
 
 
 def drawn(score: NDArray[np.float32], beta: float, draws: NDArray[np.uint64]) -> NDArray[np.float32]:

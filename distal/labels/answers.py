@@ -164,7 +164,7 @@ def add(folder: Path, answers: Sequence[Answer]) -> Added:
         changed = [each for each in new if _changes(each, before.get((each.sample_index, each.annotator)))]
         if not new:
             return Added(None, [], [])
-        path = _path(folder, number)
+        path = import_path(folder, number)
         schema = SCHEMA.with_metadata({_NUMBER: str(number)})
         table = pa.Table.from_pylist([asdict(answer) for answer in new], schema=schema)
         if create_bytes(path, bytes(table_bytes(table))):
@@ -196,7 +196,7 @@ def read_import(folder: Path, number: int) -> list[Answer]:
         Damage: the file is missing, has changed, or is another one of the log.
         UnknownFormat: another version wrote it.
     """
-    path = _path(folder, number)
+    path = import_path(folder, number)
     table = read_table(path)
     if table.schema.names != SCHEMA.names:
         raise UnknownFormat(f"{path}: has other columns than this version of distal writes; import the answers again")
@@ -206,5 +206,6 @@ def read_import(folder: Path, number: int) -> list[Answer]:
     return [Answer(**row) for row in table.set_column(SCHEMA.get_field_index("time"), "time", times).to_pylist()]
 
 
-def _path(folder: Path, number: int) -> Path:
+def import_path(folder: Path, number: int) -> Path:
+    """The file of one import."""
     return folder / f"{number:06d}.parquet"

@@ -6,6 +6,7 @@ The command runs beside the driver, once per cycle. It calls `distal.publish_che
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 import shlex
 import signal
@@ -14,7 +15,7 @@ import sys
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from string import Formatter
@@ -28,6 +29,7 @@ from distal.foreign import check_fits
 from distal.ledger import Ledger
 from distal.pool import Pool
 from distal.pool.images import write_png
+from distal.runs import Cycle
 from distal.storage import disk_errors, sha256, write_table
 from distal.train.loop import TrainJob, check_owner, claim
 
@@ -63,7 +65,9 @@ def run_command(
     command: str,
     job: TrainJob,
     pool: Pool,
+    dest: Path,
     given_up: threading.Event,
+    fits: threading.Event,
     still_ours: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the command of a cycle; returns when it has ended and every checkpoint is published.
@@ -71,12 +75,14 @@ def run_command(
     Args:
         command: with `PLACEHOLDERS` in braces.
         pool: that of the job, with the classes of the run.
+        dest: the folder that this start publishes to, and no other.
         given_up: ends the command when it is set.
+        fits: set once the first checkpoint has been looked at, and its weights fit.
         still_ours: raises when another driver has the run.
 
     Raises:
         TrainingFailed: it ended with another code than 0; the message has the end of what it said.
-        ModelError: it published too few checkpoints, or weights that do not fit `model.name`.
+        ModelError: it published other checkpoints than those that are wanted, or weights that do not fit `model.name`.
         Superseded: given up.
     """
     train = job.folder / "train"
@@ -85,14 +91,13 @@ def run_command(
     values = {
         "labels": str(_write_labels(pool, ledger, train / "labels.parquet")),
         "images": str(_write_images(pool, ledger, train / "images")) if "{images}" in command else "",
-        "checkpoints": str(job.checkpoints),
+        "checkpoints": str(dest),
         "epochs": job.config.epochs,
         "seed": job.seed,
         "cycle": job.cycle,
     }
     owner = f"{job.owner_prefix}{uuid.uuid4().hex[:8]}"
     claim(job.folder, owner, still_ours)
-    job.checkpoints.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, OWNER: owner, INPUTS: job.inputs}
     with disk_errors(train), (train / OUT).open("ab") as out, (train / ERR).open("ab") as err:
         try:
@@ -107,7 +112,7 @@ def run_command(
         except OSError as error:
             raise ConfigError(f"train.command: {words[0]}: {error.strerror}") from None
         try:
-            code = _wait(job, process, given_up)
+            code = _wait(job, dest, process, given_up, fits)
         finally:
             _end(process)
     if code:
@@ -115,35 +120,51 @@ def run_command(
             f"train.command ended with {code} in cycle {job.cycle}; {train / ERR} ends with:\n"
             + "\n".join(_last_lines(train / ERR))
         )
-    _check(job)
-    n, n_wanted = len(checkpoints.committed(job.checkpoints)), len(job.config.checkpoint_epochs)
-    if n < n_wanted:
-        raise ModelError(
-            f"train.command published {n} checkpoints in cycle {job.cycle}, and train.epochs and checkpoint_every say "
-            f"{n_wanted}; publish them with distal.publish_checkpoint(folder, state_dict, index)"
-        )
+    _check_first(job, dest, fits)
+    published, wanted = checkpoints.committed(dest), range(len(job.config.checkpoint_epochs))
+    if published != list(wanted):
+        raise _other_than_wanted(job, published)
 
 
-def _wait(job: TrainJob, process: subprocess.Popen[bytes], given_up: threading.Event) -> int:
-    checked = False
+def _other_than_wanted(job: TrainJob, published: Sequence[int]) -> ModelError:
+    n_wanted = len(job.config.checkpoint_epochs)
+    indices = f", with the indices {_runs(published)}," if published else ""
+    return ModelError(
+        f"train.command published {len(published)} checkpoints{indices} in cycle {job.cycle}, and train.epochs and "
+        f"checkpoint_every say {n_wanted}, with the indices {_runs(range(n_wanted))}; publish these with "
+        "distal.publish_checkpoint(folder, state_dict, index), or change train.epochs or train.checkpoint_every"
+    )
+
+
+def _runs(indices: Sequence[int]) -> str:
+    """Ascending numbers in words: `0 to 2, 5`."""
+    firsts = [index for index in indices if index - 1 not in indices]
+    lasts = [index for index in indices if index + 1 not in indices]
+    shown = [str(a) if a == b else f"{a} to {b}" for a, b in zip(firsts, lasts, strict=True)]
+    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
+
+
+def _wait(
+    job: TrainJob, dest: Path, process: subprocess.Popen[bytes], given_up: threading.Event, fits: threading.Event
+) -> int:
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(POLL_S)
         if given_up.is_set():
             raise Superseded(f"{job.folder}: training was given up")
-        checked = checked or _check(job)
+        _check_first(job, dest, fits)
+        published = checkpoints.committed(dest)
+        if published and published[-1] >= len(job.config.checkpoint_epochs):  # hours may pass before it ends
+            raise _other_than_wanted(job, published)
 
 
-def _check(job: TrainJob) -> bool:
-    """Whether there is a checkpoint; refuses one that does not fit."""
-    there = checkpoints.committed(job.checkpoints)
+def _check_first(job: TrainJob, dest: Path, fits: threading.Event) -> None:
+    """Look at the first checkpoint, once it is there."""
+    there = [] if fits.is_set() else checkpoints.committed(dest)
     if there:
-        ref = checkpoints.read(job.checkpoints, there[0])
-        try:
-            check_fits(ref.path.name, checkpoints.load(ref), job.model.build(pretrained=False).state_dict())
-        except ModelError as error:
-            raise ModelError(f"{error}; then remove {job.checkpoints} to train again") from None
-    return bool(there)
+        ref = checkpoints.read(dest, there[0])
+        check_fits(ref.path.name, checkpoints.load(ref), job.model.build(pretrained=False).state_dict())
+        fits.set()
 
 
 def _die_with_parent() -> None:
@@ -190,25 +211,85 @@ def publish_checkpoint(
 ) -> None:
     """Publish weights from a training script that `distal run` started (`train.command`). Needs no Ray.
 
-    The file appears whole or not at all, and the first one of an index stays.
+    The file appears whole or not at all, and an index is published once; the same weights again change nothing.
 
     Args:
         folder: what `{checkpoints}` came to.
         state_dict: of the network that `model.name` builds.
         index: 0 for the first checkpoint, and so on, without a gap.
-        metrics: such as the training loss, for people.
+        metrics: such as the training loss, for people: numbers.
 
     Raises:
+        ValueError: `index` is no index, `state_dict` is none, or a metric is no number.
         Superseded: another attempt has taken over; this script should end.
-        RunConflict: outside of `distal run`, the folder has another checkpoint of that index.
+        RunConflict: the folder has another checkpoint of that index.
+    """
+    folder, index = Path(folder), _checked_index(index)
+    _check_state(state_dict)
+    try:
+        numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"publish_checkpoint: metrics must map names to numbers ({error})") from None
+    _check_still_ours(folder)
+    data = checkpoints.serialize(dict(state_dict))
+    ref = checkpoints.commit_bytes(folder, index, index + 1, data, inputs=os.environ.get(INPUTS, ""), metrics=numbers)
+    if sha256(data) != ref.sha256:
+        raise RunConflict(
+            f"{folder}: checkpoint {index} is published already, with other weights; publish each index once, from one "
+            "process, or give another folder"
+        )
+
+
+def resume_checkpoints(folder: str | Path, n: int | None = None) -> list[Path]:
+    """Go on with a training that was cut off: its first checkpoints count for this start of the script, too.
+
+    Every start of `train.command` publishes to a folder of its own. A script that does not begin again, but goes on,
+    calls this first; else the checkpoints of before do not count.
+
+    Args:
+        folder: what `{checkpoints}` came to; or any folder that checkpoints are published to.
+        n: at most so many of them; None: all.
+
+    Returns:
+        Their weights files, in order: what `publish_checkpoint` was given, saved by `torch.save`. The next index to
+        publish is their number. Empty when there is nothing to go on from.
+
+    Raises:
+        Damage: one of them is not what was published.
+        Superseded: another attempt has taken over; this script should end.
     """
     folder = Path(folder)
+    _check_still_ours(folder)
+    folders = Cycle(folder.parent).published_to() if OWNER in os.environ else [folder]
+    found = (checkpoints.unbroken(each, os.environ.get(INPUTS, "")) for each in folders)
+    refs = next(filter(None, found), [])[:n]
+    for ref in refs:
+        if ref.path.parents[1].name != folder.name:
+            checkpoints.take_over(ref, folder)
+    return [checkpoints.read(folder, ref.index).path for ref in refs]
+
+
+def _check_still_ours(folder: Path) -> None:
     owner = os.environ.get(OWNER)
     if owner is not None:
         check_owner(folder.parent, owner)
-    is_new = index not in checkpoints.committed(folder)
-    ref = checkpoints.commit(
-        folder, index, index + 1, state_dict, inputs=os.environ.get(INPUTS, ""), metrics=metrics or {}
-    )
-    if owner is None and not is_new and sha256(checkpoints.serialize(state_dict)) != ref.sha256:
-        raise RunConflict(f"{folder}: checkpoint {index} is published already, with other weights; give another folder")
+
+
+def _checked_index(index: object) -> int:
+    if isinstance(index, bool) or not hasattr(index, "__index__") or operator.index(index) < 0:
+        raise ValueError(f"publish_checkpoint: index must be an integer from 0, got {index!r}")
+    return operator.index(index)
+
+
+def _check_state(state_dict: object) -> None:
+    import torch
+
+    if not isinstance(state_dict, Mapping) or not state_dict:
+        what = "an empty one" if isinstance(state_dict, Mapping) else f"a {type(state_dict).__name__}"
+        raise ValueError(f"publish_checkpoint: state_dict must map names to tensors, got {what}; give net.state_dict()")
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"publish_checkpoint: state_dict must map names to tensors, and {key!r} is a {type(value).__name__}; "
+                "give net.state_dict()"
+            )

@@ -687,7 +687,7 @@ ANSWERS = _of(
     (
         "answers: a lost file is not missed",
         "for number in range(n_imports(folder)) for answer",
-        "for number in range(n_imports(folder)) if _path(folder, number).exists() for answer",
+        "for number in range(n_imports(folder)) if import_path(folder, number).exists() for answer",
     ),
     ("answers: a file of another number", ".get(_NUMBER) != str(number).encode():", ".get(_NUMBER) is None:"),
     ("answers: fewer files than there are", "max((int(match[1]) + 1 for match", "max((int(match[1]) for match"),
