@@ -464,7 +464,9 @@ class TestSlurm:
             for base in bases:
                 for options in started:
                     moved = {
-                        name: value + base - mine if name.endswith("_port") and value in range(mine, mine + 4) else value
+                        name: value + base - mine
+                        if name.endswith("_port") and value in range(mine, mine + 4)
+                        else value
                         for name, value in (options | {"port": mine}).items()
                     }
                     try:
