@@ -24,7 +24,7 @@ from distal.score.predict import Precision
 from distal.score.scorer import WATCH, Scorer
 
 LOOK_S = 5.0
-STUCK_S = 600.0
+STUCK_S = cluster.STUCK_S
 WAITS_S = 60.0
 MAX_FAILED = 3
 OUTPUT_BATCHES = 8
