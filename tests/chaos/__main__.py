@@ -16,6 +16,7 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -70,15 +71,14 @@ def main() -> int:
     waiting = deck(rng, arguments.faults, faults)
     strikes: list[Strike] = []
     began = time.monotonic()
-    number = 0
+    number, turns = 0, itertools.cycle(kinds)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Lab(Path(folder), arguments.samples) as lab:
         answers: dict[str, tuple[dict[str, object], float]] = {}
         while len(strikes) < arguments.faults:
-            kind = kinds[number % len(kinds)]
+            kind = next(turns)
             fitting = [fault for fault in waiting if FAULTS[fault].fits(kind)]
             hand = fitting[: min(arguments.per_run, arguments.faults - len(strikes))]
             if not hand and waiting:  # another kind of run can have what is left
-                number += 1
                 continue
             hand = hand or [rng.choice([fault for fault in faults if FAULTS[fault].fits(kind)])]
             for fault in hand:
