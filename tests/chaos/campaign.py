@@ -57,6 +57,7 @@ CHANGED = "which changed"
 ENVIRONMENT = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # of 60: see `lose_cluster`
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(STUCK_S),  # of 600
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # of 30: how long a rank that hangs is waited for
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # of 60: how soon ranks without a place get the slots of actors
 }
 AS_ANOTHER_MACHINE = """
@@ -760,7 +761,11 @@ def disturb(
     with lab.disk(path) as mounted:
         run = Disturbed(lab, number, path, kind, mounted, rng)
         run.start()
-        moments = triggers(rng, lab, kind)[-len(faults) :]  # the later ones: there is more to strike
+        # Who trains is struck early; for the others the later moments are better: there is more to strike.
+        faults = sorted(faults, key=lambda fault: FAULTS[fault].command is None)
+        n_late = sum(FAULTS[fault].command is None for fault in faults)
+        moments = triggers(rng, lab, kind)
+        moments = moments[: len(faults) - n_late] + moments[len(moments) - n_late :]
         for fault, moment in zip(faults, moments, strict=True):
             if run.ended() and not run.go_on():
                 run.start()
