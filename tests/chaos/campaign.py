@@ -293,7 +293,7 @@ class Disturbed:
         """Whether the driver has ended."""
         return self.driver is None or self.driver.poll() is not None
 
-    def wait_for(self, there: Callable[[], bool], seconds: float = 120) -> bool:
+    def wait_for(self, there: Callable[[], bool], seconds: float = 400) -> bool:
         """Wait until something is there; False when the driver ended first."""
         deadline = time.monotonic() + seconds
         while not there():
@@ -310,7 +310,7 @@ class Disturbed:
             if self.ended() and not self.go_on():
                 self.start()
             assert self.driver is not None
-            self.exits.append(self.driver.wait(timeout=240))
+            self.exits.append(self.driver.wait(timeout=400))
             if self.exits[-1] == 0 and Run.open(self.path).is_complete(self.lab.cycles):
                 return
         raise AssertionError(f"run {self.number} does not finish: {self.exits}\n{self.tail()}")
@@ -509,7 +509,7 @@ def suspend_driver(run: Disturbed) -> str:
             when = "in the middle"
         else:
             assert run.driver is not None
-            run.driver.wait(timeout=240)
+            run.driver.wait(timeout=400)
             when = "at the end"
         said = run.log.stat().st_size
         _let_go(run, [partial(zombie.send_signal, signal.SIGCONT)])
