@@ -406,7 +406,7 @@ def _strike_process(
         found[:] = (look or run.lab.processes)(title)
         return bool(found)
 
-    if not run.wait_for(there, 60) or run.ended():
+    if not run.wait_for(there) or run.ended():
         return NOTHING
     run.rng.choice(found).send_signal(number)
     return ""
@@ -465,7 +465,7 @@ def _cut_off(run: Disturbed, title: str, told: str) -> str:
         nodes[:] = [node for node in lab.nodes if lab.processes(title, [node])]
         return bool(nodes)
 
-    if not run.wait_for(there, 60) or run.ended():
+    if not run.wait_for(there) or run.ended():
         return NOTHING
     node = run.rng.choice(nodes)
     stopped = raylet(node)
