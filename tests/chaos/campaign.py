@@ -442,7 +442,7 @@ def kill_command(run: Disturbed) -> str:
 
     if _strike_process(run, TRAIN.name, signal.SIGKILL, look) == NOTHING:
         return NOTHING
-    code = driver.wait(timeout=60)
+    code = driver.wait(timeout=400)
     return NOTHING if code == 0 else f"exit {code}"  # 0: it had published everything
 
 
@@ -458,7 +458,6 @@ def cut_off_rank(run: Disturbed) -> str:
 
 def _cut_off(run: Disturbed, title: str, told: str) -> str:
     lab, began = run.lab, time.time()
-    found: list[psutil.Process] = []
     nodes: list[Any] = []
 
     def there() -> bool:
@@ -472,12 +471,13 @@ def _cut_off(run: Disturbed, title: str, told: str) -> str:
     stopped.suspend()  # first: it would see its processes stop
     found = lab.processes(title, [node])
     for process in found:
-        process.suspend()
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
     lab.nodes.remove(node)
     lab.add_node()
     try:
         # They are replaced, and their successors have done something.
-        run.wait_for(lambda: any(event["event"] == told for event in run.events(began)), 60)
+        run.wait_for(lambda: any(event["event"] == told for event in run.events(began)))
         n = run.n_committed()
         _wait(lambda: run.ended() or run.n_committed() > n, 20)
         _let_go(run, [process.resume for process in found])
@@ -501,7 +501,7 @@ def suspend_driver(run: Disturbed) -> str:
     run.machine += 1
     run.start()
     try:
-        run.wait_for(lambda: _drives(run) not in (None, zombie.pid), 90)
+        run.wait_for(lambda: _drives(run) not in (None, zombie.pid))
         assert not run.ended(), run.tail()
         if run.rng.random() < 0.5:
             n = run.n_committed()
@@ -513,7 +513,7 @@ def suspend_driver(run: Disturbed) -> str:
             when = "at the end"
         said = run.log.stat().st_size
         _let_go(run, [partial(zombie.send_signal, signal.SIGCONT)])
-        code = zombie.wait(timeout=60)
+        code = zombie.wait(timeout=100)
     finally:
         zombie.kill()  # where it has not ended
         lab.cluster.remove_node(lab.nodes.pop(), allow_graceful=False)
