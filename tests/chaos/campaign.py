@@ -301,7 +301,7 @@ class Disturbed:
                 return there()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"run {self.number}: nothing came for {seconds} s\n{self.tail()}")
-            time.sleep(0.002)
+            time.sleep(0.005)
         return True
 
     def finish(self) -> None:
