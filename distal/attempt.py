@@ -49,7 +49,7 @@ class Attempt:
 
     def __init__(self, directory: Run, pool: Pool, display: Display, lease: Lease) -> None:
         self.directory, self.display, self.lease = directory, display, lease
-        self.meter = Meter(directory.path.name)
+        self.meter = Meter(directory.path.name)  # a context, which is entered when there is a cluster
         self.meter.set(metrics.QUARANTINED, pool.n_unreadable)
         self.constants: JsonObject = directory.identity["constants"] if directory.identity else {}
         self._begun = bool(self.constants)
@@ -163,6 +163,7 @@ class Attempt:
     def progress(self, progress: Progress, *, metered: bool = False) -> None:
         """Show how far the run is. Raises RunConflict when it is not ours any more."""
         self.lease.check()
+        self.meter.follow(progress)
         if metered:
             self.meter.progress(progress)
         self.display.progress(progress)

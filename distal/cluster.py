@@ -9,15 +9,18 @@ import socket
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from distal.errors import ConfigError
+from distal.errors import ConfigError, DistalError
 from distal.storage import DURABLE
 
 ROLE_LABEL = "distal-role"
+STUCK_S = 600.0
+MAX_SILENT = 3
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -386,20 +389,43 @@ def cpus_for(n_tasks: int) -> int:
     return max(1, min(smallest, n_cpus() // n_tasks))
 
 
-def in_tasks(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Do `work` for every item in Ray tasks, a bounded number at a time, and yield the results as they come."""
+def in_tasks(
+    work: Callable[[Item], Result], items: Sequence[Item], *, stuck_after: float = STUCK_S
+) -> Iterator[Result]:
+    """Do `work` for every item in Ray tasks, a bounded number at a time, and yield the results as they come.
+
+    When nothing has come for `stuck_after` seconds, a process may have stopped, and Ray would wait for it for ever: the
+    items that are out are given to other processes, too, and the first result of each counts.
+
+    Args:
+        work: may be done twice for an item.
+
+    Raises:
+        DistalError: nothing came for `stuck_after` seconds, several times in a row.
+    """
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=3)(lambda shared, item: shared(item))
     shared = ray.put(work)
-    waiting = list(reversed(items))
-    running: list[Any] = []
-    while waiting or running:
+    waiting, missing = deque(range(len(items))), set(range(len(items)))
+    running: dict[Any, int] = {}  # the place of its item
+    silent = 0
+    while missing:
         window = 2 * n_cpus()
         while waiting and len(running) < window:
-            running.append(task.remote(shared, waiting.pop()))
-        ready, running = ray.wait(running)
-        try:
-            yield from ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            place = waiting.popleft()
+            running[task.remote(shared, items[place])] = place
+        ready, _ = ray.wait(list(running), timeout=stuck_after)
+        silent = 0 if ready else silent + 1
+        if silent == MAX_SILENT:
+            raise DistalError(f"no task has answered for {MAX_SILENT * stuck_after:.0f} s, and {len(missing)} are left")
+        if silent:
+            running |= {task.remote(shared, items[place]): place for place in set(running.values())}
+        for place in {running[ref] for ref in ready} & missing:
+            try:
+                result = ray.get(next(ref for ref in ready if running[ref] == place))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            missing.remove(place)
+            yield result
+        running = {ref: place for ref, place in running.items() if place in missing}

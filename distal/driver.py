@@ -87,7 +87,9 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
             connect()
             preflight.check(config, directory.path, [pool, *held_out.values()], display)
             directory.sweep()
-            waiting = _Driver(config, Attempt(directory, pool, display, lease), pool, held_out).run()
+            attempt = Attempt(directory, pool, display, lease)
+            stack.enter_context(attempt.meter)
+            waiting = _Driver(config, attempt, pool, held_out).run()
     if waiting is not None:
         directory.write_summary()
         return waiting
@@ -574,7 +576,7 @@ class _Driver:
         self.attempt.lease.require()
         complete = cycle.marker(stage) is not None
         marker = cycle.run_stage(stage, made_from, work)
-        self.attempt.meter.tell(now=True)
+        self.attempt.meter.progressed()
         if not complete:
             self.attempt.event("stage", cycle=cycle.index, stage=stage, seconds=marker["seconds"])
 

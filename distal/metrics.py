@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cache
-from threading import Lock
-from typing import Literal
+from threading import Event, Lock, Thread
+from types import TracebackType
+from typing import Literal, Self
 
 from ray.util.metrics import Counter, Gauge
 
@@ -80,6 +81,10 @@ BLOCKS_RETRIED = _gauge("blocks_retried", "blocks to be done again because an ac
 ELIMINATED = _gauge("eliminated_samples", "samples that can no longer be selected, and are not scored any more")
 QUARANTINED = _gauge("quarantined_samples", "unreadable samples of the pool")
 ACTORS = _gauge("scoring_actors", "actors that score")
+LAST_PROGRESS = _gauge(
+    "last_progress_timestamp_seconds",
+    "when the driver last saw a checkpoint, a block or a stage completed, in seconds since 1970",
+)
 
 METRICS = tuple(value for value in vars().values() if isinstance(value, Metric))
 
@@ -90,6 +95,9 @@ class Meter:
     Values are kept here and handed to Ray about once a second, so that an actor may count as often as it likes. Without
     a cluster, or where nobody collects, they go nowhere.
 
+    Ray forgets a gauge that is not set again in every report interval. Inside its context a meter therefore sets all of
+    them once a second, also when nothing changes; afterwards they end.
+
     Args:
         run: name of the run directory.
         shard: which of the actors at work this is; None in the driver.
@@ -97,19 +105,37 @@ class Meter:
 
     def __init__(self, run: str, shard: int | None = None) -> None:
         self._tags = {"run": run} if shard is None else {"run": run, "shard": str(shard)}
-        self._values: dict[Metric, float] = {}
+        self._counts: dict[Metric, float] = {}
+        self._gauges: dict[Metric, float] = {}
+        self._seen: tuple[object, ...] = ()
         self._told_at = -EVERY_S
         self._lock = Lock()  # training tells from a thread of its own
+        self._ended = Event()
+        self._thread = Thread(target=self._repeat, name="metrics", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.progressed()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.tell(now=True)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(EVERY_S):
+            self.tell(now=True)
 
     def add(self, metric: Metric, amount: float) -> None:
         """Count something."""
         with self._lock:
-            self._values[metric] = self._values.get(metric, 0) + amount
+            self._counts[metric] = self._counts.get(metric, 0) + amount
 
     def set(self, metric: Metric, value: float) -> None:
-        """Say what something is now."""
+        """Say what something is from now on."""
         with self._lock:
-            self._values[metric] = value
+            self._gauges[metric] = value
 
     def tell(self, *, now: bool = False) -> None:
         """Hand everything to Ray, unless that was done less than a second ago; `now`: also then."""
@@ -117,13 +143,25 @@ class Meter:
             return
         self._told_at = time.monotonic()
         with self._lock:
-            values, self._values = self._values, {}
+            counts, self._counts = self._counts, {}
+            values = {**self._gauges, **counts}
         for metric, value in values.items():
             instrument = _instrument(metric)
             if isinstance(instrument, Gauge):
                 instrument.set(value, tags=self._tags)
             elif value > 0:  # Ray refuses to count nothing
                 instrument.inc(value, tags=self._tags)
+
+    def progressed(self) -> None:
+        """Note that something was completed just now."""
+        self.set(LAST_PROGRESS, time.time())
+
+    def follow(self, state: Progress) -> None:
+        """Note whether something was completed since the last call."""
+        seen = state.cycle, state.stage, state.published, state.blocks_done, state.images_scored
+        if seen != self._seen:
+            self._seen = seen
+            self.progressed()
 
     def progress(self, state: Progress) -> None:
         """Say how far the scoring of the pool is."""
@@ -138,7 +176,6 @@ class Meter:
         self.set(ACTORS, state.actors)
         if state.train_loss is not None:
             self.set(TRAIN_LOSS, state.train_loss)
-        self.tell()
 
 
 @cache

@@ -86,6 +86,7 @@ def score_directory(
         known: JsonObject = {}
         if check is not None or check_precision is not None or not scoring.is_complete():
             connect()
+            stack.enter_context(scoring.attempt.meter)
             preflight.check(config, directory.path, [pool], display)
             scoring.prepare()
             stack.callback(scoring.attempt.scorers.shrink, 0)

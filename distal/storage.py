@@ -175,6 +175,8 @@ def create_folder(made: Path, path: Path) -> bool:
         if is_durable():
             _flush(path.parent)
         return True
+
+
 def link(source: Path, path: Path) -> None:
     """Give a file that is never changed another name, unless there is no such file, or the name is taken."""
     with disk_errors(path), suppress(FileNotFoundError, FileExistsError):

@@ -264,7 +264,9 @@ class _Inspection:
             self._look(partial(_ledger, run, cycle, markers["train"]), advice="put the label files back from a copy")
             # A gap in the log is found without this; the last file of it is not.
             for number in range(answers.n_imports(run.answers), markers["train"].get("n_imports", 0)):
-                what = f"{answers.import_path(run.answers, number)}: missing, and cycle {cycle.index} was trained after it"
+                what = (
+                    f"{answers.import_path(run.answers, number)}: missing, and cycle {cycle.index} was trained after it"
+                )
                 self.found.append(Damaged(what, advice=IMPORT_AGAIN))
         self._analyses(cycle)
 

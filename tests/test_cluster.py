@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from distal import cluster as ray_cluster
 from distal.cluster import Node, divide, find_slots
-from distal.errors import ConfigError
+from distal.errors import ConfigError, DistalError
 from distal.pool import Pool
 from distal.runs import Run
 from tests.helpers import small_overrides, wait_until
@@ -177,3 +180,51 @@ def test_a_run_waits_for_the_first_node(pool: Pool, tmp_path: Path) -> None:
             process.wait()
     finally:
         nodes.shutdown()
+
+
+class TestTasks:
+    def test_every_item_once(self, cluster: str) -> None:
+        assert sorted(ray_cluster.in_tasks(lambda item: item * item, range(20))) == [n * n for n in range(20)]
+        assert list(ray_cluster.in_tasks(lambda item: item, [])) == []
+
+    @pytest.mark.timeout(100)
+    def test_a_task_that_stops_is_done_by_another_process(self, cluster: str, tmp_path: Path) -> None:
+        stopped = tmp_path / "stopped"
+
+        def work(item: int) -> int:
+            with suppress(FileExistsError), stopped.open("x") as file:  # the first one
+                file.write(str(os.getpid()))
+                file.flush()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.1)
+            return item * item
+
+        try:
+            assert sorted(ray_cluster.in_tasks(work, range(8), stuck_after=5.0)) == [n * n for n in range(8)]
+        finally:
+            os.kill(int(stopped.read_text()), signal.SIGKILL)
+
+    @pytest.mark.timeout(100)
+    def test_tasks_that_all_stop_end_the_work(self, cluster: str, tmp_path: Path) -> None:
+        over = tmp_path / "over"
+
+        def work(item: int) -> int:
+            if not over.exists():  # Ray does them again when they are killed
+                (tmp_path / str(os.getpid())).touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return item
+
+        try:
+            with pytest.raises(DistalError, match="no task has answered for 9 s, and 1 are left"):
+                list(ray_cluster.in_tasks(work, [1], stuck_after=3.0))
+        finally:
+            over.touch()
+            for path in tmp_path.glob("[0-9]*"):
+                os.kill(int(path.name), signal.SIGKILL)
+
+    def test_what_a_task_raises(self, cluster: str) -> None:
+        def work(item: int) -> int:
+            raise ConfigError(f"item {item}")
+
+        with pytest.raises(ConfigError, match="item 5"):
+            list(ray_cluster.in_tasks(work, [5]))

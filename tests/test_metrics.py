@@ -83,6 +83,9 @@ class PromQL:
             self._take(")")
             for name in self.names[before:]:
                 assert set(labels) <= set(EXPORTED[name].tags), f"{name} has no label {labels}"
+        elif self._next() == "time":
+            for part in ("time", "(", ")"):
+                self._take(part)
         elif self._next() in OF_COUNTERS | OF_GAUGES:
             function = self._take()
             self._take("(")
@@ -127,6 +130,8 @@ class PromQL:
         "ray_distal_cycles",
         "ray_distal_cycle ? 1",
         "ray_distal_cycle 1",
+        "time() - ray_distal_images_scored_total",
+        "time(1) - ray_distal_cycle",
     ],
 )
 def test_the_reader_of_expressions_refuses(wrong: str) -> None:
@@ -202,12 +207,87 @@ def test_a_meter_hands_on_once_a_second_and_loses_nothing(monkeypatch: pytest.Mo
     assert told == [("distal_read_bytes", 11, {"run": "mine", "shard": "3"})]
     told.clear()
     driver.tell()
+    expected = [3, 1, 0.25]
+    names = [f"distal_{name}" for name in ("scoring_lag_checkpoints", "cycle", "train_loss")]
     values = {name: value for name, value, tags in told if tags == {"run": "mine"}}
-    assert (values["distal_scoring_lag_checkpoints"], values["distal_cycle"], values["distal_train_loss"]) == (
-        3,
-        1,
-        0.25,
+    assert [values[name] for name in names] == expected
+    told.clear()
+    now += 1
+    driver.tell()
+    assert {name: value for name, value, _ in told} == values, "a gauge is set again, and again"
+
+
+def test_progress_is_what_was_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock of the driver; a look that finds nothing new is none."""
+    now = 1000.0
+    monkeypatch.setattr(metrics.time, "time", lambda: now)
+    meter = Meter("mine")
+    seen = []
+    states = [
+        Progress(0, "score", published=1),
+        Progress(0, "score", published=1, images_per_s=7.0, actors=2, actors_starting=1, blocks_retried=3),
+        Progress(0, "score", published=2),
+        Progress(0, "score", published=2, blocks_done=1),
+        Progress(0, "score", published=2, blocks_done=1, blocks_pending=9),
+        Progress(0, "reduce", published=2, blocks_done=1),
+        Progress(0, "reduce", published=2, blocks_done=1, images_scored=5),
+        Progress(1, "reduce", published=2, blocks_done=1, images_scored=5),
+    ]
+    for state in states:
+        now += 1
+        meter.follow(state)
+        seen.append(meter._gauges[metrics.LAST_PROGRESS])
+    assert seen == [1001, 1001, 1003, 1004, 1004, 1006, 1007, 1008]
+    now += 1
+    meter.progressed()
+    assert meter._gauges[metrics.LAST_PROGRESS] == 1009
+
+
+SCRAPE_LATE = """
+import json, time, urllib.request
+import ray
+from distal import metrics
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, namespace="distal")
+(node,) = ray.nodes()
+url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+def page():
+    try:
+        return urllib.request.urlopen(url, timeout=5).read().decode()
+    except OSError:
+        return ""  # the agent is starting
+
+with metrics.Meter("mine") as meter:
+    for number, metric in enumerate(metrics.METRICS, 1):
+        if metric.kind == "gauge":
+            meter.set(metric, number)
+    while "ray_distal" not in page():
+        time.sleep(0.2)
+    time.sleep(5)  # five report intervals in which nothing changes
+    late = page()
+time.sleep(6)
+print(json.dumps([late, page()]))
+"""
+
+
+def test_a_gauge_is_there_however_long_nothing_changes() -> None:
+    """Scraped late, and after the end, from a Ray that reports once a second."""
+    environment = {**os.environ, "RAY_metrics_report_interval_ms": "1000"}
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRAPE_LATE], capture_output=True, text=True, env=environment, timeout=100, check=False
     )
+    assert ran.returncode == 0, ran.stderr
+    late, after = json.loads(ran.stdout.splitlines()[-1])
+    found = {
+        sample.name: (sample.value, sample.labels["run"])
+        for family in text_string_to_metric_families(late)
+        for sample in family.samples
+        if sample.name.startswith("ray_distal")
+    }
+    numbered = enumerate(METRICS, 1)
+    assert found == {metric.exported: (number, "mine") for number, metric in numbered if metric.kind == "gauge"}
+    assert "ray_distal" not in after, "gauges end with the driver's work"
 
 
 def test_without_a_cluster_it_goes_nowhere_and_costs_nothing() -> None:
@@ -233,6 +313,7 @@ assert not ray.is_initialized()
 
 RUN_AND_SCRAPE = """
 import json, sys, threading, time, urllib.request
+import numpy as np
 import ray
 from distal import driver
 from distal.config import load
@@ -251,11 +332,24 @@ def scrape():
         except OSError:
             pass  # the agent is starting
 
+class Slow:
+    needs = ()
+
+    def select(self, candidates, budget, rng):
+        time.sleep(5)  # five report intervals
+        late.append(len(pages))
+        return np.arange(budget)
+
+late = []
+slow = type(sys)("slow")
+slow.Slow = Slow
+sys.modules["slow"] = slow
 threading.Thread(target=scrape, daemon=True).start()
 result = driver.run(load(sys.argv[1], sys.argv[2:]), JsonLines())
 time.sleep(5)  # the driver's last word arrives
 done.set()
-print(json.dumps({"pages": [page for page in pages if "ray_distal" in page], "result": result}))
+late = [pages[n] for n in late]
+print(json.dumps({"pages": [page for page in pages if "ray_distal" in page], "late": late, "result": result}))
 """
 
 
@@ -263,7 +357,7 @@ print(json.dumps({"pages": [page for page in pages if "ray_distal" in page], "re
 @pytest.mark.timeout(600)
 def test_a_scraped_page_has_every_metric_of_the_board(pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
     """A run on a Ray of its own, its metrics port read twice a second; its events come out as JSON lines."""
-    overrides = [*small_overrides(tmp_path / "mine", pool, test_pool), "train.epochs=6"]
+    overrides = [*small_overrides(tmp_path / "mine", pool, test_pool), "train.epochs=6", "select.batch=slow:Slow"]
     command = [sys.executable, "-c", RUN_AND_SCRAPE, str(ROOT / "configs" / "quickstart.yaml"), *overrides]
     environment = {**os.environ, "RAY_metrics_report_interval_ms": "1000"}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
@@ -282,6 +376,12 @@ def test_a_scraped_page_has_every_metric_of_the_board(pool: Pool, test_pool: Poo
     for name, tags in seen.items():
         assert {each[0] for each in tags} == {"mine"}
         assert len(tags) <= (3 if EXPORTED[name].kind == "counter" else 1), "as many series as there are actors"
+
+    for page in told["late"]:  # at the end of a stage in which nothing changed
+        there = {sample.name for family in text_string_to_metric_families(page) for sample in family.samples}
+        gauges = {metric.exported for metric in METRICS if metric.kind == "gauge"}
+        assert gauges <= there, gauges - there
+    assert len(told["late"]) == 2
 
     values = {name: next(iter(by.values())) for name, by in last.items() if EXPORTED[name].kind == "gauge"}
     first, second = told["result"]["cycles"]

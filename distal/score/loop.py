@@ -23,12 +23,11 @@ from distal.score.eliminate import Barrier, barrier_rows, decide
 from distal.score.job import Done, Elimination, Job, Order, Producer, Scored
 from distal.score.plan import Plan, Work, actors_allowed
 from distal.score.predict import difference
-from distal.score.scorers import MAX_FAILED, WAITS_S, Scorers, answered
+from distal.score.scorers import MAX_FAILED, Scorers
 from distal.storage import create_json, read_json
 
 POLL_S = 0.2
 RATE_WINDOW_S = 5.0
-WATCH_S = 5.0
 HAND_OUT_S = 120.0
 BARRIER = ("row", "theta", "remaining")
 
@@ -101,7 +100,6 @@ class _Pass:
         self.elimination = elimination
         self.n_expected = n_expected
         self.mixed_hardware = mixed_hardware
-        self.stuck_after = scorers.stuck_after
         self.progress = progress
         self.on_progress = on_progress
         self.on_event = on_event
@@ -126,9 +124,6 @@ class _Pass:
         self.refs: dict[int, CheckpointRef] = {}
         self.joining: dict[Any, int] = {}
         self.working: dict[Any, Work] = {}
-        self.asked: dict[Any, int] = {}  # signs of life asked for
-        self.heard: dict[int, tuple[int, float]] = {}  # the last new one of each actor that is busy, and when
-        self.starting_since: dict[int, float] = {}
         self.failed_starts = 0
         self.started_before_failure = 0
         self.all_published = False
@@ -153,7 +148,7 @@ class _Pass:
             if time.monotonic() - polled >= POLL_S:
                 polled = time.monotonic()
                 self._look_for_checkpoints()
-                if polled - watched >= min(WATCH_S, self.stuck_after / 4):
+                if polled - watched >= self.scorers.watch_s:
                     watched = polled
                     self.scorers.look_around()
                     self._watch()
@@ -288,6 +283,7 @@ class _Pass:
 
     def _commit(self, ref: Any, done: Done) -> None:
         work = self.working.pop(ref)
+        self.scorers.heard(work.actor)
         if done.histogram is not None:
             self.histograms[work.block] = done.histogram
         self.plan.done(work)
@@ -310,33 +306,14 @@ class _Pass:
 
     def _watch(self) -> None:
         """Replace actors that have something to do and give no sign of life; say when none finds room."""
-        now = time.monotonic()
-        for ref in answered(self.asked):
-            actor = self.asked.pop(ref)
-            try:
-                sign = ray.get(ref)
-            except RayError:
-                continue  # it died: so did what it had in hand, and that says so
-            if actor in self.heard and sign != self.heard[actor][0]:
-                self.heard[actor] = sign, now
         if reason := self.scorers.without_room():
             self.on_event("scoring_waits", reason=reason)
-        joining = set(self.joining.values())
-        self.starting_since = {
-            actor: self.starting_since.get(actor, now) for actor in joining - self.scorers.processes.keys()
-        }
-        for actor, since in self.starting_since.items():
-            if now - since > max(self.stuck_after, WAITS_S):  # it waits for room, or hangs before it could say a word
-                reason = f"a scoring actor has not answered for {now - since:.0f} s: no room, or it hangs"
-                self.on_event("actor_asked_for_again", actor=actor, reason=reason)
-                self._forget(actor)
-        busy = {work.actor for work in self.working.values()} | (joining & self.scorers.processes.keys())
-        self.heard = {actor: self.heard.get(actor, (-1, now)) for actor in busy}
-        for actor, (_, since) in list(self.heard.items()):
-            if now - since > self.stuck_after:
-                self._lost(actor, f"no sign of life for {now - since:.0f} s; it is replaced")
-            elif actor not in self.asked.values():
-                self.asked[self.scorers.actors[actor].sign_of_life.remote()] = actor
+        for actor, reason in self.scorers.without_a_word().items():
+            self.on_event("actor_asked_for_again", actor=actor, reason=reason)
+            self._forget(actor)
+        busy = {*self.joining.values(), *(work.actor for work in self.working.values())}
+        for actor, reason in self.scorers.hanging(busy).items():
+            self._lost(actor, reason)
 
     def _shrink(self) -> None:
         """Give slots back that are needed elsewhere; the youngest actors go, and what they had in hand waits again."""
@@ -349,7 +326,6 @@ class _Pass:
         joined = actor not in self.joining.values()
         self.joining = {ref: a for ref, a in self.joining.items() if a != actor}
         self.working = {ref: work for ref, work in self.working.items() if work.actor != actor}
-        self.asked = {ref: a for ref, a in self.asked.items() if a != actor}
         self.scorers.drop(actor)
         return joined
 

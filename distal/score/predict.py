@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -171,29 +171,63 @@ def best_precision(device: torch.device) -> Precision:
 def quickest_batch_size(predictor: Predictor, image_shape: tuple[int, int, int], n_images: int) -> int:
     """The batch size at which a block of `n_images` takes the shortest time, tried for a few seconds on blank images.
 
-    The larger one wins when they are within a hundredth of each other.
+    The larger one wins when they are within a hundredth of each other. A size that memory does not hold ends the
+    trial; where the smallest one does not fit, it is halved until one does.
+
+    Raises:
+        ModelError: memory does not hold a single image.
     """
-    channels, height, width = image_shape
+    sizes = BATCH_SIZES[predictor.device.type]
     best, best_s = 0, float("inf")
     started = time.monotonic()
-    for size in BATCH_SIZES[predictor.device.type]:
+    for size in sizes:
         if best and (size >= 2 * n_images or time.monotonic() - started > PROBE_S / 2):
             break
-        predictor.batch_size = size
-        images = np.zeros((size, height, width, channels), np.uint8).transpose(0, 3, 1, 2)
-        predictor.logits(images)
-        seconds = min(_seconds(lambda: predictor.logits(images)) for _ in range(3))  # noqa: B023 - called at once
+        seconds = _seconds(predictor, image_shape, size)
+        if seconds is None:
+            break
         whole, rest = divmod(n_images, size)
         block_s = seconds * (whole + min(size, -(-rest // PAD_STEP) * PAD_STEP) / size)
         if block_s < 1.01 * best_s:
             best, best_s = size, min(block_s, best_s)
+    size = sizes[0]
+    while not best:
+        size //= 2
+        if not size:
+            shape = "x".join(map(str, image_shape))
+            raise ModelError(
+                f"score.batch_size: auto: the memory of {predictor.device} does not hold this network and one image of "
+                f"{shape}; use a smaller model.name, smaller images, or a device with more memory"
+            )
+        if _seconds(predictor, image_shape, size) is not None:
+            best = size
     return best
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def _seconds(predictor: Predictor, image_shape: tuple[int, int, int], size: int) -> float | None:
+    """The shortest time of a batch of blank images; None where memory does not hold it."""
+    channels, height, width = image_shape
+    predictor.batch_size = size
+    try:
+        images = np.zeros((size, height, width, channels), np.uint8).transpose(0, 3, 1, 2)
+        predictor.logits(images)
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            predictor.logits(images)
+            times.append(time.perf_counter() - started)
+        return min(times)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    if predictor.device.type == "cuda":
+        torch.cuda.empty_cache()  # only here: the exception would keep the tensors of its frames
+    return None
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """On a CPU torch raises a plain RuntimeError, in words that depend on the platform."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def fingerprint(device: torch.device, precision: Precision, batch_size: int) -> dict[str, str]:

@@ -24,7 +24,7 @@ from distal.score.predict import Precision
 from distal.score.scorer import WATCH, Scorer
 
 LOOK_S = 5.0
-STUCK_S = 600.0
+STUCK_S = cluster.STUCK_S
 WAITS_S = 60.0
 MAX_FAILED = 3
 OUTPUT_BATCHES = 8
@@ -42,7 +42,7 @@ class Scorers:
             are lost the actors that they had wait for others to come.
         cache_bytes, threads, run: see `Scorer`.
         stuck_after: seconds without a finished batch, or without an answer, after which an actor that has work is
-            replaced.
+            replaced; see `hanging` and `without_a_word`.
         still_ours: raises when this attempt has lost the right to go on.
         on_event: called with the name and the values of what happened.
     """
@@ -75,6 +75,9 @@ class Scorers:
         self.actors: dict[int, Any] = {}
         self.processes: dict[int, cluster.Process] = {}
         self._placing: dict[Any, int] = {}
+        self._grown_at: dict[int, float] = {}  # when each actor was started
+        self._asked: dict[Any, int] = {}  # signs of life that are on their way
+        self._heard: dict[int, tuple[int, float]] = {}  # the last new sign of each actor that is busy, and when
 
     @property
     def n_started(self) -> int:
@@ -114,6 +117,51 @@ class Scorers:
         self._without_room_since = now
         return f"no room on the cluster for {self}"
 
+    @property
+    def watch_s(self) -> float:
+        """Seconds between two looks at what the actors do."""
+        return min(LOOK_S, self.stuck_after / 4)
+
+    def without_a_word(self) -> dict[int, str]:
+        """The actors that have not said for too long which process they are, and what to report of each.
+
+        Such an actor waits for room, or stopped before it could answer. Which of the two cannot be seen: it is to be
+        dropped, and asked for again.
+        """
+        limit, now = max(self.stuck_after, WAITS_S), time.monotonic()
+        waits = {actor: now - self._grown_at[actor] for actor in self._placing.values()}
+        return {
+            actor: f"a scoring actor has not answered for {seconds:.0f} s: no room, or it hangs"
+            for actor, seconds in waits.items()
+            if seconds > limit
+        }
+
+    def hanging(self, busy: Collection[int]) -> dict[int, str]:
+        """The actors that have work and give no sign of life, and what to report of each.
+
+        Args:
+            busy: the actors that have work; those that are not placed yet are left to `without_a_word`.
+        """
+        now = time.monotonic()
+        for ref in answered(self._asked):
+            actor = self._asked.pop(ref)
+            with suppress(RayError):  # it died: so did its work, which says so
+                sign = ray.get(ref)
+                if actor in self._heard and sign != self._heard[actor][0]:
+                    self._heard[actor] = sign, now
+        self._heard = {actor: self._heard.get(actor, (-1, now)) for actor in self.processes.keys() & set(busy)}
+        found = {}
+        for actor, (_, since) in self._heard.items():
+            if now - since > self.stuck_after:
+                found[actor] = f"no sign of life for {now - since:.0f} s; it is replaced"
+            elif actor not in self._asked.values():
+                self._asked[self.actors[actor].sign_of_life.remote()] = actor
+        return found
+
+    def heard(self, actor: int) -> None:
+        """An actor finished some work, which is a sign of life also where it had no batch to predict."""
+        self._heard.pop(actor, None)
+
     def _placed(self, ref: Any) -> None:
         """An actor has found room; raises RayError when it died meanwhile."""
         self.processes[self._placing[ref]] = ray.get(ref)
@@ -138,6 +186,7 @@ class Scorers:
             self._shards[self._next] = next(n for n in itertools.count() if n not in self._shards.values())
             self.actors[self._next] = actor.remote(name, *self._arguments, self._shards[self._next])
             self._placing[self.actors[self._next].process.remote()] = self._next
+            self._grown_at[self._next] = time.monotonic()
             started.append(self._next)
             self._next += 1
         return started
@@ -185,7 +234,7 @@ class Scorers:
         """
         answers: dict[int, Any] = {}
         waiting = deque(range(len(calls)))
-        working: dict[Any, tuple[int, int, float]] = {}  # actor, call, since when
+        working: dict[Any, tuple[int, int]] = {}  # actor, call
         failed: Counter[int | None] = Counter()  # of each call; None: starts in a row
         looked = -math.inf
 
@@ -201,18 +250,24 @@ class Scorers:
 
         while len(answers) < len(calls):
             self._still_ours()
-            if time.monotonic() - looked >= LOOK_S:
+            if time.monotonic() - looked >= self.watch_s:
                 looked = time.monotonic()
                 self.look_around()
                 if reason := self.without_room():
                     self._on_event("scoring_waits", reason=reason)
+                for actor, reason in self.without_a_word().items():
+                    self._on_event("actor_asked_for_again", actor=actor, reason=reason)
+                    self.drop(actor)
+                for actor, reason in self.hanging([actor for actor, _ in working.values()]).items():
+                    ref = next(ref for ref, (at_work, _) in working.items() if at_work == actor)
+                    lost(actor, working.pop(ref)[1], reason)
             self.grow(max(1, min(actors_allowed(self.asked, self.slots, 0), len(waiting) + len(working))))
-            busy = {actor for actor, _, _ in working.values()}
+            busy = {actor for actor, _ in working.values()}
             for actor in [actor for actor in self.processes if actor not in busy][: len(waiting)]:
                 call = waiting.popleft()
                 ref = getattr(self.actors[actor], method).remote(*calls[call])
-                working[ref] = actor, call, time.monotonic()
-            ready, _ = ray.wait([*working, *self._placing], num_returns=1, timeout=LOOK_S)
+                working[ref] = actor, call
+            ready, _ = ray.wait([*working, *self._placing], num_returns=1, timeout=self.watch_s)
             for ref in ready:
                 if ref in self._placing:
                     actor = self._placing[ref]
@@ -222,9 +277,10 @@ class Scorers:
                     except RayError as error:
                         lost(actor, None, one_line(error))
                     continue
-                actor, call, _ = working.pop(ref)
+                actor, call = working.pop(ref)
                 try:
                     answers[call] = ray.get(ref)
+                    self.heard(actor)
                 except RayTaskError as error:
                     if not isinstance(error.cause, Unfit):
                         raise error.cause from None
@@ -236,10 +292,6 @@ class Scorers:
                         raise error.cause from None
                 except RayError as error:
                     lost(actor, call, one_line(error))
-            for ref, (actor, call, since) in list(working.items()):
-                if time.monotonic() - since > self.stuck_after:
-                    del working[ref]
-                    lost(actor, call, f"no answer for {self.stuck_after:.0f} s")
         return [answers[call] for call in range(len(calls))]
 
     def send_away(self, actor: int) -> None:
@@ -256,7 +308,9 @@ class Scorers:
     def drop(self, actor: int) -> None:
         """Stop one actor, and free its slot, also when it does not listen to Ray any more."""
         ray.kill(self.actors.pop(actor))
-        del self._shards[actor]
+        del self._shards[actor], self._grown_at[actor]
+        self._asked = {ref: asked for ref, asked in self._asked.items() if asked != actor}
+        self._heard.pop(actor, None)
         self._placing = {ref: placed for ref, placed in self._placing.items() if placed != actor}
         if actor in self.processes:
             cluster.kill(self.processes.pop(actor))

@@ -1,6 +1,7 @@
 """Disturb runs on purpose, and say what came of it.
 
     python -m tests.chaos --faults 100 --seed 0
+    python -m tests.chaos --faults 4 --only "zombie driver" --kinds people command
 
 Exit 0 when every run ended with the same answer as the undisturbed one.
 """
@@ -15,6 +16,7 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -25,7 +27,7 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.chaos.campaign import FAULTS, Lab, Strike, deck, disturb, undisturbed
+from tests.chaos.campaign import FAULTS, KINDS, Lab, Strike, deck, disturb, undisturbed
 
 PER_RUN = 5
 
@@ -57,22 +59,35 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--samples", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="these faults", metavar="FAULT")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of runs", metavar="KIND")
+    parser.add_argument("--per-run", type=int, default=PER_RUN, help="faults of a run, at most 5")
     parser.add_argument("--out", type=Path, help="JSON, one record for each strike")
     arguments = parser.parse_args()
 
+    kinds = [KINDS[name] for name in arguments.kinds]
+    faults = [name for name in arguments.only if any(FAULTS[name].fits(kind) for kind in kinds)]
     rng = random.Random(arguments.seed)
-    waiting = deck(rng, arguments.faults)
+    waiting = deck(rng, arguments.faults, faults)
     strikes: list[Strike] = []
     began = time.monotonic()
-    number = 0
+    number, turns = 0, itertools.cycle(kinds)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Lab(Path(folder), arguments.samples) as lab:
-        answers = {eliminate: undisturbed(lab, eliminate) for eliminate in (False, True)}
+        answers: dict[str, tuple[dict[str, object], float]] = {}
         while len(strikes) < arguments.faults:
-            hand = [waiting.pop() if waiting else rng.choice(list(FAULTS)) for _ in range(PER_RUN)]
-            hand = hand[: arguments.faults - len(strikes)]
-            eliminate = number % 3 == 2
+            kind = next(turns)
+            fitting = [fault for fault in waiting if FAULTS[fault].fits(kind)]
+            hand = fitting[: min(arguments.per_run, arguments.faults - len(strikes))]
+            if not hand and waiting:  # another kind of run can have what is left
+                continue
+            hand = hand or [rng.choice([fault for fault in faults if FAULTS[fault].fits(kind)])]
+            for fault in hand:
+                if fault in waiting:
+                    waiting.remove(fault)
+            if kind.name not in answers:
+                answers[kind.name] = undisturbed(lab, kind)
             try:
-                done = disturb(lab, number, hand, eliminate, answers[eliminate][0], arguments.seed)
+                done = disturb(lab, number, hand, kind, answers[kind.name][0], arguments.seed)
             except Exception:
                 traceback.print_exc()
                 done = [Strike(number, "; ".join(hand), "?", note="the run did not end")]
@@ -85,17 +100,17 @@ def main() -> int:
             number += 1
             for strike in done:
                 print(
-                    f"run {number}: {strike.fault} at {strike.at}: {'recovered' if strike.recovered else 'LOST'} "
+                    f"run {number} ({kind.name}): {strike.fault} at {strike.at}: {'recovered' if strike.recovered else 'LOST'} "
                     f"({strike.seconds:.1f} s) {strike.note}",
                     file=sys.stderr,
                     flush=True,
                 )
             if arguments.out:
                 arguments.out.write_text(json.dumps([strike.record() for strike in strikes], indent=1))
-    alone = ", ".join(f"{seconds:.0f} s" for _, seconds in answers.values())
+    alone = ", ".join(f"{name} {seconds:.0f} s" for name, (_, seconds) in answers.items())
     print(
         f"seed {arguments.seed}, {arguments.samples} images, {number} runs on {platform.processor() or 'this machine'}, "
-        f"{time.monotonic() - began:.0f} s in all; an undisturbed run takes {alone}\n"
+        f"{time.monotonic() - began:.0f} s in all; undisturbed runs: {alone}\n"
     )
     print(table(strikes))
     lost = [strike for strike in strikes if not strike.recovered or strike.rewritten]

@@ -1,9 +1,9 @@
 """Runs that are disturbed on purpose, and compared with one that was left alone.
 
-A campaign has one pool, and a Ray cluster of three nodes of its own. Each run is `distal run` as a process that joins
-the cluster. A killer, seeded, waits until a named thing appears on disk and strikes; when that ended the driver, the
-same command is given again. In the end the run must be complete, and every decoded array, table and weights file the
-same as those of the undisturbed run.
+A campaign has one pool, and a Ray cluster of three nodes of its own. Each run is of a kind, and is `distal run` as a
+process that joins the cluster. A killer, seeded, waits until a named thing appears on disk and strikes; when that ended
+the driver, the same command is given again. In the end the run must be complete, and every decoded array, table and
+weights file the same as those of the undisturbed run of its kind.
 """
 
 from __future__ import annotations
@@ -11,33 +11,40 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import ray
 from ray.cluster_utils import Cluster
 
+from distal.errors import DistalError, Superseded
+from distal.labelling import Waiting
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.runs import Run
 from distal.score.eliminate import histogram, survivors
-from distal.storage import files_below
+from distal.selection import Selection
+from distal.storage import files_below, names_in, read_json
 from tests.helpers import content, flip, write_source
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 BLOCK, BUDGET = 128, 20
 STUCK_S = 4
+PER_GROUP = 20  # samples of the pool
 QUICK_DEATHS = {  # so that a lost node is noticed within seconds, not half a minute
     "health_check_initial_delay_ms": 500,
     "health_check_period_ms": 500,
@@ -46,6 +53,47 @@ QUICK_DEATHS = {  # so that a lost node is noticed within seconds, not half a mi
 }
 DISK = "30m"
 NOTHING = "nothing to strike"
+CHANGED = "which changed"
+ENVIRONMENT = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # of 60: see `lose_cluster`
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(STUCK_S),  # of 600
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # of 30: how long a rank that hangs is waited for
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # of 60: how soon ranks without a place get the slots of actors
+}
+AS_ANOTHER_MACHINE = """
+import distal.processes
+distal.processes._machine = lambda: {machine!r}
+from distal.cli import main
+main()
+"""
+TRAIN = Path(__file__).with_name("train.py")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of run.
+
+    Attributes:
+        overrides: in addition to `Lab.overrides`.
+        people: whether labels come from files, which the campaign imports.
+        command: whether `train.py` trains, in place of the ranks.
+    """
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    people: bool = False
+    command: bool = False
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("plain"),
+        Kind("elimination", ("score.eliminate=exact",)),
+        Kind("people", ("label.oracle=files", "select.batch=power", "select.max_per_group=1"), people=True),
+        Kind("command", command=True),
+    )
+}
 
 
 @dataclass
@@ -55,7 +103,8 @@ class Strike:
     Attributes:
         at: what had appeared when it struck.
         in_hand: blocks x checkpoints that lost actors had in hand, as the driver told; they are scored again.
-        rewritten: blocks that were committed before and written again by the end of the run; none should be.
+        rewritten: blocks that were committed before, or until a zombie was let go, and written again by the end of the
+            run; none should be.
         seconds: from the strike to the next block, checkpoint, or stage that was committed.
     """
 
@@ -108,7 +157,10 @@ class Lab:
         if not connected:
             ray.init(address=self.cluster.address, namespace="distal", log_to_driver=False, logging_level="error")
         try:
-            source = write_source(self.folder / "train.parquet", self.n_samples, seed=1)
+            groups: list[object] = [f"g{i // PER_GROUP}" for i in range(self.n_samples)]
+            source = write_source(self.folder / "train.parquet", self.n_samples, seed=1, group_id=groups)
+            table = pq.read_table(source, columns=["sample_id", "class_name"]).to_pydict()
+            self.truth = dict(zip(table["sample_id"], table["class_name"], strict=True))
             self.pool: Pool = build(str(source), self.folder / "pool")
             test = write_source(self.folder / "test.parquet", 100, seed=2)
             self.test: Pool = build(str(test), self.folder / "test")
@@ -133,12 +185,11 @@ class Lab:
         """A node of two slots."""
         self.nodes.append(self.cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20))
 
-    def processes(self, title: str) -> list[psutil.Process]:
-        """The processes of the nodes whose title contains `title`."""
+    def processes(self, title: str, nodes: Sequence[Any] | None = None) -> list[psutil.Process]:
+        """The processes of some nodes, or of all, whose title contains `title`."""
         found = []
-        for node in self.nodes:
-            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-            for process in raylet.children(recursive=True):
+        for node in self.nodes if nodes is None else nodes:
+            for process in raylet(node).children(recursive=True):
                 try:
                     if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
                         found.append(process)
@@ -146,15 +197,19 @@ class Lab:
                     continue
         return found
 
-    def overrides(self, run: Path, eliminate: bool) -> list[str]:
+    def overrides(self, run: Path, kind: Kind) -> list[str]:
         """A small run, on two ranks."""
+        command = (
+            f"{sys.executable} {TRAIN} --pool {self.pool.path} --labels {{labels}} --out {{checkpoints}} "
+            "--epochs {epochs} --seed {seed} --cycle {cycle}"
+        )
         return [
+            *kind.overrides, *([f"train.command='{command}'"] if kind.command else []),
             f"run={run}", "device=cpu", f"ray.address={self.cluster.address}", "seed=0",
             f"pool.path={self.pool.path}", "pool.source=null", f"eval.test={self.test.path}", f"pool.block_size={BLOCK}",
             f"loop.cycles={self.cycles}", "loop.initial=40", f"loop.budget={BUDGET}",
             f"train.epochs={self.rows}", "train.batch_size=20", "train.threads=1", "train.workers=2", "train.max_failures=10",
             f"score.actors={self.actors}", "score.batch_size=32", "score.precision=fp32", "score.cache_gb=0.01", f"score.stuck_after={STUCK_S}",
-            f"score.eliminate={'exact' if eliminate else 'none'}",
         ]  # fmt: skip
 
     @contextmanager
@@ -174,25 +229,60 @@ class Lab:
                 subprocess.run(["umount", "--lazy", str(run)], check=True)
 
 
+def raylet(node: Any) -> psutil.Process:
+    """The process that starts and ends all others of a node."""
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
 @dataclass
 class Disturbed:
-    """One run under fire."""
+    """One run under fire.
+
+    Attributes:
+        machine: from which machine its commands seem to be given; 0: from this one.
+        kept: what was committed when a zombie was let go.
+    """
 
     lab: Lab
     number: int
     path: Path
-    eliminate: bool
+    kind: Kind
     mounted: bool
     rng: random.Random
     driver: subprocess.Popen[bytes] | None = None
     exits: list[int] = field(default_factory=list)
+    machine: int = 0
+    kept: dict[Path, int] = field(default_factory=dict)
+
+    def distal(self, *arguments: object) -> list[str]:
+        """A command."""
+        another = ["-c", AS_ANOTHER_MACHINE.format(machine=f"machine {self.machine}")]
+        return [sys.executable, *(another if self.machine else ["-m", "distal"]), *map(str, arguments)]
 
     def start(self) -> None:
         """Give the command, again if need be."""
-        command = [sys.executable, "-m", "distal", "run", CONFIG, *self.lab.overrides(self.path, self.eliminate)]
+        command = self.distal("run", CONFIG, *self.lab.overrides(self.path, self.kind))
         with self.log.open("ab") as log:
-            environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "10"}  # of 60: see `lose_cluster`
+            environment = {**os.environ, **ENVIRONMENT}
             self.driver = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+    def go_on(self) -> bool:
+        """Give people's labels and the command again when the run waits for labels; tells whether it did."""
+        if not self.kind.people or self.driver is None or self.driver.poll() != 0:
+            return False
+        waiting = Waiting.read(Run.open(self.path))
+        if waiting is None:
+            return False
+        names = sorted(Selection.read(waiting.selection).sample_ids)
+        for part in (names[: len(names) // 2], names, names):  # in parts, and repeatedly
+            file = self.path.parent / f"{self.path.name}-labels.csv"
+            lines = (f"{name},{self.lab.truth[name]},somebody\n" for name in part)
+            file.write_text("sample_id,label,annotator\n" + "".join(lines))
+            imported = self.distal("labels", "import", self.path, file)
+            done = subprocess.run(imported, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        self.start()
+        return True
 
     @property
     def log(self) -> Path:
@@ -203,25 +293,25 @@ class Disturbed:
         """Whether the driver has ended."""
         return self.driver is None or self.driver.poll() is not None
 
-    def wait_for(self, there: Callable[[], bool], seconds: float = 120) -> bool:
+    def wait_for(self, there: Callable[[], bool], seconds: float = 400) -> bool:
         """Wait until something is there; False when the driver ended first."""
         deadline = time.monotonic() + seconds
         while not there():
-            if self.ended():
+            if self.ended() and not self.go_on():
                 return there()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"run {self.number}: nothing came for {seconds} s\n{self.tail()}")
-            time.sleep(0.002)
+            time.sleep(0.005)
         return True
 
     def finish(self) -> None:
         """Give the command until the run is complete."""
-        for _ in range(4):
-            if self.ended():
+        for _ in range(4 + 2 * self.lab.cycles * self.kind.people):
+            if self.ended() and not self.go_on():
                 self.start()
             assert self.driver is not None
-            self.exits.append(self.driver.wait(timeout=240))
-            if self.exits[-1] == 0:
+            self.exits.append(self.driver.wait(timeout=400))
+            if self.exits[-1] == 0 and Run.open(self.path).is_complete(self.lab.cycles):
                 return
         raise AssertionError(f"run {self.number} does not finish: {self.exits}\n{self.tail()}")
 
@@ -236,6 +326,17 @@ class Disturbed:
             if path.name.isdigit() and path.parts[-4:-2] == ("assignments", "c"):
                 with suppress(FileNotFoundError):
                     found[path] = path.stat().st_mtime_ns
+        return found
+
+    def final(self) -> dict[Path, int]:
+        """Whatever is never written again, and when it was: blocks, checkpoints, selections, labels, markers."""
+        found = self.chunks()
+        for path in files_below(self.path / "cycles"):
+            if "train" not in path.parts and path.name.startswith(("weights-", "manifest.", "selection.", "labels.")):
+                with suppress(FileNotFoundError):
+                    found[path] = path.stat().st_mtime_ns
+        for stage in ("train", "score", "test", "reduce", "select", "label"):
+            found |= {path: path.stat().st_mtime_ns for path in self.path.glob(f"cycles/*/{stage}.json")}
         return found
 
     def n_committed(self) -> int:
@@ -261,15 +362,17 @@ class Disturbed:
         return sum(e["blocks_in_hand"] for e in lost if datetime.fromisoformat(e["time"]).timestamp() < until)
 
 
-def triggers(rng: random.Random, lab: Lab) -> list[str]:
-    """Five things of which the appearance is a good moment, in the order in which they appear."""
+def triggers(rng: random.Random, lab: Lab, kind: Kind) -> list[str]:
+    """Five things of which the appearance is a good moment, in the order in which they appear: patterns."""
     stages = []
     for cycle in range(lab.cycles):
         folder = f"cycles/{cycle:03d}"
-        stages += [f"{folder}/cycle.yaml", f"{folder}/train/state.pt"]
+        stages += [f"{folder}/cycle.yaml", f"{folder}/train/{'owner' if kind.command else 'state.pt'}"]
         for row in range(lab.rows):
-            stages += [f"{folder}/checkpoints/{row:04d}/manifest.json"]
-            stages += [f"{folder}/assignments.zarr/assignments/c/{row}/{rng.randrange(min(8, lab.n_samples // BLOCK))}"]
+            block = rng.randrange(min(8, lab.n_samples // BLOCK))
+            # A training script that was started again publishes to a folder of its own.
+            stages += [f"{folder}/checkpoints*/{row:04d}/manifest.json"]
+            stages += [f"{folder}/assignments*.zarr/assignments/c/{row}/{block}"]
         stages += [f"{folder}/train.json", f"{folder}/score.json", f"{folder}/scores.zarr/zarr.json"]
         stages += [f"{folder}/selection.parquet"] + ([f"{folder}/labels.parquet"] if cycle + 1 < lab.cycles else [])
     chosen = sorted(rng.sample(range(len(stages)), 5))
@@ -294,14 +397,16 @@ def stop_driver(run: Disturbed) -> str:
     return ""
 
 
-def _strike_process(run: Disturbed, title: str, number: signal.Signals) -> str:
+def _strike_process(
+    run: Disturbed, title: str, number: signal.Signals, look: Callable[[str], list[psutil.Process]] | None = None
+) -> str:
     found: list[psutil.Process] = []
 
     def there() -> bool:
-        found[:] = run.lab.processes(title)
+        found[:] = (look or run.lab.processes)(title)
         return bool(found)
 
-    if not run.wait_for(there, 60) or run.ended():
+    if not run.wait_for(there) or run.ended():
         return NOTHING
     run.rng.choice(found).send_signal(number)
     return ""
@@ -318,6 +423,138 @@ def stop_actor(run: Disturbed) -> str:
 
 def kill_rank(run: Disturbed) -> str:
     return _strike_process(run, "RayTrainWorker", signal.SIGKILL)
+
+
+def stop_rank(run: Disturbed) -> str:
+    """It hangs, and Ray Train notices."""
+    return _strike_process(run, "RayTrainWorker", signal.SIGSTOP)
+
+
+def kill_command(run: Disturbed) -> str:
+    """The training script; the command ends with what it said."""
+    assert run.driver is not None
+    driver = run.driver
+
+    def look(title: str) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            return [each for each in psutil.Process(driver.pid).children() if title in " ".join(each.cmdline())]
+        return []
+
+    if _strike_process(run, TRAIN.name, signal.SIGKILL, look) == NOTHING:
+        return NOTHING
+    code = driver.wait(timeout=400)
+    return NOTHING if code == 0 else f"exit {code}"  # 0: it had published everything
+
+
+def cut_off_actor(run: Disturbed) -> str:
+    """A node is cut off with its actors: it is lost for Ray, and they go on later, and still reach the disk."""
+    return _cut_off(run, "ray::Scorer", "actor_lost")
+
+
+def cut_off_rank(run: Disturbed) -> str:
+    """A node is cut off with its ranks."""
+    return _cut_off(run, "RayTrainWorker", "training_failed")
+
+
+def _cut_off(run: Disturbed, title: str, told: str) -> str:
+    lab, began = run.lab, time.time()
+    nodes: list[Any] = []
+
+    def there() -> bool:
+        nodes[:] = [node for node in lab.nodes if lab.processes(title, [node])]
+        return bool(nodes)
+
+    if not run.wait_for(there) or run.ended():
+        return NOTHING
+    node = run.rng.choice(nodes)
+    stopped = raylet(node)
+    stopped.suspend()  # first: it would see its processes stop
+    found = lab.processes(title, [node])
+    for process in found:
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+    lab.nodes.remove(node)
+    lab.add_node()
+    try:
+        # They are replaced, and their successors have done something.
+        run.wait_for(lambda: any(event["event"] == told for event in run.events(began)))
+        n = run.n_committed()
+        _wait(lambda: run.ended() or run.n_committed() > n, 20)
+        _let_go(run, [process.resume for process in found])
+        time.sleep(3)
+    finally:
+        stopped.resume()
+        changed = _changed(run)
+        lab.cluster.remove_node(node, allow_graceful=False)
+    return f"{len(found)} let go{changed}"
+
+
+def suspend_driver(run: Disturbed) -> str:
+    """The driver stops; on another machine the same command takes over after its lease has expired; it goes on later."""
+    if not run.wait_for(lambda: run.driver is not None and _drives(run) == run.driver.pid) or run.ended():
+        return NOTHING
+    zombie = run.driver
+    assert zombie is not None
+    zombie.send_signal(signal.SIGSTOP)
+    lab = run.lab
+    lab.add_node()  # the actors and ranks of the one that is stopped keep theirs
+    run.machine += 1
+    run.start()
+    try:
+        run.wait_for(lambda: _drives(run) not in (None, zombie.pid))
+        assert not run.ended(), run.tail()
+        if run.rng.random() < 0.5:
+            n = run.n_committed()
+            _wait(lambda: run.ended() or run.n_committed() > n, 30)
+            when = "in the middle"
+        else:
+            assert run.driver is not None
+            run.driver.wait(timeout=400)
+            when = "at the end"
+        said = run.log.stat().st_size
+        _let_go(run, [partial(zombie.send_signal, signal.SIGCONT)])
+        code = zombie.wait(timeout=100)
+    finally:
+        zombie.kill()  # where it has not ended
+        lab.cluster.remove_node(lab.nodes.pop(), allow_graceful=False)
+    with run.log.open("rb") as log:
+        log.seek(said)
+        last_words = log.read().decode(errors="replace")
+    if code == 0:
+        return NOTHING  # it had nothing left to do
+    assert code == Superseded.exit_code, f"exit {code}\n{last_words}"
+    assert "has taken over" in last_words, last_words
+    return f"let go {when}{_changed(run)}"
+
+
+def _drives(run: Disturbed) -> int | None:
+    """The process id of the driver that has the run."""
+    for name in sorted(names_in(run.path / "driver"), reverse=True):
+        with suppress(OSError, ValueError, DistalError):
+            holder = read_json(run.path / "driver" / name)
+            return None if holder["released"] else int(holder["pid"])
+    return None
+
+
+def _let_go(run: Disturbed, resumes: Sequence[Callable[[], None]]) -> None:
+    run.kept = run.final()
+    for resume in resumes:
+        with suppress(psutil.NoSuchProcess):
+            resume()
+
+
+def _changed(run: Disturbed) -> str:
+    """What is not as it was when a zombie was let go: nothing should be said."""
+    now = run.final()
+    changed = [path for path, written in run.kept.items() if now.get(path) != written]
+    return f", {CHANGED} {changed[:3]}" if changed else ""
+
+
+def _wait(there: Callable[[], bool], seconds: float) -> None:
+    """Wait for something, so long at most."""
+    deadline = time.monotonic() + seconds
+    while not there() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def lose_node(run: Disturbed) -> str:
@@ -359,26 +596,29 @@ def damage_finished(run: Disturbed) -> str:
     """The driver is killed, a bit is flipped in what is finished, and `distal repair` is run."""
     kill_driver(run)
     finished = {
-        "assignments.zarr/assignments/c/*/*": "score.json",
-        "checkpoints/*/weights-*.pt": "train.json",
-        "assignments.zarr/eligible/c/*": "score.json",
-        "assignments.zarr/margin/c/*/*": "score.json",
+        "{assignments}/assignments/c/*/*": "score.json",
+        "{checkpoints}/*/weights-*.pt": "train.json",
+        "{assignments}/eligible/c/*": "score.json",
+        "{assignments}/margin/c/*/*": "score.json",
         "train/state.pt": "train.json",
         "scores.zarr/*/c/*": "reduce.json",
         "selection.parquet": "select.json",
         "labels.parquet": "label.json",
         "*.json": "train.json",
     }
-    cycles = sorted((run.path / "cycles").glob("*"))
-    able = [(cycle, pattern) for cycle in cycles for pattern, marker in finished.items() if (cycle / marker).exists()]
+    able = []
+    for cycle in Run.open(run.path).begun_cycles():
+        last = {"assignments": cycle.assignments.name, "checkpoints": cycle.checkpoints.name}
+        patterns = [pattern.format(**last) for pattern, marker in finished.items() if (cycle.folder / marker).exists()]
+        able += [(cycle.folder, pattern) for pattern in patterns if any(cycle.folder.glob(pattern))]
     if not able:
         return NOTHING
     cycle, pattern = run.rng.choice(able)
     path = run.rng.choice(sorted(path for path in cycle.glob(pattern) if path.name != "expected.json"))
     flip(path, run.rng.random())
-    verify = [sys.executable, "-m", "distal", "verify", str(run.path)]
-    assert subprocess.run(verify, capture_output=True, check=False).returncode == 4, path
-    repaired = subprocess.run([*verify[:3], "repair", str(run.path)], capture_output=True, text=True, check=False)
+    verified = subprocess.run(run.distal("verify", run.path), capture_output=True, check=False)
+    assert verified.returncode == 4, path
+    repaired = subprocess.run(run.distal("repair", run.path), capture_output=True, text=True, check=False)
     assert repaired.returncode == 0, repaired.stdout + repaired.stderr
     return str(path.relative_to(run.path))
 
@@ -403,44 +643,84 @@ def fill_disk(run: Disturbed) -> str:
     return NOTHING if code == 0 else f"exit {code}"  # 0: it had nothing left to write
 
 
-FAULTS: dict[str, tuple[Callable[[Disturbed], str], int]] = {
-    "driver killed": (kill_driver, 20),
-    "driver stopped (SIGTERM)": (stop_driver, 10),
-    "actor killed": (kill_actor, 20),
-    "actor stuck": (stop_actor, 8),
-    "rank killed": (kill_rank, 12),
-    "node lost": (lose_node, 9),
-    "cluster lost": (lose_cluster, 4),
-    "unfinished block damaged": (damage_chunk, 8),
-    "finished file damaged": (damage_finished, 7),
-    "disk full": (fill_disk, 6),
+@dataclass(frozen=True)
+class Fault:
+    """What can strike.
+
+    Attributes:
+        strike: does it, and returns a note for people, or `NOTHING`.
+        share: how often of a hundred.
+        survived: whether the driver goes on by itself.
+        command: whether there must be a training script (True), or ranks (False); None: it does not matter.
+    """
+
+    strike: Callable[[Disturbed], str]
+    share: int
+    survived: bool = False
+    command: bool | None = None
+
+    def fits(self, kind: Kind) -> bool:
+        """Whether it can strike a run of this kind."""
+        return self.command in (None, kind.command)
+
+
+FAULTS: dict[str, Fault] = {
+    "driver killed": Fault(kill_driver, 16),
+    "driver stopped (SIGTERM)": Fault(stop_driver, 8),
+    "actor killed": Fault(kill_actor, 16, survived=True),
+    "actor stuck": Fault(stop_actor, 8, survived=True),
+    "rank killed": Fault(kill_rank, 8, survived=True, command=False),
+    "rank stuck": Fault(stop_rank, 4, survived=True, command=False),
+    "training script killed": Fault(kill_command, 3, command=True),
+    "node lost": Fault(lose_node, 8, survived=True),
+    "cluster lost": Fault(lose_cluster, 4),
+    "zombie actor": Fault(cut_off_actor, 4, survived=True),
+    "zombie rank": Fault(cut_off_rank, 4, survived=True, command=False),
+    "zombie driver": Fault(suspend_driver, 4),
+    "unfinished block damaged": Fault(damage_chunk, 6),
+    "finished file damaged": Fault(damage_finished, 5),
+    "disk full": Fault(fill_disk, 4),
 }
-"""What can strike, and how often of a hundred."""
-
-SURVIVED = {"actor killed", "actor stuck", "rank killed", "node lost"}
-"""What a driver goes on after by itself."""
 
 
-def deck(rng: random.Random, n: int) -> list[str]:
-    """`n` faults in the shares of `FAULTS`, shuffled."""
-    shares = {name: share for name, (_, share) in FAULTS.items() if name != "disk full" or os.getuid() == 0}
+def deck(rng: random.Random, n: int, faults: Collection[str] = FAULTS) -> list[str]:
+    """`n` of some faults in the shares of `FAULTS`, shuffled."""
+    shares = {name: FAULTS[name].share for name in faults if name != "disk full" or os.getuid() == 0}
     total = sum(shares.values())
     wanted = [name for name, share in shares.items() for _ in range(-(-share * n // total))]
     rng.shuffle(wanted)
     return wanted[:n]
 
 
-def undisturbed(lab: Lab, eliminate: bool) -> tuple[dict[str, object], float]:
+def answer(path: Path) -> dict[str, object]:
+    """What a run came to.
+
+    A training script that was started again has a folder of its own for its checkpoints, and for what is scored at
+    them: the last one counts.
+    """
+    told = content(path)
+    for cycle in Run.open(path).begun_cycles():
+        folder = str(cycle.folder.relative_to(path))
+        for plain, last in (("checkpoints", cycle.checkpoints.name), ("assignments.zarr", cycle.assignments.name)):
+            stem, _, suffix = plain.partition(".")
+            attempt = re.compile(rf"{folder}/({stem}(-\d+)?{suffix and '[.]' + suffix})/")
+            attempts = {name: found[1] for name in told if (found := attempt.match(name))}
+            counted = {name.replace(last, plain, 1): told[name] for name, its in attempts.items() if its == last}
+            told = {name: value for name, value in told.items() if name not in attempts} | counted
+    return told
+
+
+def undisturbed(lab: Lab, kind: Kind) -> tuple[dict[str, object], float]:
     """What a run comes to that is left alone, and its seconds."""
-    path = lab.folder / f"undisturbed-{eliminate}"
-    run = Disturbed(lab, -1, path, eliminate, False, random.Random(0))
+    path = lab.folder / f"undisturbed-{kind.name}"
+    run = Disturbed(lab, -1, path, kind, False, random.Random(0))
     path.mkdir()
     began = time.monotonic()
     run.finish()
     seconds = time.monotonic() - began
-    told = content(path)
+    told = answer(path)
     left_out = [cycle["left_out"] for cycle in Run.open(path).summary()["cycles"]]
-    assert all(n > 0 for n in left_out) == eliminate, left_out
+    assert all(n > 0 for n in left_out) == (kind.name == "elimination"), left_out
     shutil.rmtree(path)
     return told, seconds
 
@@ -448,7 +728,7 @@ def undisturbed(lab: Lab, eliminate: bool) -> tuple[dict[str, object], float]:
 def judge(run: Disturbed, strikes: list[Strike], expected: dict[str, object]) -> None:
     """Compare with the undisturbed run, and see what was done twice."""
     assert len(expected) > 6 * run.lab.cycles
-    found, now = content(run.path), run.chunks()
+    found, now = answer(run.path), run.chunks()
     different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     # With its margins a block's labels are written again, too.
     mended = {Path(str(strike.damaged).replace("/margin/c/", "/assignments/c/")) for strike in strikes}
@@ -456,7 +736,7 @@ def judge(run: Disturbed, strikes: list[Strike], expected: dict[str, object]) ->
         strike.in_hand = run.in_hand(strike, after.began if after else float("inf"))
         same = {path for path, written in strike.committed.items() if now.get(path) == written}
         strike.rewritten = len(strike.committed.keys() - same - mended)
-        strike.recovered = not different and "the driver ended" not in strike.note
+        strike.recovered = not different and "the driver ended" not in strike.note and CHANGED not in strike.note
         if strike.fault == "unfinished block damaged" and not _noticed(run, strike):
             strike.recovered, strike.note = False, f"{strike.note}: not noticed"
         if different:
@@ -472,37 +752,43 @@ def _noticed(run: Disturbed, strike: Strike) -> bool:
 
 
 def disturb(
-    lab: Lab, number: int, faults: list[str], eliminate: bool, expected: dict[str, object], seed: int
+    lab: Lab, number: int, faults: list[str], kind: Kind, expected: dict[str, object], seed: int
 ) -> list[Strike]:
     """One run, struck by some faults; those that found nothing to strike are not among what is returned."""
     rng = random.Random(f"{seed}-{number}")
     path = lab.folder / f"run-{number:02d}"
     strikes: list[Strike] = []
     with lab.disk(path) as mounted:
-        run = Disturbed(lab, number, path, eliminate, mounted, rng)
+        run = Disturbed(lab, number, path, kind, mounted, rng)
         run.start()
-        moments = triggers(rng, lab)[-len(faults) :]  # the later ones: there is more to strike
+        # Who trains is struck early; for the others the later moments are better: there is more to strike.
+        faults = sorted(faults, key=lambda fault: FAULTS[fault].command is None)
+        n_late = sum(FAULTS[fault].command is None for fault in faults)
+        moments = triggers(rng, lab, kind)
+        moments = moments[: len(faults) - n_late] + moments[len(moments) - n_late :]
         for fault, moment in zip(faults, moments, strict=True):
-            if run.ended():
+            if run.ended() and not run.go_on():
                 run.start()
-            if not run.wait_for((path / moment).exists) or run.ended():
+            if not run.wait_for(lambda moment=moment: any(path.glob(moment))) or run.ended():  # type: ignore[misc]
                 assert run.driver is not None
                 assert run.driver.returncode == 0, run.tail()
                 break  # it was complete before
             time.sleep(rng.choice([0, 0, 0.05, 0.5]))
             before, n_before, began = run.chunks(), run.n_committed(), time.time()
-            note = FAULTS[fault][0](run)
+            run.kept = {}
+            note = FAULTS[fault].strike(run)
             if note == NOTHING:
                 continue
-            strike = Strike(number, fault, moment, note=note, began=began, committed=before)
+            kept = {block: written for block, written in run.kept.items() if block.name.isdigit()}
+            strike = Strike(number, fault, moment, note=note, began=began, committed={**kept, **before})
             strikes.append(strike)
             if fault.endswith("damaged"):
                 strike.damaged = path / note
-            if run.ended():
+            if run.ended() and not run.go_on():
                 run.start()
             survived = run.wait_for(lambda n_before=n_before: run.n_committed() > n_before, 200)  # type: ignore[misc]
             strike.seconds = time.time() - began
-            if fault in SURVIVED and not survived and run.driver is not None and run.driver.returncode != 0:
+            if FAULTS[fault].survived and not survived and run.driver is not None and run.driver.returncode != 0:
                 strike.note = f"{note} the driver ended with {run.driver.returncode}"
         run.finish()
         judge(run, strikes, expected)

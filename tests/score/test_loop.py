@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -27,10 +28,10 @@ from distal.errors import Damage, Diverged, PoolError, RunConflict, Unfit, UserE
 from distal.models import ModelSpec, seeded_build
 from distal.pool import Pool
 from distal.records import CheckpointRef, Progress, split_blocks
-from distal.score.job import Job, Order, Scored
+from distal.score.job import Done, Job, Order, Scored
 from distal.score.loop import score
 from distal.score.predict import Prediction, Predictor
-from distal.score.scorer import Scorer
+from distal.score.scorer import WATCH, Scorer
 from distal.score.scorers import STUCK_S, Scorers
 
 ROWS, BLOCK, BATCH = 4, 32, 16
@@ -114,7 +115,7 @@ def run(job: Job, assignments: Assignments, scorers: Scorers, n_actors: int, **o
     )
 
 
-def new_scorers(prefix: str, cache_bytes: int = 2**20, stuck_after: float = STUCK_S) -> Scorers:
+def new_scorers(prefix: str, cache_bytes: int = 2**20, stuck_after: float = STUCK_S, **options: Any) -> Scorers:
     """Actors of half a CPU each, on the only node that there is."""
     return Scorers(
         prefix,
@@ -124,6 +125,7 @@ def new_scorers(prefix: str, cache_bytes: int = 2**20, stuck_after: float = STUC
         cache_bytes=cache_bytes,
         threads=1,
         stuck_after=stuck_after,
+        **options,
     )
 
 
@@ -267,7 +269,7 @@ def test_an_actor_that_hangs_before_it_has_work_is_replaced(
     pool: Pool, tmp_path: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch, prefix: str, told: str
 ) -> None:
     monkeypatch.setattr("distal.score.scorers.Scorer", HangsAtFirst)
-    monkeypatch.setattr("distal.score.loop.WAITS_S", 8.0)
+    monkeypatch.setattr("distal.score.scorers.WAITS_S", 8.0)
     job, assignments = prepare(tmp_path, pool)
     scorers = new_scorers(prefix, stuck_after=2.0)
     events: list[str] = []
@@ -276,6 +278,28 @@ def test_an_actor_that_hangs_before_it_has_work_is_replaced(
     assert digest(assignments.path) == reference
     assert events.count(told) >= 1
     assert events[-1] == "actor_joined"
+
+
+class NoBatches(Scorer):
+    """Finishes a block now and then, and has predicted no batch, as where no sample of a block is left to score."""
+
+    def score(self, job: Job, order: Order) -> Done:
+        time.sleep(0.75)
+        return super().score(job, order)
+
+    @ray.method(concurrency_group=WATCH)
+    def sign_of_life(self) -> int:
+        return 0
+
+
+def test_a_finished_block_is_a_sign_of_life(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distal.score.scorers.Scorer", NoBatches)
+    job, assignments = prepare(tmp_path, pool, n_rows=1, published=1)
+    scorers = new_scorers("batchless", stuck_after=3.0)  # eight blocks take longer
+    events: list[str] = []
+    run(job, assignments, scorers, 1, on_event=lambda name, **_: events.append(name))
+    scorers.shrink(0)
+    assert events == ["actor_joined"]
 
 
 def test_only_what_is_missing_is_scored(
@@ -478,6 +502,41 @@ def test_what_actors_had_in_hand_is_asked_of_others(pool: Pool, scorers: Scorers
         found = four.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
         assert np.array_equal(found, expected)
     four.shrink(0)
+
+
+class StopsAtFirst(Scorer):
+    """The first one is stopped before its first word, and says who it is in a file."""
+
+    def __init__(self, name: str, *arguments: int) -> None:
+        if name.endswith("-0"):
+            Path(os.environ["STOPPED"]).write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        super().__init__(name, *arguments)
+
+
+@pytest.mark.timeout(100)
+def test_an_actor_that_stops_before_its_first_word_keeps_no_answer_waiting(
+    pool: Pool, scorers: Scorers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = prepare(tmp_path, pool, published=1)
+    ref = checkpoints.read(folder_of(job), 0)
+    indices = np.arange(8, 200)
+    expected = scorers.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
+    monkeypatch.setattr("distal.score.scorers.Scorer", StopsAtFirst)
+    monkeypatch.setattr("distal.score.scorers.WAITS_S", 8.0)
+    stopped = tmp_path / "stopped"
+    events: list[str] = []
+    one = new_scorers("stopped", stuck_after=2.0, on_event=lambda name, **_: events.append(name))
+    one._options |= {"runtime_env": {"env_vars": {"STOPPED": str(stopped)}}}
+    try:
+        found = one.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
+        assert np.array_equal(found, expected)
+        assert "actor_asked_for_again" in events
+        assert one.predict(job, indices, ref).tolist() == expected.argmax(axis=1).tolist()
+    finally:
+        one.shrink(0)
+        with suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(int(stopped.read_text()), signal.SIGKILL)
 
 
 def test_probabilities_come_from_actors_of_one_kind(pool: Pool, cluster: str, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.functional import softmax
 
 from distal.config import ModelConfig
+from distal.errors import ModelError
 from distal.models import ModelSpec
-from distal.score.predict import NotFinite, Predictor, fingerprint, quickest_batch_size
+from distal.score.predict import NotFinite, Predictor, _is_out_of_memory, fingerprint, quickest_batch_size
 
 SPEC = ModelSpec(ModelConfig(), 5, (1, 12, 12), (0.4,), (0.2,))
 
@@ -101,6 +102,55 @@ def test_the_probe_takes_a_size_that_pads_little() -> None:
     """A block of 40 images: 64 at once would compute 8 in vain, and 128 are more than twice as many as there are."""
     assert quickest_batch_size(predictor(), (1, 12, 12), 40) in (32, 64)
     assert quickest_batch_size(predictor(), (1, 12, 12), 5) == 32
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
+    MemoryError(),
+]
+
+
+def limited(most: int, error: Exception) -> tuple[Predictor, list[int]]:
+    """A network that takes at most so many images at once, and how many it was given."""
+    predict, seen = predictor(), []
+
+    def refuse(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(len(inputs[0]))
+        if seen[-1] > most:
+            raise error
+
+    predict.net.register_forward_pre_hook(refuse)
+    return predict, seen
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("most", [100, 63, 32, 31, 16, 15, 3, 1])
+def test_the_probe_takes_what_memory_holds(most: int, error: Exception) -> None:
+    predict, seen = limited(most, error)
+    size = quickest_batch_size(predict, (1, 12, 12), 10_000)
+    assert size <= most
+    assert size in (32, 64) if most >= 64 else size == 2 ** (most.bit_length() - 1)
+    assert sum(n > most for n in seen) == len({n for n in seen if n > most}), "a size that does not fit is tried once"
+
+
+def test_the_probe_says_so_when_not_one_image_fits() -> None:
+    with pytest.raises(ModelError, match=r"score\.batch_size: auto: the memory of cpu does not hold .* 1x12x12; use a"):
+        quickest_batch_size(limited(0, OUT_OF_MEMORY[0])[0], (1, 12, 12), 40)
+
+
+def test_the_probe_hides_no_other_error() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        quickest_batch_size(limited(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))[0], (1, 12, 12), 40)
+
+
+def test_memory_that_torch_cannot_have_is_recognised() -> None:
+    """By what this version of torch says of it."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert _is_out_of_memory(raised.value)
 
 
 def test_fingerprint_names_what_the_bits_depend_on() -> None:
