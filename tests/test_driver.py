@@ -42,14 +42,16 @@ def test_layout_on_disk(finished: Path) -> None:
         "run.yaml", "initial.parquet", "summary.json", "events", "driver", "cycles",
     }  # fmt: skip
     expected = {
-        "cycle.yaml", "train", "checkpoints", "assignments.zarr", "assignments.zarr.json", "test.zarr", "test.zarr.json",
-        "scores.zarr", "selection.parquet",
+        "cycle.yaml", "train", "checkpoints", "assignments.zarr", "assignments.zarr.json", "assignments.zarr.begun",
+        "test.zarr", "test.zarr.json", "test.zarr.begun", "scores.zarr", "selection.parquet",
         "train.json", "score.json", "test.json", "reduce.json", "select.json",
     }  # fmt: skip
     found = [{path.name for path in (finished / "cycles" / name).iterdir()} for name in ("000", "001")]
     assert found[0] == expected | {"labels.parquet", "label.json"}
     assert found[1] == expected  # the last cycle selects but does not label
     assert (finished / "cycles/000/train/state.pt").exists()
+    assert [path.name for path in (finished / "cycles/000/train/owners").iterdir()] == ["000001"]
+    assert json.loads((finished / "cycles/000/train.json").read_text())["answers"] == []
     assert json.loads((finished / "cycles/000/checkpoints/0002/manifest.json").read_text())["epoch"] == 3
 
 

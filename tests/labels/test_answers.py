@@ -160,6 +160,8 @@ def test_a_correction_that_is_taken_back_is_heard(tmp_path: Path) -> None:
     ("policy", "said", "expected"),
     [
         ("majority", [answer(None), answer(None, "bob", status=UNSURE)], UNSURE),
+        ("majority", [answer(None), answer(None, status=UNSURE)], UNSURE),  # the same annotator looked again
+        ("majority", [answer(None, status=UNSURE), answer(None)], SKIPPED),
         ("majority", [answer(1), answer(None)], SKIPPED),  # the same annotator takes the label back
         ("majority", [answer(None), answer(2, "bob"), answer(None, status=UNSURE)], 2),
         ("first", [answer(1), answer(2, "bob"), answer(3)], 3),  # ann came first, and this is her last word

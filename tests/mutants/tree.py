@@ -128,7 +128,9 @@ class Tree:
             return outcome(*((EQUIVALENT, mutant.equivalent) if mutant.equivalent else (SURVIVED, "")))
         if code == -1:
             return outcome(KILLED, f"no end after {RUN_TIMEOUT_S} s", timed_out=True)
-        failed = re.search(r"^(?:FAILED|ERROR) \S+", output, re.MULTILINE)  # an error in a fixture shows as such
+        failed = re.search(
+            r"^(?:FAILED|ERROR) .+?(?= - |$)", output, re.MULTILINE
+        )  # an error in a fixture shows as such
         if code != 1 or failed is None:
             return outcome(BROKEN, f"pytest ended with {code}: {output[-600:]}")
         if mutant.equivalent:
