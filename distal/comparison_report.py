@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from distal import comparison_view
 from distal.errors import ConfigError
+from distal.lists import csv_text
 from distal.records import JsonObject
 from distal.statistics import POWER, Paired, aubc, bootstrap_mean, compare_pairs, holm, labels_saved
 from distal.storage import write_bytes, write_table
@@ -364,13 +364,8 @@ def _csv(results: pa.Table) -> bytes:
 
     for place, field in enumerate(results.schema):
         if pa.types.is_string(field.type):
-            texts = [None if text is None else _csv_text(text) for text in results[field.name].to_pylist()]
+            texts = [None if text is None else csv_text(text) for text in results[field.name].to_pylist()]
             results = results.set_column(place, field, pa.array(texts, pa.string()))
     buffer = io.BytesIO()
     csv.write_csv(results, buffer)
     return buffer.getvalue()
-
-
-def _csv_text(text: str) -> str:
-    """A text that a spreadsheet would run as a formula gets a leading `'`."""
-    return f"'{text}" if re.match("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]", text) else text

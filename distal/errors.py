@@ -93,3 +93,10 @@ class Damage(DistalError):
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; its name when it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value from somebody's file for one line of a terminal: `most` characters, and no control characters."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if text.isprintable() else ascii(text)[1:-1]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distal import checkpoints
-from distal.errors import ModelError, RunConflict
+from distal.errors import ModelError, RunConflict, shown
 from distal.records import CheckpointRef
 from distal.storage import names_in, read_json, read_regular, sha256, write_json
 
@@ -402,10 +402,8 @@ def _some(names: Sequence[str], word: str) -> str:
 
 
 def _short(value: object) -> str:
-    """What a stranger's file says, for a message: not long, and nothing that a terminal would obey."""
-    text = str(value) if isinstance(value, str | int) else type(value).__name__
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    """A value from a stranger's file for a message."""
+    return shown(value if isinstance(value, str | int) else type(value).__name__, most=100)
 
 
 def _weights_sha256(state: StateDict) -> str:

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal.assignments import Assignments
-from distal.errors import RunConflict, SourceError
+from distal.errors import RunConflict, SourceError, shown
 from distal.hashing import mix64
 from distal.labels import answers as kept
 from distal.labels.answers import Added, Answer, Policy, Settled, settle
 from distal.labels.formats import Format, Said, read_said, unsure_word, write_batch
 from distal.ledger import LABELED, Ledger, too_few, write_labels
-from distal.lists import find, label_reader, require_readable, shown
+from distal.lists import find, label_reader, require_readable
 from distal.pool import Pool
 from distal.pool.images import write_png
 from distal.records import JsonObject

@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from distal.errors import SourceError, one_line
+from distal.errors import SourceError, one_line, shown
 from distal.hashing import sample_keys
 from distal.pool import Pool
 from distal.pool.images import OK
@@ -34,13 +34,6 @@ def csv_text(text: str) -> str:
     it exactly, for every text.
     """
     return f"'{text}" if re.match(_FORMULA, text) else text
-
-
-def shown(value: object, most: int = 60) -> str:
-    """A value from somebody's file for one line of a terminal: `most` characters, and no control characters."""
-    text = value if isinstance(value, str) else repr(value)
-    text = text if len(text) <= most else f"{text[: most - 3]}..."
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def read_ids(path: Path, key: str, *, once: bool = False) -> list[str]:
