@@ -239,27 +239,39 @@ K_CENTER = _of(
 BATCH = _of(
     "acquire/batch.py",
     "acquire/test_batch.py acquire/test_strategies.py",
-    ("batch: ties without the cycle", 'mix64("tie", seed, cycle, keys)', 'mix64("tie", seed, 0, keys)'),
-    ("batch: ties without the seed", 'mix64("tie", seed, cycle, keys)', 'mix64("tie", 0, cycle, keys)'),
-    ("batch: power draws without the cycle", 'mix64("power", seed, cycle, keys)', 'mix64("power", seed, 0, keys)'),
-    ("batch: power draws without the seed", 'mix64("power", seed, cycle, keys)', 'mix64("power", 0, cycle, keys)'),
+    ("batch: ties without the cycle", 'mix64("tie", self.seed, self.cycle, keys)', 'mix64("tie", self.seed, 0, keys)'),
+    ("batch: ties without the seed", 'mix64("tie", self.seed, self.cycle, keys)', 'mix64("tie", 0, self.cycle, keys)'),
+    (
+        "batch: power draws without the cycle",
+        'mix64("power", self.seed, self.cycle, keys)',
+        'mix64("power", self.seed, 0, keys)',
+    ),
+    (
+        "batch: power draws without the seed",
+        'mix64("power", self.seed, self.cycle, keys)',
+        'mix64("power", 0, self.cycle, keys)',
+    ),
     ("batch: a strategy draws without the cycle", 'seed_for("strategy", seed, cycle)', 'seed_for("strategy", seed, 0)'),
     ("batch: a strategy draws without the seed", 'seed_for("strategy", seed, cycle)', 'seed_for("strategy", 0, cycle)'),
     (
         "batch: indices within the stripe",
-        "top.add(Candidates(np.arange(*span)",
-        "top.add(Candidates(np.arange(len(stripe))",
+        "return Candidates(np.arange(*span)",
+        "return Candidates(np.arange(stop - start)",
     ),
     (
         "batch: the margin of the first checkpoint",
-        'read_recorded("margin", last_row, *span)',
+        'read_recorded("margin", self.last_row, *span)',
         'read_recorded("margin", 0, *span)',
     ),
-    ("batch: the margin decides though asked not to", "if config.breaks_ties_by_margin:", "if assignments.recorded:"),
+    (
+        "batch: the margin decides though asked not to",
+        "if config.breaks_ties_by_margin:",
+        "if self.assignments.recorded:",
+    ),
     (
         "batch: candidates are rounded down",
-        "math.ceil(config.candidate_factor * budget)",
-        "math.floor(config.candidate_factor * budget)",
+        "math.ceil(self.config.candidate_factor * budget)",
+        "math.floor(self.config.candidate_factor * budget)",
     ),
     ("batch: more than there is", "budget = min(budget, len(chosen))", "pass"),
     ("batch: outputs in another order", "{name: values[back] for", "{name: values[order] for"),
@@ -513,8 +525,8 @@ CHECKPOINTS = _of(
     ("checkpoints: weights that have changed", "if sha256(data) != checkpoint.sha256:", "if False:"),
     (
         "checkpoints: a folder is a commit",
-        "return [index for index in indices if is_committed(folder, index)]",
-        "return indices",
+        "return sorted(index for index in indices if is_committed(folder, index))",
+        "return sorted(indices)",
     ),
     (
         "checkpoints: strides are part of the weights",
@@ -757,6 +769,17 @@ ASSIGNMENTS = _of(
     ),
 )
 
+PROCESSES = _of(
+    "processes.py",
+    "test_processes.py test_lease.py",
+    ("processes: any process with the id", "abs(process.create_time() - self.started) < 1 and ", ""),
+    ("processes: a zombie lives", " and process.status() != psutil.STATUS_ZOMBIE", ""),
+    (
+        "processes: a host name is a machine",
+        "if (self.host, self.machine) != (platform.node(), _machine()):",
+        "if self.host != platform.node():",
+    ),
+)
 LEASE = _of(
     "lease.py",
     "test_lease.py test_writers.py",
@@ -764,13 +787,6 @@ LEASE = _of(
         "lease: one that was released is held",
         "False if holder is None or holder.released else",
         "False if holder is None else",
-    ),
-    ("lease: any process with the id", "abs(process.create_time() - self.started) < 1 and ", ""),
-    ("lease: a zombie lives", " and process.status() != psutil.STATUS_ZOMBIE", ""),
-    (
-        "lease: a host name is a machine",
-        "if (self.host, self.machine) != (platform.node(), _machine()):",
-        "if self.host != platform.node():",
     ),
     ("lease: a beat that goes on is not seen", "if lives or (lives is None and moved):", "if lives:"),
     ("lease: a beat is not waited for", "if lives is None and time.monotonic() - since < EXPIRY_S:", "if False:"),
@@ -906,6 +922,7 @@ MUTANTS = [
     *ASSIGNMENTS,
     *LEDGER,
     *ANSWERS,
+    *PROCESSES,
     *LEASE,
     *OTHERS,
 ]
