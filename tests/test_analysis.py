@@ -40,7 +40,6 @@ def run(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (Window(first=1, every=3), [1, 4], "@from=1,every=3"),
         (Window(first=1, last=0.75, every=2), [2, 4], "@from=1,last=0.75,every=2"),
         (Window(first=9), [], "@from=9"),
-        (Window(last=0), [], "@last=0"),
         (Window(last=99), [0, 1, 2, 3, 4], "@last=99"),
     ],
 )
