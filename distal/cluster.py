@@ -418,7 +418,10 @@ def in_tasks(
         ready, _ = ray.wait(list(running), timeout=stuck_after)
         silent = 0 if ready else silent + 1
         if silent == MAX_SILENT:
-            raise DistalError(f"no task has answered for {MAX_SILENT * stuck_after:.0f} s, and {len(missing)} are left")
+            raise DistalError(
+                f"no task has answered for {MAX_SILENT * stuck_after:.0f} s, and {len(missing)} are left; "
+                "look at the nodes with `ray status`, and give the command again"
+            )
         if silent:
             running |= {task.remote(shared, items[place]): place for place in set(running.values())}
         for place in {running[ref] for ref in ready} & missing:

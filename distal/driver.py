@@ -371,8 +371,8 @@ class _Driver:
         dest = cycle.begin_attempt()
         if before:
             reason = (
-                f"train.command is started again; it publishes to {dest.name}, and the {len(before)} checkpoints of "
-                "before count only where it gives the same weights, or goes on from them"
+                f"restarting train.command, which publishes to {dest.name}; the {len(before)} earlier checkpoints are "
+                "reused only if it resumes from them or publishes the same weights"
             )
             self.attempt.event("training_anew", cycle=cycle.index, published_before=len(before), reason=reason)
         return dest
@@ -798,8 +798,8 @@ class _Reusing:
             self._assignments.take_over(each, row)
         if begun and not same:
             reason = (
-                f"train.command did not give the weights of before again: checkpoint {row + self._first_index} has "
-                "others; it and those after it are scored anew"
+                f"train.command published other weights for checkpoint {row + self._first_index} than before its "
+                "restart; checkpoints from this one on are scored again"
             )
             self._on_event("other_weights", row=row, reason=reason)
             self._earlier = []

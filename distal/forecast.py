@@ -22,7 +22,6 @@ from distal.score.plan import MAX_ROWS
 from distal.strategies import scored_epochs
 
 MANY_OBJECTS = 100_000
-PACKING_BYTES = 56  # of the driver for each sample while it packs a pool: measured
 PROCESS_BYTES = 500 * 2**20  # of a Python process with torch and Ray, before it holds anything
 ELIMINATION_KEEPS = 0.74  # of the passes, at a budget of 1%: measured on two runs of 40 checkpoints
 
@@ -80,9 +79,8 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     n_held = 3 + (min(MAX_ROWS, n_rows) if config.score.record_rows == "all" else 1)
     held_bytes = (n_held * sum(recorded) + MAX_ROWS * 8) * min(block_size, n_samples)
     stripe = stripe_bytes(n_rows, itemsize, min(n_samples, stripe_samples(n_rows, itemsize, block_size)))
-    packs = not (Path(config.pool.path) / MANIFEST).exists()
     memory = {
-        "driver": PROCESS_BYTES + (PACKING_BYTES if packs else 8) * n_samples,
+        "driver": PROCESS_BYTES + 8 * n_samples,
         "scoring actor": PROCESS_BYTES
         + int(config.score.cache_gb * 2**30)
         + (MAX_ROWS + 1) * weights

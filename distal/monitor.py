@@ -312,9 +312,12 @@ def import_table(result: JsonObject) -> str:
     conflicts = result["conflicts"]
     disagreed = f"; annotators disagree on {', '.join(conflicts[:5])}" if conflicts else ""
     changed, late = result["changed"], result["too_late"]
-    notes = f"\nchanged by the annotator who answered before: {', '.join(changed[:5])}" if changed else ""
+    notes = ""
+    if changed:
+        notes = f"\nchanged by the annotator who answered before: {', '.join(changed[:5])}"
+        notes += "; import the file of another person with --annotator NAME"
     if late:
-        notes += f"\ntoo late, kept and not used, as a cycle is trained with another label: {', '.join(late[:5])}"
+        notes += f"\ntoo late (a trained cycle uses another label), stored and not used: {', '.join(late[:5])}"
     return (
         f"{result['answers']} answers, {result['new']} new; {result['answered']} of the batch are settled, "
         f"{result['needed']} needed{disagreed}{notes}"

@@ -138,14 +138,18 @@ def require_writable(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        raise ConfigError(
-            f"{folder}: its file system has no hard links ({os.strerror(error.errno)}), by which of two writers one "
-            "wins; use a local disk, NFS (EFS, Azure Files over NFS), Lustre, CephFS or GPFS; SMB shares and mounts of "
-            "object stores (gcsfuse, blobfuse, s3fs) have none"
-        ) from error
+        raise _no_links(folder, error) from error
     finally:
         for path in (probe, link):
             path.unlink(missing_ok=True)
+
+
+def _no_links(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{folder}: its file system has no hard links ({error.strerror}), and distal needs them to let only one of two "
+        "writers win; use a local disk, NFS (EFS, Azure Files over NFS), Lustre, CephFS or GPFS, not an SMB share or a "
+        "mount of an object store (gcsfuse, blobfuse, s3fs)"
+    )
 
 
 def create_bytes(path: Path, data: bytes) -> bool:
@@ -158,6 +162,10 @@ def create_bytes(path: Path, data: bytes) -> bool:
             os.link(temporary, path)  # unlike replace, link refuses an existing target, atomically
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                raise _no_links(path.parent, error) from error
+            raise
         if is_durable():
             _flush(path.parent)
         return True

@@ -76,6 +76,6 @@ def test_memory_counts_what_is_recorded_and_every_thread(
     assert (one, eight) == (PROCESS_BYTES // 2 + stripe, PROCESS_BYTES // 2 + 8 * stripe)
 
 
-def test_the_driver_needs_more_while_it_packs() -> None:
+def test_the_driver_holds_eight_bytes_a_sample_also_while_it_packs() -> None:
     plan = forecast(load_any(CONFIGS / "quickstart.yaml", ["pool.path=/no/such/pool"]))
-    assert plan["memory_bytes"]["driver"] == PROCESS_BYTES + 56 * 10_000
+    assert plan["memory_bytes"]["driver"] == PROCESS_BYTES + 8 * 10_000

@@ -282,6 +282,8 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "link", link)
     with pytest.raises(ConfigError, match=f"{tmp_path}: its file system has no hard links .* use a local disk, NFS"):
         storage.require_writable(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path}: its file system has no hard links .* use a local disk, NFS"):
+        storage.create_json(tmp_path / "first.json", {})
     assert os.listdir(tmp_path) == []
 
 

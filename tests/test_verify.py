@@ -283,7 +283,7 @@ class TestAnswers:
         first, second, _ = names_in(run / "answers")
         shutil.copy(run / "answers" / first, run / "answers" / second)
         (damage,) = verify(run)["damage"]
-        assert f"{run / 'answers' / second}: not the answers that were imported under this number" in damage
+        assert f"{run / 'answers' / second}: holds another import than its number says" in damage
 
     def test_something_else(self, run: Path) -> None:
         (run / "answers/notes.txt").write_text("ask Ann")

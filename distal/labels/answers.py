@@ -39,6 +39,10 @@ SCHEMA = pa.schema(
 )
 
 _NUMBER = b"distal.import"
+PUT_BACK = (
+    "put it back from a copy of the run; without one, move the whole folder answers/ away and import the files of the "
+    "annotators again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +201,13 @@ def read_import(folder: Path, number: int) -> list[Answer]:
         UnknownFormat: another version wrote it.
     """
     path = import_path(folder, number)
+    if not path.exists():
+        raise Damage(f"{path}: missing; {PUT_BACK}")
     table = read_table(path)
     if table.schema.names != SCHEMA.names:
-        raise UnknownFormat(f"{path}: has other columns than this version of distal writes; import the answers again")
+        raise UnknownFormat(f"{path}: has other columns than this version of distal writes; {PUT_BACK}")
     if (table.schema.metadata or {}).get(_NUMBER) != str(number).encode():
-        raise Damage(f"{path}: not the answers that were imported under this number; put them back from a copy")
+        raise Damage(f"{path}: holds another import than its number says; {PUT_BACK}")
     times = table["time"].cast(pa.int64())
     return [Answer(**row) for row in table.set_column(SCHEMA.get_field_index("time"), "time", times).to_pylist()]
 

@@ -130,7 +130,7 @@ def read_said(path: Path, unsure: str = CANNOT_TELL) -> list[Said]:
     except SourceError:
         raise
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: {BROKEN} ({shown(one_line(error), 200)})") from error
+        raise SourceError(f"{path}: {BROKEN} ({shown(one_line(error), 200)}); nothing was imported") from error
     if not said:
         raise SourceError(f"{path}: says nothing of any sample")
     return said

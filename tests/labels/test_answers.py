@@ -183,7 +183,7 @@ def test_a_file_of_the_log_that_is_missing_is_damage(tmp_path: Path) -> None:
     with pytest.raises(Damage, match="000001.parquet: missing"):
         read(tmp_path)
     shutil.copy(tmp_path / "000002.parquet", tmp_path / "000001.parquet")
-    with pytest.raises(Damage, match="000001.parquet: not the answers that were imported under this number"):
+    with pytest.raises(Damage, match="000001.parquet: holds another import than its number says"):
         read(tmp_path)
 
 
