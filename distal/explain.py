@@ -17,7 +17,7 @@ from distal.errors import RunConflict, UserError
 from distal.hashing import digest, mix64
 from distal.lists import find
 from distal.pool import Pool
-from distal.pool.images import OK
+from distal.pool.images import OK, SAMPLES
 from distal.records import STRIPE_SAMPLES, JsonObject, Window, split_blocks
 from distal.runs import Cycle, Run
 from distal.scores import Scores
@@ -46,7 +46,8 @@ def explain(path: Path, sample_id: str, *, pool: Path | None = None) -> JsonObje
     index = int(find(opened, [sample_id])[0])
     if index < 0:
         raise UserError(
-            f"{sample_id}: the pool {opened.path} has no such sample; `distal pool info` tells how many it has"
+            f"{sample_id}: the pool {opened.path} has no sample of this name; the names are in the column sample_id of "
+            f"{opened.path / SAMPLES}"
         )
     row = opened.take_samples([index], ["status", "uri"]).to_pylist()[0]
     told = [_told(run, cycle, opened, index) for cycle in scored]

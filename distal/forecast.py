@@ -20,6 +20,7 @@ from distal.reduce.stream import n_threads, stripe_bytes, stripe_samples
 from distal.score.eliminate import barrier_rows
 from distal.score.plan import MAX_ROWS
 from distal.strategies import scored_epochs
+from distal.train.command import check_command
 
 MANY_OBJECTS = 100_000
 PROCESS_BYTES = 500 * 2**20  # of a Python process with torch and Ray, before it holds anything
@@ -37,6 +38,8 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     Raises:
         UserError: the pool can be neither opened nor counted.
     """
+    if isinstance(config, Config) and config.train.command is not None:
+        check_command(config.train.command)
     n_samples, n_readable, shape, n_classes = _pool(config)
     limit = config.pool.limit
     n_eligible = n_readable if limit is None else min(limit, n_readable)

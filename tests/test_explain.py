@@ -72,7 +72,7 @@ def test_what_two_selections_share(run: Path, pool: Pool, tmp_path: Path) -> Non
 
 
 def test_mistakes(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nobody: the pool .* has no such sample"):
+    with pytest.raises(UserError, match="nobody: the pool .* has no sample of this name"):
         explain(run, "nobody")
     with pytest.raises(RunConflict, match="no selection of the same cycle in both; in both are"):
         diff(run, run, cycle=7)

@@ -300,7 +300,7 @@ class TestMistakes:
             ("sample_id,label\n{0},square\n", "label square is no class; the classes are circle, cross, dot, line"),
             ("sample_id,label\n{other},dot\n", "is not asked for by any batch; .* --allow-unasked takes them"),
             ("sample_id,label,choice\n{0},dot,dot\n", "label and choice could each be the label; keep one of them"),
-            ("id,label\n{0},dot\n", "has no columns sample_id and label; it has id, label"),
+            ("id,label\n{0},dot\n", "has no column sample_id; it has id, label"),
             ("", "empty"),
             ("sample_id,label\n", "says nothing of any sample"),
             ('sample_id,label\n"{0},do', "half-written, or not what annotators send"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -141,7 +142,11 @@ def _of_table(path: Path, unsure: str) -> Iterable[Said]:
     names, table = read_any_table(path, known, MOST_ROWS)
     there = [name for name in LABEL_COLUMNS if name in names]
     if "sample_id" not in names or not there:
-        raise SourceError(f"{path}: has no columns sample_id and label; it has {shown(', '.join(names), 200)}")
+        lacking = " and ".join(
+            [*(["sample_id"] if "sample_id" not in names else []), *(["label"] if not there else [])]
+        )
+        other = "; save it with commas between columns" if len(names) == 1 and re.search(r"[;\t|]", names[0]) else ""
+        raise SourceError(f"{path}: has no column {lacking}; it has {shown(', '.join(names), 200)}{other}")
     if len(there) > 1:
         raise SourceError(f"{path}: {' and '.join(there)} could each be the label; keep one of them")
     rows = (row for batch in table.to_batches(max_chunksize=10_000) for row in batch.to_pylist())
