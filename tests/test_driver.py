@@ -51,7 +51,7 @@ def test_layout_on_disk(finished: Path) -> None:
     assert found[1] == expected  # the last cycle selects but does not label
     assert (finished / "cycles/000/train/state.pt").exists()
     assert [path.name for path in (finished / "cycles/000/train/owners").iterdir()] == ["000001"]
-    assert json.loads((finished / "cycles/000/train.json").read_text())["answers"] == []
+    assert json.loads((finished / "cycles/000/train.json").read_text())["n_imports"] == 0
     assert json.loads((finished / "cycles/000/checkpoints/0002/manifest.json").read_text())["epoch"] == 3
 
 

@@ -78,7 +78,7 @@ def _csv(a: str, b: str, c: str, unreadable: str) -> dict[str, tuple[str | bytes
         "open-quote.csv": (f'{head}"{a},dot\n', BROKEN),
         "long-cell.csv": (label("x" * 3_000_000), f"{BROKEN}|is no class"),
         "long-header.csv": ("x" * 3_000_000 + "\n1\n", f"{BROKEN} .its first line"),
-        "many-columns.csv": ("," * 20_000 + "\n", "has no columns"),
+        "many-columns.csv": ("," * 20_000 + "\n", "has no column"),
         "many-rows.csv": (head + "x,\n" * 2_000_001, "2000001 rows are more than 2000000; split it into parts"),
         "unknown-class.csv": (label("square"), "label square is no class; the classes are circle"),
         "digits.csv": (label("1" * 5000), r"label 1+\.\.\. is no class"),
