@@ -14,6 +14,7 @@ def check(strikes: list[Strike]) -> None:
     assert [strike for strike in strikes if not strike.recovered or strike.rewritten] == []
 
 
+@pytest.mark.slow
 def test_a_run_under_fire_ends_with_the_same_answer(tmp_path: Path) -> None:
     with Lab(tmp_path, 1000, cycles=1, rows=5, actors=2) as lab:
         expected, _ = undisturbed(lab, KINDS["plain"])
