@@ -1,4 +1,4 @@
-"""A short campaign for every kind of run in the slow tests, and every fault alone before a release."""
+"""A short campaign in the slow tests; every fault alone, and every kind of run, before a release."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ def check(strikes: list[Strike]) -> None:
     assert [strike for strike in strikes if not strike.recovered or strike.rewritten] == []
 
 
+@pytest.mark.slow
+def test_a_run_under_fire_ends_with_the_same_answer(tmp_path: Path) -> None:
+    with Lab(tmp_path, 1000, cycles=1, rows=5, actors=2) as lab:
+        expected, _ = undisturbed(lab, KINDS["plain"])
+        faults = ["actor killed", "driver killed", "finished file damaged"]
+        check(disturb(lab, 0, faults, KINDS["plain"], expected, seed=3))
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault(tmp_path: Path, fault: str) -> None:
@@ -26,7 +34,7 @@ def test_every_fault(tmp_path: Path, fault: str) -> None:
         assert not strikes[0].rewritten
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_every_kind_of_run(tmp_path: Path, kind: Kind) -> None:
     with Lab(tmp_path, 2000) as lab:
