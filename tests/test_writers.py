@@ -181,7 +181,8 @@ def test_the_attempt_at_training_that_counts_is_the_successors(
 
     def begin() -> tuple[Callable[[], object], Callable[[], object]]:
         run = begun(fresh())
-        cycle = state["cycle"] = Run(run).cycle(0)
+        cycle = Run(run).cycle(0)
+        state.update(cycle=cycle, late=None)
         for _ in range(n_before):
             cycle.begin_attempt()
         old = Lease(run, "old")
@@ -195,13 +196,16 @@ def test_the_attempt_at_training_that_counts_is_the_successors(
             state["begun"] = dest, cycle.checkpoints, cycle.assignments
             checkpoints.commit_bytes(dest, 0, 1, b"weights")
 
-        return (lambda: cycle.begin_attempt(old.require)), second
+        def first() -> None:
+            state["late"] = cycle.begin_attempt(old.require)
+
+        return first, second
 
     def check() -> None:
         cycle = state["cycle"]
         dest, *folders = state["begun"]
         assert [cycle.checkpoints, cycle.assignments] == folders
-        assert folders[0] == dest
+        assert folders[0] == dest != state["late"]
         assert checkpoints.committed(cycle.checkpoints) == [0]
         assert cycle.assignments not in cycle.earlier_assignments()
 
