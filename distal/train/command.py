@@ -278,7 +278,8 @@ def _longest(starts: Sequence[Sequence[CheckpointRef]]) -> Sequence[CheckpointRe
     """
     found: Sequence[CheckpointRef] = []
     for refs in starts:
-        if [ref.sha256 for ref in refs[: len(found)]] == [ref.sha256 for ref in found]:
+        common = [ref.sha256 for ref in refs[: len(found)]]
+        if len(refs) > len(found) and common == [ref.sha256 for ref in found]:
             found = refs
     return found
 
