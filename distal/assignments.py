@@ -9,6 +9,7 @@
       probabilities (T, n_samples, C) float32, chunks (1, block_size, C): recorded likewise
     assignments.zarr.json   layout and classes; sealed
     assignments.zarr.begun/ fingerprint.json, and <row>.json: the machine and the weights that scoring was begun with
+    assignments.zarr.elimination/  <row>.json: what was decided before a row, see `score.eliminate`
 
 Row t is the checkpoint with `checkpoint_index` t; column i is the sample with `sample_index` i. The fill value of
 `assignments` is the largest value of its dtype and is no class: UNASSIGNED. A block's recorded chunks are written first
@@ -91,17 +92,21 @@ class Assignments:
     ) -> Self:
         """Lay out the arrays; no assignment exists yet. What another driver has laid out meanwhile stays.
 
+        The record comes first, and the arrays are laid out as it says: whoever was killed in between, or is faster, may
+        know of another number of checkpoints.
+
         Args:
             n_rows: T, the number of checkpoints that the cycle will have.
             eligible: for each block in order, which of its samples are to be scored: (len(block),) bool.
         """
+        layout = {"n_rows": n_rows, "n_samples": n_samples, "block_size": block_size}
+        create_json(record_path(path), {**layout, "n_classes": n_classes, "recorded": list(recorded)})
+        kept = read_json(record_path(path), required=LAYOUT)
         with temporary_folder(path) as beside:  # they appear whole, and never in place of others
-            flags = _lay_out(beside, n_rows, n_samples, block_size, n_classes, recorded)[ELIGIBLE]
+            flags = _lay_out(beside, *(kept[key] for key in LAYOUT))[ELIGIBLE]
             for block, flag in zip(split_blocks(n_samples, block_size), eligible, strict=True):
                 flags.write((slice(block.start, block.stop),), flag)
             create_folder(beside, path)
-        layout = {"n_rows": n_rows, "n_samples": n_samples, "block_size": block_size}
-        create_json(record_path(path), {**layout, "n_classes": n_classes, "recorded": list(recorded)})
         return cls.open(path)
 
     @classmethod
@@ -312,11 +317,6 @@ class Assignments:
                 f"{self.path}: row {row} was begun with weights {kept[:12]}, and checkpoint {row} now is "
                 f"{sha256[:12]}; put the old checkpoint back, or remove {self.path}* to score all rows again"
             )
-
-    def begun_with(self, weights: Sequence[str]) -> bool:
-        """Whether the first rows are scored with these weights, one per row."""
-        kept = self.weights
-        return [kept.get(row) for row in range(len(weights))] == list(weights)
 
     def take_over(self, other: Assignments, row: int) -> None:
         """Commit what others of the same layout have of a row that is scored with the same weights. For the driver

@@ -368,7 +368,7 @@ class _Driver:
         if _begun(cycle).train.command is None or cycle.marker("train") is not None:
             return cycle.checkpoints
         before = checkpoints.committed(cycle.checkpoints)
-        dest = cycle.begin_attempt()
+        dest = cycle.begin_attempt(self.attempt.lease.require)
         if before:
             reason = (
                 f"restarting train.command, which publishes to {dest.name}; the {len(before)} earlier checkpoints are "
@@ -769,13 +769,15 @@ class _Reusing:
 
     def __init__(
         self,
-        training: _Training,
+        training: Producer,
         assignments: Assignments,
         earlier: Sequence[Assignments],
         first_index: int,
         on_event: Callable[..., None],
     ) -> None:
-        self._training, self._assignments, self._earlier = training, assignments, list(earlier)
+        self._training, self._assignments = training, assignments
+        # Read once. A driver that was paused may still begin rows there; they are scored here, which does no harm.
+        self._earlier = [(each, each.weights) for each in earlier]
         self._first_index, self._on_event = first_index, on_event
         self._weights: list[str] = []  # of the rows that have been looked at, which are the first ones
         self.finished, self.slots_held = training.finished, training.slots_held
@@ -790,11 +792,12 @@ class _Reusing:
         return refs
 
     def _take_over(self, row: int) -> None:
-        begun = [each for each in self._earlier if row in each.weights]
-        same = [each for each in begun if each.begun_with(self._weights)]
+        begun = [(each, weights) for each, weights in self._earlier if row in weights]
+        same = [each for each, weights in begun if [weights.get(i) for i in range(row + 1)] == self._weights]
         for each in same:
             for damage in each.remove_damaged(row):
                 self._on_event("damaged_block", reason=f"{damage}; it will be scored again")
+            self._assignments.adopt_weights(row, self._weights[row])  # first: no chunk is without its weights
             self._assignments.take_over(each, row)
         if begun and not same:
             reason = (

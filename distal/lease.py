@@ -11,7 +11,8 @@ is ever removed: a number is given once, so nobody who was paused can create one
 A driver that was paused may write after its successor has begun. What then? Every artifact has one of these answers:
 
 - created exclusively, the first one stays: `run.yaml`, `cycle.yaml`, manifests, label files, the layout of assignments
-  and what they were begun with (fingerprint, weights of a row), what was decided at a barrier, who may train;
+  and what they were begun with (fingerprint, weights of a row), what was decided at a barrier, who may train, and
+  which attempt at training counts, whose checkpoints and assignments are in folders of its own;
 - the same bytes, whoever writes them: chunks, scores, selections, the state of training, on processors of one kind;
 - written after `require`, and found out if it is late all the same: see `Waiting.write`, `Staged.expect_again`,
   `ForeignCheckpoints.keep`.

@@ -42,8 +42,9 @@ from distal.ledger import Ledger, label_files
 from distal.records import JsonObject
 from distal.selection import Selection
 
-EXPECTED = "expected.json"
+EXPECTED, ATTEMPTS = "expected.json", "attempts"
 CYCLE = re.compile(r"\d{3,}", re.ASCII)
+ATTEMPT = re.compile(r"\d{5,}\.json", re.ASCII)
 STAGES = ("train", "score", "test", "reduce", "select", "label")
 
 
@@ -171,41 +172,58 @@ class Cycle(Staged):
     @property
     def checkpoints(self) -> Path:
         """Folder of the published weights: that of the last attempt at training."""
-        return self._of_attempt("checkpoints", max(self._attempts("checkpoints"), default=0))
+        return self._of_attempt("checkpoints", max(self._attempts(), default=0))
 
     @property
     def assignments(self) -> Path:
         """Assignments of the pool at every checkpoint of the last attempt at training."""
-        return self._of_attempt("assignments", max(self._attempts("assignments", ".zarr"), default=0), ".zarr")
+        return self._of_attempt("assignments", self._assignments_of(max(self._attempts(), default=None)), ".zarr")
 
     def published_to(self) -> list[Path]:
         """The folders that the attempts at training published to, the latest first."""
-        return [self._of_attempt("checkpoints", n) for n in sorted(self._attempts("checkpoints"), reverse=True)]
+        return [self._of_attempt("checkpoints", number) for number in reversed(self._attempts())]
 
     def earlier_assignments(self) -> list[Path]:
         """Those of earlier attempts, the latest first."""
-        numbers = sorted(self._attempts("assignments", ".zarr"), reverse=True)
+        numbers = sorted({self._assignments_of(number) for number in self._attempts()}, reverse=True)
         return [self._of_attempt("assignments", number, ".zarr") for number in numbers[1:]]
 
-    def begin_attempt(self) -> Path:
+    def begin_attempt(self, still_ours: Callable[[], None] = lambda: None) -> Path:
         """Make a folder for the checkpoints of a training script that is started, and return it.
 
         Each start has a folder of its own: what an earlier one still writes stays out of it. Unless the cycle has been
         scored, it has assignments of its own, too, for the same reason. `cycle.checkpoints` and `cycle.assignments` are
         those of the last attempt from here on.
-        """
-        number = max(self._attempts("checkpoints"), default=-1) + 1
-        if number and self.marker("score") is None:
-            storage.make_folder(self._of_attempt("assignments", number, ".zarr"))
-        dest = self._of_attempt("checkpoints", number)
-        storage.make_folder(dest)
-        return dest
 
-    def _attempts(self, stem: str, suffix: str = "") -> list[int]:
-        """The numbers of the attempts at training that have a folder of this kind."""
-        pattern = re.compile(rf"{stem}(?:-(\d+))?{re.escape(suffix)}")
-        found = (pattern.fullmatch(name) for name in storage.names_in(self.folder))
-        return [int(match[1] or 0) for match in found if match]
+        Attempts are numbered records, each created exclusively and never replaced. As in `train.loop.claim` the number
+        is chosen before the lease is looked at, so a driver that was paused finds it taken, looks again, and stops.
+
+        Args:
+            still_ours: raises when another driver has the run.
+        """
+        while True:
+            last = max(self._attempts(), default=None)
+            number = 0 if last is None else last + 1
+            still_ours()
+            own = number if self.marker("score") is None else self._assignments_of(last)
+            if storage.create_json(self._attempt_path(number), {"assignments": own}):
+                dest = self._of_attempt("checkpoints", number)
+                storage.make_folder(dest)
+                return dest
+
+    def _attempts(self) -> list[int]:
+        """The numbers of the attempts at training by a script, in order."""
+        names = storage.names_in(self.folder / "train" / ATTEMPTS)
+        return sorted(int(name.removesuffix(".json")) for name in names if ATTEMPT.fullmatch(name))
+
+    def _assignments_of(self, attempt: int | None) -> int:
+        """The number of the assignments that an attempt at training is scored into."""
+        if attempt is None:
+            return 0
+        return int(storage.read_json(self._attempt_path(attempt), required=("assignments",))["assignments"])
+
+    def _attempt_path(self, number: int) -> Path:
+        return self.folder / "train" / ATTEMPTS / f"{number:05d}.json"
 
     def _of_attempt(self, stem: str, number: int, suffix: str = "") -> Path:
         return self.folder / f"{stem}-{number}{suffix}" if number else self.folder / f"{stem}{suffix}"
@@ -216,8 +234,11 @@ class Cycle(Staged):
 
     @property
     def elimination(self) -> Path:
-        """What was decided at each barrier, `<row>.json`; see `score.eliminate`."""
-        return self.folder / self.assignments.stem.replace("assignments", "elimination")
+        """What was decided at each barrier, `<row>.json`; see `score.eliminate`.
+
+        It follows from the assignments and has their name, so that it goes when all `assignments.zarr*` are removed.
+        """
+        return self.assignments.with_name(f"{self.assignments.name}.elimination")
 
     def remaining(self, n_rows: int) -> tuple[int, ...] | None:
         """Of each block, how many samples were scored at the last of `n_rows` rows; None when nothing was left out."""

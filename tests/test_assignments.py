@@ -196,6 +196,31 @@ def test_laying_out_that_was_cut_off_is_not_begun(tmp_path: Path) -> None:
     assert create(path).committed(0) == set()
 
 
+def test_laying_out_that_was_cut_off_goes_on_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that has arrived since changes no layout."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    layout = {"n_samples": N, "block_size": BLOCK, "n_classes": 5, "recorded": ("margin",)}
+    path = tmp_path / "a.zarr"
+    for name in ("create_json", "create_folder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"distal.assignments.{name}", die)
+            with pytest.raises(KeyboardInterrupt):
+                create(path)
+        assert not Assignments.begun(path)
+    again = Assignments.take_up(
+        path,
+        n_rows=ROWS + 1,
+        **layout,
+        eligible=lambda start, stop: np.ones(stop - start, bool),
+        on_damage=pytest.fail,
+    )
+    assert again.n_rows == ROWS
+    assert again.eligible(0, N).all()
+
+
 @pytest.mark.parametrize("text", [None, "", "{", '{"zarr_format": 3, "node_type": "array"}'])
 @pytest.mark.parametrize("array", ["assignments", "margin", "eligible"])
 def test_metadata_that_is_gone_or_broken_is_damage(tmp_path: Path, array: str, text: str | None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ import torch
 import zarr
 
 from distal import checkpoints, driver
-from distal.assignments import Assignments
+from distal.assignments import Assignments, begun_path
+from distal.driver import _Reusing
 from distal.errors import ConfigError, Damage, DistalError, ModelError, PoolError, RunConflict, UserError
 from distal.ledger import Ledger
 from distal.models import ModelSpec
@@ -27,6 +30,7 @@ from distal.score.job import Published
 from distal.score.predict import Predictor
 from distal.status import status
 from tests.helpers import flip, small_config, write_source
+from tests.interleave import interleavings
 
 N_READABLE, INITIAL, BUDGET, ROWS = 238, 24, 16, 3
 
@@ -53,6 +57,67 @@ def test_layout_on_disk(finished: Path) -> None:
     assert [path.name for path in (finished / "cycles/000/train/owners").iterdir()] == ["000001"]
     assert json.loads((finished / "cycles/000/train.json").read_text())["n_imports"] == 0
     assert json.loads((finished / "cycles/000/checkpoints/0002/manifest.json").read_text())["epoch"] == 3
+
+
+def laid_out(path: Path, *weights: str) -> Assignments:
+    """Assignments of three rows, of which the first ones are scored with these weights."""
+    assignments = Assignments.create(
+        path, n_rows=3, n_samples=8, block_size=4, n_classes=3, eligible=[np.ones(4, bool)] * 2
+    )
+    if weights:
+        assignments.adopt_fingerprint({"torch": "1"})
+    for row, sha256 in enumerate(weights):
+        assignments.adopt_weights(row, sha256)
+        for block in assignments.blocks:
+            assignments.write(row, block, np.full(4, row, np.uint8))
+    return assignments
+
+
+def refs_of(*weights: str) -> list[CheckpointRef]:
+    return [CheckpointRef(index, index + 1, Path("no.pt"), sha256, {}) for index, sha256 in enumerate(weights)]
+
+
+def test_what_earlier_starts_were_begun_with_is_read_once(tmp_path: Path) -> None:
+    """Its rows and those of many starts would be read for every row otherwise."""
+    earlier = [laid_out(tmp_path / "b.zarr", "a", "b", "x"), laid_out(tmp_path / "a.zarr", "a", "b", "c")]
+    now, events = laid_out(tmp_path / "now.zarr"), []
+    reusing = _Reusing(Published(refs_of("a", "b", "c")), now, earlier, 0, lambda name, **_: events.append(name))
+    for each in earlier:
+        for row in range(3):
+            (begun_path(each.path) / f"{row:05d}.json").unlink()
+    assert len(reusing.published()) == 3
+    assert now.read(0, 8, complete=True).tolist() == [[row] * 8 for row in range(3)]
+    assert events == []
+
+
+@pytest.mark.parametrize(("given", "n_kept"), [("abc", 3), ("abx", 2), ("axc", 1), ("xbc", 0)])
+def test_a_row_counts_while_all_before_it_have_the_weights_of_before(tmp_path: Path, given: str, n_kept: int) -> None:
+    earlier, now, events = laid_out(tmp_path / "a.zarr", *"abc"), laid_out(tmp_path / "now.zarr"), []
+    reusing = _Reusing(Published(refs_of(*given)), now, [earlier], 0, lambda name, **_: events.append(name))
+    reusing.published()
+    assert [len(now.committed(row)) for row in range(3)] == [2] * n_kept + [0] * (3 - n_kept)
+    assert events == ["other_weights"] * (n_kept < 3)
+
+
+def test_a_row_is_never_taken_over_without_its_weights(tmp_path: Path) -> None:
+    """Whenever the driver is killed, what is committed says which weights it was scored with."""
+    numbers = itertools.count()
+    state: dict[str, Assignments] = {}
+
+    def begin() -> tuple[Callable[[], object], Callable[[], object]]:
+        folder = tmp_path / str(next(numbers))
+        earlier, now = laid_out(folder / "a.zarr", "a", "b"), laid_out(folder / "now.zarr")
+        state["now"] = now
+
+        def sound() -> None:
+            assert now.weights.keys() >= {row for row in range(3) if now.committed(row)}
+
+        return _Reusing(Published(refs_of("a", "b")), now, [earlier], 0, print).published, sound
+
+    def check() -> None:
+        assert state["now"].weights == {0: "a", 1: "b"}
+
+    assert interleavings(begin, check) > 3
 
 
 def test_assignments_scores_and_selection_belong_together(finished: Path, pool: Pool) -> None:

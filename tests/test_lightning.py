@@ -19,6 +19,7 @@ from distal.models import ModelSpec
 from distal.runs import Run
 from distal.storage import remove_tree
 from distal.train.command import OWNER
+from distal.train.loop import claim
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -98,8 +99,7 @@ def test_a_training_that_goes_on_keeps_the_checkpoints_of_before(
 ) -> None:
     """As a script that is started again by `train.command`: every start publishes to a folder of its own."""
     cycle = Run(tmp_path).cycle(0)
-    (cycle.folder / "train").mkdir(parents=True)
-    (cycle.folder / "train" / "owner").write_text("me")
+    claim(cycle.folder, "me")
     monkeypatch.setenv(OWNER, "me")
     first, second, third = (cycle.begin_attempt() for _ in range(3))
     saves = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1)

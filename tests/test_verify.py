@@ -307,7 +307,7 @@ def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) 
     whole = content(tmp_path / "run")
     damages: list[Callable[[], object]] = [
         lambda: flip(tmp_path / "run/cycles/000/assignments.zarr/assignments/c/1/0"),
-        lambda: flip(tmp_path / "run/cycles/000/elimination/00005.json"),
+        lambda: flip(tmp_path / "run/cycles/000/assignments.zarr.elimination/00005.json"),
         lambda: flip(next((tmp_path / "run").glob("cycles/000/analyses/*/scores.zarr/dispersion/c/2"))),
     ]
     for damage in damages:

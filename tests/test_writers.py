@@ -10,10 +10,12 @@ import itertools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from distal import checkpoints
 from distal import lease as leases
 from distal.assignments import Assignments
 from distal.config import parse
@@ -170,6 +172,46 @@ def test_the_right_to_train_is_the_successors(fresh: Callable[[], Path], expired
     assert interleavings(begin, check) > 3
 
 
+@pytest.mark.parametrize("n_before", [0, 1, 3])
+def test_the_attempt_at_training_that_counts_is_the_successors(
+    fresh: Callable[[], Path], expired: None, n_before: int
+) -> None:
+    """Where its checkpoints and assignments are does not change while it trains."""
+    state: dict[str, Any] = {}
+
+    def begin() -> tuple[Callable[[], object], Callable[[], object]]:
+        run = begun(fresh())
+        cycle = Run(run).cycle(0)
+        state.update(cycle=cycle, late=None)
+        for _ in range(n_before):
+            cycle.begin_attempt()
+        old = Lease(run, "old")
+        old._take()
+
+        def second() -> None:
+            new = Lease(run, "new")
+            new._take()
+            dest = cycle.begin_attempt(new.require)
+            assert names_in(dest) == []
+            state["begun"] = dest, cycle.checkpoints, cycle.assignments
+            checkpoints.commit_bytes(dest, 0, 1, b"weights")
+
+        def first() -> None:
+            state["late"] = cycle.begin_attempt(old.require)
+
+        return first, second
+
+    def check() -> None:
+        cycle = state["cycle"]
+        dest, *folders = state["begun"]
+        assert [cycle.checkpoints, cycle.assignments] == folders
+        assert folders[0] == dest != state["late"]
+        assert checkpoints.committed(cycle.checkpoints) == [0]
+        assert cycle.assignments not in cycle.earlier_assignments()
+
+    assert interleavings(begin, check) > 3
+
+
 def test_who_was_given_up_may_not_write(tmp_path: Path) -> None:
     claim(tmp_path, "mine-1")
     release(tmp_path, "another-")
@@ -181,10 +223,10 @@ def test_who_was_given_up_may_not_write(tmp_path: Path) -> None:
     check_owner(tmp_path, "mine-2")
 
 
-def lay_out(path: Path) -> Assignments:
+def lay_out(path: Path, n_rows: int = 2) -> Assignments:
     return Assignments.take_up(
         path / "a.zarr",
-        n_rows=2,
+        n_rows=n_rows,
         n_samples=4,
         block_size=4,
         n_classes=3,
@@ -213,6 +255,22 @@ def test_assignments_are_laid_out_once(fresh: Callable[[], Path]) -> None:
         assert assignments.eligible(0, 4).all()
         assert assignments.weights == {0: "a" * 64}
         assert not [path for path in state["path"].iterdir() if path.name.endswith(".tmp")]
+
+    assert interleavings(begin, check) > 3
+
+
+def test_assignments_have_the_rows_that_the_first_one_knew_of(fresh: Callable[[], Path]) -> None:
+    """Where checkpoints go on coming, whoever lays out later knows of more."""
+    state: dict[str, Any] = {}
+
+    def begin() -> tuple[Callable[[], object], Callable[[], object]]:
+        path = fresh()
+        state.update(path=path, found=[])
+        return (lambda: lay_out(path, 3)), (lambda: state["found"].append(lay_out(path, 5).n_rows))
+
+    def check() -> None:
+        assert state["found"] == [Assignments.open(state["path"] / "a.zarr").n_rows]
+        assert lay_out(state["path"], 7).n_rows in (3, 5)
 
     assert interleavings(begin, check) > 3
 

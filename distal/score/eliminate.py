@@ -36,7 +36,7 @@ class Barrier:
     remaining: tuple[int, ...]
 
     def to_record(self) -> JsonObject:
-        """As kept in `elimination/<row>.json`."""
+        """As kept in `assignments.zarr.elimination/<row>.json`."""
         return {"row": self.row, "theta": self.theta, "remaining": list(self.remaining)}
 
     @classmethod

@@ -44,7 +44,7 @@ class Elimination:
     """Leave out samples that can no longer be selected; see `eliminate`.
 
     Attributes:
-        record: the folder `elimination`, what has been decided.
+        record: the folder `assignments.zarr.elimination`, what has been decided.
         budget: samples that will be selected.
     """
 

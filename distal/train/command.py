@@ -29,6 +29,7 @@ from distal.foreign import check_fits
 from distal.ledger import Ledger
 from distal.pool import Pool
 from distal.pool.images import write_png
+from distal.records import CheckpointRef
 from distal.runs import Cycle
 from distal.storage import disk_errors, sha256, write_table
 from distal.train.loop import TrainJob, check_owner, claim
@@ -261,12 +262,26 @@ def resume_checkpoints(folder: str | Path, n: int | None = None) -> list[Path]:
     folder = Path(folder)
     _check_still_ours(folder)
     folders = Cycle(folder.parent).published_to() if OWNER in os.environ else [folder]
-    found = (checkpoints.unbroken(each, os.environ.get(INPUTS, "")) for each in folders)
-    refs = next(filter(None, found), [])[:n]
+    refs = _longest([checkpoints.unbroken(each, os.environ.get(INPUTS, "")) for each in folders])[:n]
     for ref in refs:
         if ref.path.parents[1].name != folder.name:
             checkpoints.take_over(ref, folder)
     return [checkpoints.read(folder, ref.index).path for ref in refs]
+
+
+def _longest(starts: Sequence[Sequence[CheckpointRef]]) -> Sequence[CheckpointRef]:
+    """The checkpoints of the latest start that has some, and those that an earlier one of the same training has after
+    them: a start may have been cut off while it took them over.
+
+    Args:
+        starts: the checkpoints of each, the latest first.
+    """
+    found: Sequence[CheckpointRef] = []
+    for refs in starts:
+        common = [ref.sha256 for ref in refs[: len(found)]]
+        if len(refs) > len(found) and common == [ref.sha256 for ref in found]:
+            found = refs
+    return found
 
 
 def _check_still_ours(folder: Path) -> None:

@@ -367,7 +367,7 @@ def triggers(rng: random.Random, lab: Lab, kind: Kind) -> list[str]:
     stages = []
     for cycle in range(lab.cycles):
         folder = f"cycles/{cycle:03d}"
-        stages += [f"{folder}/cycle.yaml", f"{folder}/train/{'owner' if kind.command else 'state.pt'}"]
+        stages += [f"{folder}/cycle.yaml", f"{folder}/train/{'attempts/*' if kind.command else 'state.pt'}"]
         for row in range(lab.rows):
             block = rng.randrange(min(8, lab.n_samples // BLOCK))
             # A training script that was started again publishes to a folder of its own.

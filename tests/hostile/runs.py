@@ -76,7 +76,7 @@ FILES = (
     f"{CYCLE}/assignments.zarr.begun/00000.json", f"{CYCLE}/assignments.zarr/assignments/zarr.json",
     f"{CYCLE}/assignments.zarr/assignments/c/1/0", f"{CYCLE}/assignments.zarr/eligible/c/0",
     f"{CYCLE}/scores.zarr/zarr.json", f"{CYCLE}/scores.zarr/margin/c/1", f"{CYCLE}/test.zarr.json",
-    f"{CYCLE}/elimination", f"{CYCLE}/elimination/00002.json", "cycles",
+    f"{CYCLE}/assignments.zarr.elimination", f"{CYCLE}/assignments.zarr.elimination/00002.json", "cycles",
 )  # fmt: skip
 
 TEXTS = {
@@ -176,7 +176,14 @@ def plugins(run: Path) -> None:
 
 def names(run: Path) -> None:
     """Names that are no UTF-8, no number, or numbers of another script."""
-    for folder in ("answers", "cycles", "driver", f"{CYCLE}/analyses", f"{CYCLE}/elimination", f"{CYCLE}/checkpoints"):
+    for folder in (
+        "answers",
+        "cycles",
+        "driver",
+        f"{CYCLE}/analyses",
+        f"{CYCLE}/assignments.zarr.elimination",
+        f"{CYCLE}/checkpoints",
+    ):
         (run / folder).mkdir(exist_ok=True)
         for name in (b"\xff\xfe", "²".encode(), "٣٣٣".encode(), b"-001", b"9" * 100, b"a\nb", b" "):
             Path(os.fsdecode(os.fsencode(run / folder) + b"/" + name)).mkdir(exist_ok=True)

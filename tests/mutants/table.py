@@ -723,6 +723,11 @@ ASSIGNMENTS = _of(
         "        for name, values in (recorded or {}).items():\n"
         "            self._arrays[name].write(where, values.astype(self._arrays[name].dtype, copy=False))\n",
     ),
+    (
+        "assignments: laid out otherwise than recorded",
+        "_lay_out(beside, *(kept[key] for key in LAYOUT))",
+        "_lay_out(beside, n_rows, n_samples, block_size, n_classes, recorded)",
+    ),
     ("assignments: one class too many", "(labels >= self.n_classes) &", "(labels > self.n_classes) &"),
     ("assignments: unassigned is wrong", " & (labels != unassigned(self.dtype))", ""),
     (
@@ -780,6 +785,36 @@ PROCESSES = _of(
         "if self.host != platform.node():",
     ),
 )
+
+RUNS = _of(
+    "runs.py",
+    "test_runs.py test_writers.py",
+    (
+        "runs: the lease is looked at before the number is chosen",
+        "            last = max(self._attempts(), default=None)\n"
+        "            number = 0 if last is None else last + 1\n"
+        "            still_ours()\n",
+        "            still_ours()\n"
+        "            last = max(self._attempts(), default=None)\n"
+        "            number = 0 if last is None else last + 1\n",
+    ),
+    (
+        "runs: the last one that makes an attempt wins",
+        'if storage.create_json(self._attempt_path(number), {"assignments": own}):',
+        'if not storage.write_json(self._attempt_path(number), {"assignments": own}):',
+    ),
+    (
+        "runs: a start after scoring begins anew",
+        'number if self.marker("score") is None else self._assignments_of(last)',
+        "number",
+    ),
+    (
+        "runs: what was left out outlives its assignments",
+        'self.assignments.with_name(f"{self.assignments.name}.elimination")',
+        'self.folder / self.assignments.stem.replace("assignments", "elimination")',
+    ),
+)
+
 LEASE = _of(
     "lease.py",
     "test_lease.py test_writers.py",
@@ -923,6 +958,7 @@ MUTANTS = [
     *LEDGER,
     *ANSWERS,
     *PROCESSES,
+    *RUNS,
     *LEASE,
     *OTHERS,
 ]

@@ -290,8 +290,7 @@ def test_a_restarted_script_may_go_on(pool: Pool, tmp_path: Path) -> None:
 def test_what_a_restarted_script_goes_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoints of the last start that has some, up to a gap; those taken over count for the next one."""
     cycle = Run(tmp_path).cycle(0)
-    (cycle.folder / "train").mkdir(parents=True)
-    (cycle.folder / "train" / "owner").write_text("me")
+    claim(cycle.folder, "me")
     monkeypatch.setenv(OWNER, "me")
     starts = [cycle.begin_attempt() for _ in range(4)]
     assert [start.name for start in starts] == ["checkpoints", "checkpoints-1", "checkpoints-2", "checkpoints-3"]
@@ -308,11 +307,32 @@ def test_what_a_restarted_script_goes_on_from(tmp_path: Path, monkeypatch: pytes
     flip(checkpoints.read(starts[0], 1).path)
     with pytest.raises(Damage, match="the bytes of checkpoint 1 have changed"):
         checkpoints.take_over(checkpoints.read(starts[0], 1), last)
-    (cycle.folder / "train" / "owner").write_text("another")
+    claim(cycle.folder, "another")
     with pytest.raises(Superseded):
         resume_checkpoints(last)
     monkeypatch.delenv(OWNER)
     assert len(resume_checkpoints(starts[1])) == 2  # any folder goes on from itself
+
+
+def test_a_start_that_was_cut_off_while_it_took_checkpoints_over_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the first ones of an earlier start, which has more; those of another training are never mixed in."""
+    cycle = Run(tmp_path).cycle(0)
+    claim(cycle.folder, "me")
+    monkeypatch.setenv(OWNER, "me")
+    other, first, cut_off, third, fourth, last = (cycle.begin_attempt() for _ in range(6))
+    for index in range(8):
+        publish_checkpoint(other, {"a": torch.full((1,), 100.0 + index)}, index)
+    for index in range(5):
+        publish_checkpoint(first, {"a": torch.full((1,), float(index))}, index)
+    for index in range(2):
+        checkpoints.take_over(checkpoints.read(first, index), cut_off)
+    assert [torch.load(path)["a"].item() for path in resume_checkpoints(third, 3)] == [0, 1, 2]
+    assert [torch.load(path)["a"].item() for path in resume_checkpoints(fourth)] == [0, 1, 2, 3, 4]
+    publish_checkpoint(third, {"a": torch.full((1,), 33.0)}, 3)  # late
+    publish_checkpoint(fourth, {"a": torch.full((1,), 5.0)}, 5)
+    assert [torch.load(path)["a"].item() for path in resume_checkpoints(last)] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
