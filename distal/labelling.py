@@ -129,7 +129,7 @@ class Waiting:
         }
         remade = self.remade(run)
         if remade is not None:
-            unknown = {"asked": None, "answered": None, "ready": False, "short": None, "conflicts": []}
+            unknown: JsonObject = {"asked": None, "answered": None, "ready": False, "short": None, "conflicts": []}
             return {**told, **unknown, "next": remade}
         settled = self.settled(run)
         return {

@@ -486,7 +486,8 @@ def _unread(path: Path, error: Exception) -> Damaged | None:
         here = error.errno not in (None, errno.ENOENT, errno.EIO)
     else:
         here = isinstance(error, MemoryError)
-    what = f"{getattr(error, 'filename', None) or path}: could not be read here: {getattr(error, 'strerror', None) or one_line(error)}"
+    why = getattr(error, "strerror", None) or one_line(error)
+    what = f"{getattr(error, 'filename', None) or path}: could not be read here: {why}"
     return Damaged(what, advice=ELSEWHERE) if here else None
 
 

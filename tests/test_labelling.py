@@ -107,10 +107,10 @@ def test_a_run_that_people_label(unlabelled: tuple[Pool, dict[str, int]], tmp_pa
 
 
 @pytest.fixture(scope="module")
-def waiting(unlabelled: tuple[Pool, dict[str, int]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def selected(unlabelled: tuple[Pool, dict[str, int]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run that waits for the labels of its first batch; the file of the labels that it began with."""
     pool, truth = unlabelled
-    folder = tmp_path_factory.mktemp("waiting")
+    folder = tmp_path_factory.mktemp("selected")
     lines = "\n".join(f"{name},{CLASSES[label]}" for name, label in [*truth.items()][:30])
     (folder / "known.csv").write_text(f"sample_id,label\n{lines}\n")
     assert driver.run(config(folder / "run", pool, f"loop.initial={folder / 'known.csv'}"))["cycle"] == 0
@@ -126,12 +126,12 @@ def waiting(unlabelled: tuple[Pool, dict[str, int]], tmp_path_factory: pytest.Te
     ],
 )
 def test_a_batch_that_people_label_is_made_again_after_a_repair(
-    unlabelled: tuple[Pool, dict[str, int]], waiting: tuple[Path, Path], tmp_path: Path, damaged: str
+    unlabelled: tuple[Pool, dict[str, int]], selected: tuple[Path, Path], tmp_path: Path, damaged: str
 ) -> None:
     pool, truth = unlabelled
     run = tmp_path / "run"
-    shutil.copytree(waiting[0], run)
-    made = config(run, pool, f"loop.initial={waiting[1]}")
+    shutil.copytree(selected[0], run)
+    made = config(run, pool, f"loop.initial={selected[1]}")
     batch = Run.open(run).cycle(0).chosen()
     flip(run / "cycles/000" / damaged)
     assert repair(run)["state"] == "repaired"
@@ -152,9 +152,9 @@ def test_a_batch_that_people_label_is_made_again_after_a_repair(
     assert verify(run)["damage"] == []
 
 
-def test_what_is_waited_for_lacks_a_key(waiting: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_is_waited_for_lacks_a_key(selected: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(waiting[0], run)
+    shutil.copytree(selected[0], run)
     record = read_json(run / "waiting.json")
     write_json(run / "waiting.json", {name: value for name, value in record.items() if name != "workers"})
     with pytest.raises(Damage, match=r"waiting\.json: workers is missing"):
