@@ -532,17 +532,30 @@ def read_sealed(path: Path) -> bytes:
 
 
 def check_sealed(path: Path) -> None:
-    """Raise like `read_sealed`, of a file of any size: it is read in pieces."""
-    with open_file(path) as file:
+    """Raise like `read_sealed` and `file_sha256`, of a file of any size: it is read in pieces."""
+    with _open_to_hash(path) as file:
         seal = file.read(64)
         if seal != hashlib.file_digest(file, "sha256").hexdigest().encode():
             raise Damage(f"{path}: its bytes have changed")
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file of any size, read in pieces; raises like `open_file`."""
-    with open_file(path) as file:
+    """sha256 (hex) of a file of any size, read in pieces; raises like `open_file`.
+
+    Raises:
+        OSError: next to nothing of a large file is on the disk. A stranger's may claim terabytes, which take hours.
+    """
+    with _open_to_hash(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_to_hash(path: Path) -> io.BufferedReader:
+    file = open_file(path)
+    status = os.fstat(file.fileno())
+    if status.st_size > machine.memory_bytes() // 2 and status.st_blocks * 512 < status.st_size // 1000:
+        file.close()
+        raise OSError(errno.EFBIG, f"next to nothing of its {status.st_size:,} bytes is on the disk", str(path))
+    return file
 
 
 def names_in(folder: Path) -> list[str]:

@@ -268,6 +268,18 @@ def test_a_flipped_bit_in_parquet_is_damage(tmp_path: Path, streamed: bool) -> N
             storage.read_table(path)
 
 
+def test_a_large_file_is_hashed_unless_it_is_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.machine, "memory_bytes", lambda: 2000)
+    storage.write_sealed(tmp_path / "state", b"x" * 10**6)
+    storage.check_sealed(tmp_path / "state")
+    assert storage.file_sha256(tmp_path / "state") == storage.sha256((tmp_path / "state").read_bytes())
+    with (tmp_path / "hole").open("wb") as file:
+        file.truncate(2**40)
+    for read in (storage.check_sealed, storage.file_sha256):
+        with pytest.raises(OSError, match="next to nothing of its 1,099,511,627,776 bytes is on the disk"):
+            read(tmp_path / "hole")
+
+
 def test_sealed_bytes_that_changed_are_damage(tmp_path: Path) -> None:
     path = tmp_path / "state"
     storage.write_sealed(path, b"weights")
