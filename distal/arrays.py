@@ -217,11 +217,11 @@ def _check_metadata(path: Path) -> None:
 def _decoding(what: Callable[[], str]) -> Iterator[None]:
     """Turn what Zarr raises for bytes that are not what was written into Damage.
 
-    A disk that cannot be read just now is not damage: other OSErrors pass.
+    A disk that cannot be read just now is not damage, nor is too little memory: other OSErrors and MemoryError pass.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        if isinstance(error, OSError | MemoryError) and not isinstance(error, FileNotFoundError):
             raise
         raise Damage(f"{what()} ({one_line(error)})") from error

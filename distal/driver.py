@@ -99,7 +99,9 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
 def _still_waiting(directory: Run, config: Config, pool: Pool) -> JsonObject | None:
     """What people have not answered yet, told from storage alone; None when there is something to do."""
     waiting = Waiting.read(directory) if directory.identity else None
-    if waiting is None or waiting != _waiting(config, pool, waiting.cycle, waiting.selection):
+    if waiting is None or waiting.remade(directory) is not None:
+        return None
+    if waiting != _waiting(config, pool, waiting.cycle, waiting.selection):
         return None
     report = waiting.report(directory)
     return None if report["ready"] else report

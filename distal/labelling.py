@@ -7,7 +7,7 @@ it; `import_labels` keeps the answers; the next `distal run` settles them and go
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,13 @@ class Waiting:
     @classmethod
     def read(cls, run: Run) -> Waiting | None:
         """What a run waits for; None when it does not."""
+        names = tuple(field.name for field in fields(cls))
         try:
-            record = read_json(run.waiting)
+            record = read_json(run.waiting, required=names)
         except FileNotFoundError:
             return None
         paths = {"selection": run.path / record["selection"], "pool": Path(record["pool"])}
-        waiting = cls(**{**record, **paths, "classes": tuple(record["classes"])})
+        waiting = cls(**{name: record[name] for name in names} | {**paths, "classes": tuple(record["classes"])})
         return None if waiting.dest(run).exists() else waiting
 
     def write(self, run: Run) -> None:
@@ -76,6 +77,13 @@ class Waiting:
     def dest(self, run: Run) -> Path:
         """The file that the labels of this batch will be in."""
         return run.initial if self.cycle < 0 else run.cycle(self.cycle).labels
+
+    def remade(self, run: Run) -> str | None:
+        """After a repair, which batch the next `distal run` selects again, in one line; None when all are there."""
+        for index in range(self.cycle + 1):
+            if run.cycle(index).marker("select") is None:
+                return f"{run.path}: the batch of cycle {index} is made again after a repair; call `distal run` first"
+        return None
 
     def known(self, run: Run) -> Ledger:
         """What the label files of earlier batches say."""
@@ -108,16 +116,26 @@ class Waiting:
         return self.n_answered(settled) >= self.needed and self.short(settled) is None
 
     def report(self, run: Run) -> JsonObject:
-        """What `distal run` says while it waits; `ready` when it can go on."""
-        settled = self.settled(run)
-        return {
+        """What `distal run` says while it waits; `ready` when it can go on.
+
+        When a repair took away a batch, the counts are None, and `next` says so.
+        """
+        told: JsonObject = {
             "state": "waiting_for_labels",
             "run": str(run.path),
             "cycle": self.cycle,
             "selection": str(self.selection),
+            "needed": self.needed,
+        }
+        remade = self.remade(run)
+        if remade is not None:
+            unknown: JsonObject = {"asked": None, "answered": None, "ready": False, "short": None, "conflicts": []}
+            return {**told, **unknown, "next": remade}
+        settled = self.settled(run)
+        return {
+            **told,
             "asked": len(Selection.read(self.selection)),
             "answered": self.n_answered(settled),
-            "needed": self.needed,
             "ready": self.ready(settled),
             "short": self.short(settled),
             "conflicts": settled.conflicts,
@@ -312,6 +330,9 @@ def _require_waiting(run: Run) -> Waiting:
         raise RunConflict(
             f"{run.path}: waits for no labels; `distal run` with label.oracle=files selects a batch first"
         )
+    remade = waiting.remade(run)
+    if remade is not None:
+        raise RunConflict(remade)
     return waiting
 
 

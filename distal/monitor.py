@@ -534,6 +534,7 @@ def verify_table(result: JsonObject) -> str:
 def repair_table(result: JsonObject) -> str:
     """What was done about it."""
     lines = [f"deleted: {path}" for path in result.get("deleted", ())]
+    lines += [f"done again by the next run: {stage}" for stage in result.get("redone", ())]
     lines += [f"mended: {what}" for what in result.get("mended", ())]
     lines += [f"packed again: {what}" for what in result.get("packed_again", ())]
     lines += [f"cannot be made again: {line}" for line in result["left"]]

@@ -32,9 +32,10 @@ def status(path: Path) -> JsonObject:
     begun = run.begun_cycles()
     n_cycles = _n_cycles(begun[-1]) if begun else 0
     waiting, driver = Waiting.read(run), _driver(run.path)
+    waits = waiting is not None and waiting.remade(run) is None
     return {
         "run": str(run.path),
-        "state": "complete" if run.is_complete(n_cycles) else _state(driver, waits=waiting is not None),
+        "state": "complete" if run.is_complete(n_cycles) else _state(driver, waits=waits),
         "driver": driver,
         "waiting": waiting.report(run) if waiting else None,
         "cycles": [_cycle(cycle, last=cycle.index + 1 >= n_cycles) for cycle in begun],

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-FORMAT = 2
+FORMAT = 3
 """Format version that every artifact carries; an unknown one is refused."""
 
 SEAL = "record_sha256"
@@ -43,6 +44,8 @@ DURABLE = "DISTAL_DURABLE"
 """Environment variable, so that the processes that Ray starts know it, too."""
 
 TEMPORARY = (".tmp", ".partial")  # ours, and Zarr's
+TEMPORARY_FOLDER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+PIECE_BYTES = 2**20
 MAX_JSON_BYTES, MAX_YAML_BYTES = 2**28, 2**22
 """A longer record is none of ours: what is decided at a barrier has some bytes per block."""
 
@@ -104,10 +107,18 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         _require_regular(path, status, max_bytes)
         data = file.read(status.st_size + 1)
         if len(data) > status.st_size:  # it grows, or has no size at all, as in /proc
-            data += file.read(max_bytes - len(data) + 1)
+            data = _read_on(file, data, max_bytes)
     if len(data) > max_bytes:
         raise _too_large(path, max_bytes)
     return data
+
+
+def _read_on(file: BinaryIO, data: bytes, max_bytes: int) -> bytes:
+    """`data`, and what follows, up to one byte more than `max_bytes`: in pieces, as a read takes its memory at once."""
+    grown = bytearray(data)
+    while len(grown) <= max_bytes and (piece := file.read(min(PIECE_BYTES, max_bytes - len(grown) + 1))):
+        grown += piece
+    return bytes(grown)
 
 
 def _require_regular(path: Path, status: os.stat_result, max_bytes: int) -> None:
@@ -389,7 +400,7 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
         raise
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> io.BufferedReader:
     """Open a regular file for reading; raises like `read_bytes`."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without waiting for a writer of a FIFO
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -494,7 +505,7 @@ def _checked(path: Path, record: object, required: Sequence[str]) -> JsonObject:
 def _unknown(path: Path, found: object) -> UnknownFormat:
     return UnknownFormat(
         f"{path}: format {found} is unknown; this version of distal reads format {FORMAT}; use the version that wrote "
-        "it, or make it anew"
+        "it, or make it anew: build a pool again, start a run in another directory"
     )
 
 
@@ -528,6 +539,33 @@ def read_sealed(path: Path) -> bytes:
     return data
 
 
+def check_sealed(path: Path) -> None:
+    """Raise like `read_sealed` and `file_sha256`, of a file of any size: it is read in pieces."""
+    with _open_to_hash(path) as file:
+        seal = file.read(64)
+        if seal != hashlib.file_digest(file, "sha256").hexdigest().encode():
+            raise Damage(f"{path}: its bytes have changed")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file of any size, read in pieces; raises like `open_file`.
+
+    Raises:
+        OSError: next to nothing of a large file is on the disk. A stranger's may claim terabytes, which take hours.
+    """
+    with _open_to_hash(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_to_hash(path: Path) -> io.BufferedReader:
+    file = open_file(path)
+    status = os.fstat(file.fileno())
+    if status.st_size > machine.memory_bytes() // 2 and status.st_blocks * 512 < status.st_size // 1000:
+        file.close()
+        raise OSError(errno.EFBIG, f"next to nothing of its {status.st_size:,} bytes is on the disk", str(path))
+    return file
+
+
 def names_in(folder: Path) -> list[str]:
     """Names in a folder, sorted, without temporary files; empty when there is no such folder."""
     try:
@@ -537,19 +575,32 @@ def names_in(folder: Path) -> list[str]:
 
 
 def sweep(folder: Path, older_than: float = 600.0) -> int:
-    """Remove temporary files that killed processes left anywhere below a folder; returns how many.
+    """Remove temporary files and folders that killed processes left anywhere below a folder; returns how many.
 
     Args:
-        older_than: seconds; a younger one may be being written.
+        older_than: seconds; a younger one may be being written, as may a folder that holds a younger file.
     """
-    found = [path for path in files_below(folder) if path.name.endswith(TEMPORARY)]
     n = 0
-    for path in found:
+    for path in [*_temporary_below(folder)]:
         with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime >= older_than:
-                path.unlink()
+            if time.time() - _last_change(path) >= older_than:
+                remove_tree(path) if path.is_dir() else path.unlink()
                 n += 1
     return n
+
+
+def _temporary_below(folder: Path) -> Iterator[Path]:
+    """Files by their names; folders as `temporary_folder` names them, and not what is in them."""
+    for parent, folders, names in os.walk(folder):
+        ours = [name for name in folders if TEMPORARY_FOLDER.fullmatch(name) and not Path(parent, name).is_symlink()]
+        folders[:] = [name for name in folders if name not in ours]
+        yield from (Path(parent, name) for name in ours)
+        yield from (Path(parent, name) for name in names if name.endswith(TEMPORARY))
+
+
+def _last_change(path: Path) -> float:
+    """When a file, or anything in a folder, was last written."""
+    return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
 
 
 def files_below(folder: Path) -> Iterator[Path]:

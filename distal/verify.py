@@ -9,18 +9,20 @@ that was made before must come out again, or it stops. What cannot be made again
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TypeVar
 
 from distal import checkpoints, foreign
 from distal.assignments import ELIGIBLE, Assignments, begun_path, record_path
 from distal.config import Config, ForeignConfig
-from distal.errors import Damage, UnknownFormat, one_line
+from distal.errors import Damage, RunConflict, UnknownFormat, one_line
 from distal.hashing import digest
 from distal.labels import answers
 from distal.lease import Lease
@@ -35,14 +37,13 @@ from distal.scores import Scores
 from distal.selection import Selection
 from distal.storage import (
     check_parquet,
+    check_sealed,
+    file_sha256,
     files_below,
     names_in,
-    read_bytes,
     read_json,
-    read_sealed,
     read_table,
     remove_tree,
-    sha256,
     sweep,
 )
 
@@ -53,7 +54,9 @@ UNREADABLE = (OSError, LookupError, TypeError, ValueError, AttributeError, Arith
 
 COPY = "put it back from a copy"
 IMPORT_AGAIN = "import the answers again from a copy"
-ANSWERS = re.compile(r"\d{6,}\.parquet", re.ASCII)
+ELSEWHERE = "try again where it can be"
+ANSWERS = re.compile(r"\d{6}|[1-9]\d{6,}", re.ASCII)
+SHOWN = 3  # of many files
 
 REDO = {
     "train": ("train",),
@@ -93,6 +96,7 @@ def verify(path: Path, display: Display | None = None) -> JsonObject:
 
     Raises:
         RunConflict: there is neither a run nor a pool.
+        UnknownFormat: another version of distal made the run.
     """
     inspection = _inspect(path, display or Silent())
     return {
@@ -107,17 +111,19 @@ def repair(path: Path, display: Display | None = None) -> JsonObject:
     """Delete what is damaged and can be made again; in a pool, pack it again from its source.
 
     Returns:
-        `{"state": "sound" | "repaired" | "damaged", "deleted": [...], "left": [...], "next": ...}`; damaged when
-        something cannot be made again.
+        `{"state": "sound" | "repaired" | "damaged", "deleted": [...], "redone": [...], "left": [...], "next": ...}`;
+        damaged when something cannot be made again. `redone` names the stages that are to be done again.
 
     Raises:
         RunConflict: there is neither a run nor a pool, or a driver is at work.
+        UnknownFormat: another version of distal made the run; nothing is deleted.
     """
     display = display or Silent()
     if (path / MANIFEST).exists():
         return _repair_pool(path, display)
     run = _run(path)
     deleted: list[str] = []
+    redone: list[str] = []
     mended: list[str] = []
     with Lease(run.path, run.attempt, display.say) as lease:
         n_swept = sweep(run.path)
@@ -128,23 +134,26 @@ def repair(path: Path, display: Display | None = None) -> JsonObject:
             lease.require()
             if damaged.redo is not None:
                 _invalidate(*damaged.redo)
+                redone.append(f"{damaged.redo[0].folder}: {damaged.redo[1]}")
             if damaged.mend is not None:
                 damaged.mend()
                 mended.append(damaged.what)
             for each in damaged.delete:
                 remove_tree(each) if each.is_dir() else each.unlink(missing_ok=True)
                 deleted.append(str(each))
-        if deleted:
-            run.event("repaired", deleted=deleted)
+        redone = sorted({*redone})
+        if deleted or redone:
+            run.event("repaired", deleted=deleted, redone=redone)
     left = [f"{damaged.what}; {damaged.advice}" for damaged in found if damaged.advice]
     return {
-        "state": "damaged" if left else "repaired" if deleted or mended else "sound",
+        "state": "damaged" if left else "repaired" if deleted or redone or mended else "sound",
         "path": str(path),
         "deleted": deleted,
+        "redone": redone,
         "mended": mended,
         "swept": n_swept,
         "left": left,
-        "next": "run the command that made it again" if deleted else "",
+        "next": "run the command that made it again" if deleted or redone else "",
     }
 
 
@@ -158,8 +167,13 @@ def _inspect(path: Path, display: Display) -> _Inspection:
 
 
 def _run(path: Path) -> Run:
-    """The run, also when its record is damaged."""
-    return Run(path) if (path / "run.yaml").exists() else Run.open(path)
+    """The run, also when its record is damaged; not that of another version, of which every file would look damaged."""
+    try:
+        return Run.open(path)
+    except (RunConflict, UnknownFormat):
+        raise
+    except (Damage, *UNREADABLE):
+        return Run(path)
 
 
 def _invalidate(staged: Staged, stage: str) -> None:
@@ -223,14 +237,22 @@ class _Inspection:
                 elif isinstance(config, ForeignConfig):
                     self._foreign(cycle, config)
             except (Damage, UnknownFormat, *UNREADABLE) as error:  # a record of a shape that no check expects
-                self.found.append(Damaged(_line(cycle.folder, error), advice=COPY))
+                self.found.append(_unread(cycle.folder, error) or Damaged(_line(cycle.folder, error), advice=COPY))
 
     def _answers(self, folder: Path) -> None:
         """The log of what people said: its files are numbered without a gap, and each holds its number."""
         for name in self._look(partial(names_in, folder), place=folder, advice=COPY) or []:
-            if ANSWERS.fullmatch(name) is None:
+            if not _is_import(name):
                 self.found.append(Damaged(f"{folder / name}: not a file of answers", advice="move it elsewhere"))
-        for number in range(answers.n_imports(folder)):
+        numbers = sorted(int(Path(name).stem) for name in names_in(folder) if _is_import(name))
+        gaps = [range(a + 1, b) for a, b in pairwise([-1, *numbers, answers.n_imports(folder)]) if b - a > 1]
+        if gaps:
+            n = sum(gap.stop - gap.start for gap in gaps)
+            some = [str(answers.import_path(folder, i)) for i in islice(chain.from_iterable(gaps), SHOWN)]
+            more = f" and {n - SHOWN:,} more" if n > SHOWN else ""
+            what = f"{', '.join(some)}{more}: missing, and the number of another file is higher"
+            self.found.append(Damaged(what, advice=IMPORT_AGAIN))
+        for number in numbers:
             self._look(partial(answers.read_import, folder, number), place=folder, advice=IMPORT_AGAIN)
 
     def _own(self, run: Run, cycle: Cycle, config: Config) -> None:
@@ -312,9 +334,10 @@ class _Inspection:
     def _checkpoints(self, cycle: Cycle, config: Config, *, complete: bool) -> dict[int, str]:
         """Weights, manifests and the state of training. To make one checkpoint again, all epochs are trained again."""
         state, marker = cycle.folder / "train" / "state.pt", cycle.folder / "train.json"
-        self._look_at_file(read_sealed, state)
-        # Only where training gives the same bits again, which is so on processors and not on every GPU.
-        advice = "" if config.device == "cpu" else COPY
+        self._look_at_file(check_sealed, state)
+        # Only where training gives the same bits again: on processors, not on every GPU, and a script promises nothing.
+        same = config.device == "cpu" and not (complete and config.train.command is not None)
+        advice = "" if same else COPY
         refs: dict[int, str] = {}
         for index in range(len(config.train.checkpoint_epochs)):
             place = cycle.checkpoints / f"{index:04d}"
@@ -348,7 +371,8 @@ class _Inspection:
         try:
             assignments = Assignments.open(path)
         except (Damage, UnknownFormat, *UNREADABLE) as error:
-            self._metadata(path, error)
+            unread = _unread(path, error)
+            self.found.append(unread) if unread else self._metadata(path, error)
             return
         self._read(1)
         for block, damage in assignments.damaged_eligible():
@@ -444,7 +468,8 @@ class _Inspection:
             return work()
         except (Damage, UnknownFormat, *UNREADABLE) as error:
             where = place or next(iter(delete), self._path)
-            self.found.append(Damaged(_line(where, error), delete, redo, advice=advice))
+            damaged = _unread(where, error) or Damaged(_line(where, error), delete, redo, advice=advice)
+            self.found.append(damaged)
             return None
         finally:
             self._read(1)
@@ -453,6 +478,21 @@ class _Inspection:
         self.n_files += n_files
         done = min(self.n_files, self._n_expected)
         self._display.progress(Progress(-1, "verifying", images_scored=done, images=self._n_expected))
+
+
+def _unread(path: Path, error: Exception) -> Damaged | None:
+    """What this process could not read, and another may, of more memory or of another user; None for anything else."""
+    if isinstance(error, OSError):
+        here = error.errno not in (None, errno.ENOENT, errno.EIO)
+    else:
+        here = isinstance(error, MemoryError)
+    why = getattr(error, "strerror", None) or one_line(error)
+    what = f"{getattr(error, 'filename', None) or path}: could not be read here: {why}"
+    return Damaged(what, advice=ELSEWHERE) if here else None
+
+
+def _is_import(name: str) -> bool:
+    return name.endswith(".parquet") and ANSWERS.fullmatch(Path(name).stem) is not None
 
 
 def _line(path: Path, error: Exception) -> str:
@@ -485,10 +525,10 @@ def _sound(path: Path) -> bool:
 
 def _unchanged(path: Path, checksum: str) -> None:
     try:
-        data = read_bytes(path)
+        found = file_sha256(path)
     except FileNotFoundError:
         raise Damage(f"{path}: missing") from None
-    if sha256(data) != checksum:
+    if found != checksum:
         raise Damage(f"{path}: its bytes have changed")
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs import zstd
 
+from distal import arrays
 from distal.arrays import Array, content_size, create_array
 from distal.errors import Damage
 
@@ -71,6 +72,16 @@ def test_a_small_chunk_of_a_gigabyte_is_refused_before_it_is_decoded(array: Arra
 def test_what_a_chunk_holds_must_fit(array: Array, frame: bytes) -> None:
     put(array, frame)
     with pytest.raises(Damage, match="row 0, block 0 does not decode"):
+        array.read((slice(0, 1),))
+
+
+def test_too_little_memory_is_no_damage(array: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    put(array, zstd.compress(bytes(N)))
+    monkeypatch.setattr(arrays.zstd, "decompress", exhausted)
+    with pytest.raises(MemoryError):
         array.read((slice(0, 1),))
 
 

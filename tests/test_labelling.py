@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distal import driver
-from distal.errors import ConfigError, PoolError, RunConflict, SourceError
+from distal.errors import ConfigError, Damage, PoolError, RunConflict, SourceError
 from distal.labelling import Waiting, export_labels, import_labels
 from distal.labels.answers import Answer, settle
 from distal.ledger import LABELED, SKIPPED
@@ -22,7 +23,10 @@ from distal.monitor import waiting_table
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.runs import Run
-from tests.helpers import CLASSES, small_config, write_source
+from distal.status import status
+from distal.storage import read_json, write_json
+from distal.verify import repair, verify
+from tests.helpers import CLASSES, flip, small_config, write_source
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,61 @@ def test_a_run_that_people_label(unlabelled: tuple[Pool, dict[str, int]], tmp_pa
         last = Run.open(run).cycle(2)
         assert not set(last.chosen().indices.tolist()) & set(ledger.declined.tolist())  # not asked again
     assert told["one"] == told["many"]
+
+
+@pytest.fixture(scope="module")
+def selected(unlabelled: tuple[Pool, dict[str, int]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that waits for the labels of its first batch; the file of the labels that it began with."""
+    pool, truth = unlabelled
+    folder = tmp_path_factory.mktemp("selected")
+    lines = "\n".join(f"{name},{CLASSES[label]}" for name, label in [*truth.items()][:30])
+    (folder / "known.csv").write_text(f"sample_id,label\n{lines}\n")
+    assert driver.run(config(folder / "run", pool, f"loop.initial={folder / 'known.csv'}"))["cycle"] == 0
+    return folder / "run", folder / "known.csv"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "selection.parquet",
+        pytest.param("scores.zarr/dispersion/c/1", marks=pytest.mark.slow),
+        pytest.param("assignments.zarr/assignments/c/1/2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_batch_that_people_label_is_made_again_after_a_repair(
+    unlabelled: tuple[Pool, dict[str, int]], selected: tuple[Path, Path], tmp_path: Path, damaged: str
+) -> None:
+    pool, truth = unlabelled
+    run = tmp_path / "run"
+    shutil.copytree(selected[0], run)
+    made = config(run, pool, f"loop.initial={selected[1]}")
+    batch = Run.open(run).cycle(0).chosen()
+    flip(run / "cycles/000" / damaged)
+    assert repair(run)["state"] == "repaired"
+
+    remade = f"{run}: the batch of cycle 0 is made again after a repair; call `distal run` first"
+    told = status(run)
+    assert (told["state"], told["waiting"]["next"]) == ("stopped", remade)
+    (tmp_path / "a.csv").write_text(f"sample_id,label\n{batch.sample_ids[0]},{CLASSES[truth[batch.sample_ids[0]]]}\n")
+    for call in (lambda: import_labels(run, tmp_path / "a.csv"), lambda: export_labels(run, tmp_path / "b.csv")):
+        with pytest.raises(RunConflict, match=remade):
+            call()
+
+    asked = driver.run(made)
+    assert (asked["state"], asked["cycle"], asked["asked"]) == ("waiting_for_labels", 0, 16)
+    assert Run.open(run).cycle(0).chosen().sha256 == batch.sha256
+    assert status(run)["state"] == "waiting_for_labels"
+    assert import_labels(run, tmp_path / "a.csv")["new"] == 1
+    assert verify(run)["damage"] == []
+
+
+def test_what_is_waited_for_lacks_a_key(selected: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(selected[0], run)
+    record = read_json(run / "waiting.json")
+    write_json(run / "waiting.json", {name: value for name, value in record.items() if name != "workers"})
+    with pytest.raises(Damage, match=r"waiting\.json: workers is missing"):
+        Waiting.read(Run.open(run))
 
 
 @pytest.mark.slow

@@ -57,6 +57,16 @@ class TestReadRegular:
         assert storage.read_regular(path, len(whole)) == whole
         with pytest.raises(OSError, match="more than"):
             storage.read_regular(path, len(whole) - 1)
+        assert storage.read_regular(path, 2**63 - 1) == whole
+
+    def test_it_is_read_on_in_pieces(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(storage, "PIECE_BYTES", 3)
+        whole = Path("/proc/self/cmdline").read_bytes()
+        for limit in (len(whole), len(whole) + 1, 2**63 - 1):
+            assert storage.read_regular(Path("/proc/self/cmdline"), limit) == whole
+        for limit in (0, 1, len(whole) - 1):
+            with pytest.raises(OSError, match=f"more than {limit:,} bytes"):
+                storage.read_regular(Path("/proc/self/cmdline"), limit)
 
     @pytest.mark.timeout(10)
     def test_anything_else_is_refused_at_once(self, tmp_path: Path) -> None:
@@ -139,8 +149,8 @@ def test_records_round_trip_and_are_checked(tmp_path: Path, suffix: str, write, 
     write(path, {"a": 1, "b": [None, "x"]})
     assert read(path) == {"a": 1, "b": [None, "x"]}
     whole = path.read_text()
-    path.write_text(whole.replace("2", "3", 1))
-    with pytest.raises(UnknownFormat, match=r"format 3 is unknown; .* reads format 2; use the version that wrote it"):
+    path.write_text(whole.replace("3", "4", 1))
+    with pytest.raises(UnknownFormat, match=r"format 4 is unknown; .* reads format 3; use the version that wrote it"):
         read(path)
     path.write_text(whole.replace("1", "7", 1))
     with pytest.raises(Damage, match="what it says has changed since it was written"):
@@ -165,11 +175,11 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
 
 
 def test_parquet_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FORMAT", 3)
+    monkeypatch.setattr(storage, "FORMAT", 4)
     storage.write_table(tmp_path / "table.parquet", pa.table({"a": [1]}))
     monkeypatch.undo()
     with pytest.raises(
-        UnknownFormat, match=r"table.parquet: format 3 is unknown; this version of distal reads format 2"
+        UnknownFormat, match=r"table.parquet: format 4 is unknown; this version of distal reads format 3"
     ):
         storage.read_table(tmp_path / "table.parquet")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
@@ -215,6 +225,26 @@ def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [kept.name]
 
 
+def test_folders_that_killed_processes_left_are_swept(tmp_path: Path) -> None:
+    """Each as a whole, when nothing in it is young; a folder of somebody's own stays."""
+    with storage.temporary_folder(tmp_path / "cycle" / "assignments.zarr") as ours:
+        name = ours.name
+    left, young, other = tmp_path / "cycle" / name, tmp_path / name, tmp_path / "notes.tmp"
+    for folder in (left, young, other):
+        storage.write_bytes(folder / "deep" / "zarr.json", b"x")
+        (folder / "deep" / "c.0123.partial").touch()
+    (tmp_path / f".link.{'0' * 32}.tmp").symlink_to(other)
+    for path in (*tmp_path.rglob("*"), tmp_path):
+        os.utime(path, (0, 0), follow_symlinks=False)
+    (young / "deep" / "zarr.json").touch()
+    assert storage.sweep(tmp_path) == 2
+    assert not left.exists()
+    assert sorted(path.name for path in young.rglob("*")) == ["c.0123.partial", "deep", "zarr.json"]
+    assert (other / "deep" / "zarr.json").exists()
+    assert storage.sweep(tmp_path, older_than=0) == 1
+    assert not young.exists()
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_flipped_bit_in_parquet_is_damage(tmp_path: Path, streamed: bool) -> None:
     """Anywhere: the pages have checksums of Parquet's own, the footer has none but ours."""
@@ -238,16 +268,31 @@ def test_a_flipped_bit_in_parquet_is_damage(tmp_path: Path, streamed: bool) -> N
             storage.read_table(path)
 
 
+def test_a_large_file_is_hashed_unless_it_is_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.machine, "memory_bytes", lambda: 2000)
+    storage.write_sealed(tmp_path / "state", b"x" * 10**6)
+    storage.check_sealed(tmp_path / "state")
+    assert storage.file_sha256(tmp_path / "state") == storage.sha256((tmp_path / "state").read_bytes())
+    with (tmp_path / "hole").open("wb") as file:
+        file.truncate(2**40)
+    for read in (storage.check_sealed, storage.file_sha256):
+        with pytest.raises(OSError, match="next to nothing of its 1,099,511,627,776 bytes is on the disk"):
+            read(tmp_path / "hole")
+
+
 def test_sealed_bytes_that_changed_are_damage(tmp_path: Path) -> None:
     path = tmp_path / "state"
     storage.write_sealed(path, b"weights")
     assert storage.read_sealed(path) == b"weights"
+    storage.check_sealed(path)
     for where in (3, 70):
         data = bytearray(path.read_bytes())
         data[where] ^= 1
         (tmp_path / "flipped").write_bytes(data)
         with pytest.raises(Damage, match="flipped: its bytes have changed"):
             storage.read_sealed(tmp_path / "flipped")
+        with pytest.raises(Damage, match="flipped: its bytes have changed"):
+            storage.check_sealed(tmp_path / "flipped")
 
 
 @pytest.mark.parametrize(
@@ -314,14 +359,14 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, read: Callable[[Path]
     ("name", "data"),
     [
         ("deep.json", b"[" * 200_000),
-        ("digits.json", b'{"format": 2, "n": ' + b"9" * 5000 + b"}"),
+        ("digits.json", b'{"format": 3, "n": ' + b"9" * 5000 + b"}"),
         ("list.json", b"[1, 2]"),
         ("text.json", b"\xff\xfe"),
         ("deep.yaml", b"[" * 20_000),
         ("digits.yaml", b"n: " + b"9" * 5000),
-        ("date.yaml", b"format: 2\nn: 2001-99-99"),
-        ("day.yaml", b"format: 2\nn: 2001-01-01"),
-        ("keys.yaml", b"format: 2\n? [1, 2]\n: 3"),
+        ("date.yaml", b"format: 3\nn: 2001-99-99"),
+        ("day.yaml", b"format: 3\nn: 2001-01-01"),
+        ("keys.yaml", b"format: 3\n? [1, 2]\n: 3"),
         ("laughs.yaml", b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"),
         ("code.yaml", b"!!python/object/apply:os.abort []"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from distal import driver
+from distal import driver, machine
 from distal.analysis import reduce_run, select_run
-from distal.errors import Damage, PoolError, RunConflict
+from distal.assignments import Assignments
+from distal.errors import Damage, PoolError, RunConflict, UnknownFormat
 from distal.labels import answers
 from distal.labels.answers import Answer
 from distal.lease import Lease
@@ -21,7 +24,8 @@ from distal.pool import Pool
 from distal.pool.build import build
 from distal.runs import Run
 from distal.scoring import score_directory
-from distal.storage import names_in, read_json, read_yaml, write_json, write_yaml
+from distal.status import status
+from distal.storage import FORMAT, names_in, read_json, read_yaml, write_json, write_yaml
 from distal.verify import repair, verify
 from tests.helpers import content, flip, foreign_config, small_config, write_checkpoints, write_source
 
@@ -108,7 +112,11 @@ def test_a_missing_chunk_of_a_finished_cycle_is_damage(
     shutil.copytree(finished, run)
     (run / CHUNK).unlink()
     assert verify(run)["damage"] == [f"{run}/cycles/000/assignments.zarr: row 1, block 2 is missing"]
-    assert repair(run)["state"] == "damaged" or not (run / "cycles/000/score.json").exists()
+    told = repair(run)
+    assert (told["state"], told["deleted"], told["redone"]) == ("repaired", [], [f"{run}/cycles/000: score"])
+    assert told["next"] == "run the command that made it again"
+    assert not (run / "cycles/000/score.json").exists()
+    assert repair(run)["state"] == "sound"
     again(run, pool, test_pool)
     assert content(run) == content(finished)
 
@@ -177,6 +185,114 @@ def test_other_weights_than_were_scored_are_named_and_nothing_is_deleted(finishe
     told = repair(run)
     assert told["deleted"] == []
     assert "row 0 was scored with other weights than checkpoint 0 has now; put the old checkpoint" in told["left"][0]
+
+
+def with_command(cycle: Path) -> None:
+    """As if a script had trained the cycle."""
+    config = read_yaml(cycle / "cycle.yaml")
+    write_yaml(cycle / "cycle.yaml", {**config, "train": {**config["train"], "command": "train {checkpoints}"}})
+
+
+@pytest.mark.parametrize("name", ["weights-*.pt", "manifest.json"])
+def test_what_a_script_trained_is_not_deleted(finished: Path, tmp_path: Path, name: str) -> None:
+    """Nobody promises that it gives the same bits again."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with_command(run / "cycles/001")
+    assert verify(run)["damage"] == []
+    (path,) = (run / "cycles/001/checkpoints/0001").glob(name)
+    flip(path)
+    before = sorted(run.rglob("*"))
+    told = repair(run)
+    assert (told["state"], told["deleted"], told["redone"]) == ("damaged", [], [])
+    assert told["left"][0].endswith("put it back from a copy")
+    assert [path for path in before if not path.exists()] == []
+
+
+def test_files_of_more_than_half_of_the_memory(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 2000)
+    assert (finished / "cycles/000/train/state.pt").stat().st_size > 1000
+    assert verify(finished)["damage"] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "is_damage"),
+    [
+        (MemoryError(), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (OSError(errno.ESTALE, "Stale file handle"), False),
+        (OSError(errno.EMFILE, "Too many open files"), False),
+        (OSError(errno.EIO, "Input/output error"), True),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+@pytest.mark.parametrize("read", ["check_sealed", "file_sha256", "read_json"])
+def test_what_cannot_be_read_here_is_left_alone(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str, error: Exception, is_damage: bool
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["distal.verify"], read, fail)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    told = repair(run)
+    assert bool(told["deleted"]) == is_damage
+    if not is_damage:
+        assert told["left"]
+        assert all(": could not be read here: " in line for line in told["left"])
+        assert all(line.endswith("; try again where it can be") for line in told["left"])
+        assert before.items() <= {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}.items()
+
+
+def test_assignments_that_cannot_be_read_here_are_left_alone(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Assignments, "open", fail)
+    told = repair(run)
+    assert (told["deleted"], told["mended"]) == ([], [])
+    assert f"{run}/cycles/000/assignments.zarr: could not be read here: MemoryError; try" in told["left"][0]
+
+
+def of_the_version_before(path: Path) -> None:
+    path.write_text(re.sub(rf'("?format"?: ){FORMAT}', rf"\g<1>{FORMAT - 1}", path.read_text(), count=1))
+
+
+def test_a_run_of_another_version_is_refused(finished: Path, pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
+    """In one line, and none of its files is deleted, though all would look damaged."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for path in (*run.rglob("*.json"), *run.rglob("*.yaml")):
+        of_the_version_before(path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    calls: list[Callable[[], object]] = [
+        lambda: verify(run), lambda: repair(run), lambda: status(run), lambda: again(run, pool, test_pool)
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(UnknownFormat) as caught:
+            call()
+        assert str(caught.value) == (
+            f"{run}/run.yaml: format {FORMAT - 1} is unknown; this version of distal reads format {FORMAT}; use the "
+            "version that wrote it, or make it anew: build a pool again, start a run in another directory"
+        )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_pool_of_another_version_is_refused(pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
+    shutil.copytree(pool.path, tmp_path / "pool")
+    of_the_version_before(tmp_path / "pool/pool.json")
+    with pytest.raises(UnknownFormat, match=r"pool/pool\.json: format .* or make it anew: build a pool again"):
+        Pool.open(tmp_path / "pool")
+    (line,) = verify(tmp_path / "pool")["damage"]
+    assert "build a pool again" in line
 
 
 def test_a_cycle_without_its_configuration_is_missed(finished: Path, tmp_path: Path) -> None:
@@ -278,6 +394,26 @@ class TestAnswers:
         path.unlink()
         (damage,) = verify(run)["damage"]
         assert str(path) in damage
+
+    @pytest.mark.timeout(60)
+    def test_a_number_far_off_is_one_gap(self, run: Path) -> None:
+        """Such as a date."""
+        (run / "answers/20241130.parquet").write_bytes(b"x")
+        gap, other = verify(run)["damage"]
+        some = ", ".join(str(answers.import_path(run / "answers", number)) for number in (3, 4, 5))
+        assert gap == f"{some} and 20,241,124 more: missing, and the number of another file is higher"
+        assert other.startswith(f"{run}/answers/20241130.parquet: ")
+
+    def test_two_gaps(self, run: Path) -> None:
+        for number in (0, 2):
+            answers.import_path(run / "answers", number).unlink()
+        (run / "answers/000003.parquet").write_bytes(b"x")
+        gap, _ = verify(run)["damage"]
+        assert gap.startswith(f"{run}/answers/000000.parquet, {run}/answers/000002.parquet: missing")
+
+    def test_a_number_with_other_zeros(self, run: Path) -> None:
+        shutil.copy(run / "answers/000001.parquet", run / "answers/0000001.parquet")
+        assert verify(run)["damage"] == [f"{run}/answers/0000001.parquet: not a file of answers"]
 
     def test_a_file_under_the_name_of_another(self, run: Path) -> None:
         first, second, _ = names_in(run / "answers")

@@ -81,12 +81,12 @@ FILES = (
 
 TEXTS = {
     "deep": b"[" * 100_000,
-    "digits": b'{"format": 2, "n": ' + b"9" * 5000 + b"}",
-    "nul": b'{"format": 2, "a": "\\u0000"}\0',
-    "surrogate": b'{"format": 2, "a": "\\ud800"}',
+    "digits": b'{"format": 3, "n": ' + b"9" * 5000 + b"}",
+    "nul": b'{"format": 3, "a": "\\u0000"}\0',
+    "surrogate": b'{"format": 3, "a": "\\ud800"}',
     "list": b"[]",
     "text": b"\xff\xfe\x00",
-    "laughs": b"format: 2\na: &a [x, x, x, x]\n"
+    "laughs": b"format: 3\na: &a [x, x, x, x]\n"
     + b"".join(b"%c: &%c [*%c, *%c]\n" % (i, i, i - 1, i - 1) for i in range(98, 123)),
     "code": b"!!python/object/apply:os.abort []",
 }

@@ -562,8 +562,12 @@ STORAGE = _of(
         "return sorted(name for name in os.listdir(folder)",
         "return list(name for name in reversed(sorted(os.listdir(folder)))",
     ),
-    ("storage: young files are swept", "st_mtime >= older_than:", "st_mtime <= older_than:"),
-    ("storage: files that are no leftovers are swept", " if path.name.endswith(TEMPORARY)]", "]"),
+    ("storage: young files are swept", "_last_change(path) >= older_than:", "_last_change(path) <= older_than:"),
+    (
+        "storage: files that are no leftovers are swept",
+        " for name in names if name.endswith(TEMPORARY))",
+        " for name in names)",
+    ),
     (
         "storage: the name before the bytes",
         "    if is_durable():\n        _flush(temporary)\n    temporary.replace(path)\n",
