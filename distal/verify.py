@@ -251,9 +251,9 @@ class _Inspection:
             some = [str(answers.import_path(folder, i)) for i in islice(chain.from_iterable(gaps), SHOWN)]
             more = f" and {n - SHOWN:,} more" if n > SHOWN else ""
             what = f"{', '.join(some)}{more}: missing, and the number of another file is higher"
-            self.found.append(Damaged(what, advice=IMPORT_AGAIN))
+            self.found.append(Damaged(what, advice=answers.PUT_BACK))
         for number in numbers:
-            self._look(partial(answers.read_import, folder, number), place=folder, advice=IMPORT_AGAIN)
+            self._look(partial(answers.read_import, folder, number), place=folder, advice=COPY)
 
     def _own(self, run: Run, cycle: Cycle, config: Config) -> None:
         """A cycle of `distal run`."""
