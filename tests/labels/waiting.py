@@ -44,7 +44,8 @@ def waiting_run(
 def next_cycle(run: Run, waiting: Waiting, pool: Pool, asked: Sequence[int], needed: int = 0) -> Waiting:
     """The next batch, as if a cycle had been trained and had selected it."""
     cycle = run.cycle(waiting.cycle + 1)
-    random_batch(pool, np.array(asked, np.int64), cycle.selection)
+    selection = random_batch(pool, np.array(asked, np.int64), cycle.selection)
+    cycle.complete("select", {}, {"selection_sha256": selection.sha256, "n_selected": len(selection)}, 0.0)
     later = Waiting(
         cycle.index, cycle.selection, waiting.classes, needed, 0, waiting.policy, waiting.pool, waiting.pool_sha256
     )
