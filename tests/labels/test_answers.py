@@ -148,6 +148,12 @@ def answer(label: int | None, who: str = "ann", time: int | None = None, status:
     return Answer(7, "x", label, status or (SKIPPED if label is None else LABELED), who, time)
 
 
+def test_of_two_answers_with_one_time_the_one_imported_last_counts(tmp_path: Path) -> None:
+    for label, n_new in ((0, 1), (1, 1), (1, 0)):
+        assert len(add(tmp_path, [answer(label, time=5)]).new) == n_new
+    assert [each.label for each in settle(read(tmp_path), "majority").answers] == [1]
+
+
 def test_a_correction_that_is_taken_back_is_heard(tmp_path: Path) -> None:
     for label, n_new in ((0, 1), (1, 1), (0, 1), (0, 0)):
         assert len(add(tmp_path, [answer(label)]).new) == n_new
