@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from distal.augment import crop_flip
 from distal.config import ModelConfig
-from distal.models import ModelSpec
+from distal.model.augment import crop_flip
+from distal.model.spec import ModelSpec
 from distal.pool import Pool
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from common import conditions, peak_rss_bytes, report
 
-from distal.assignments import Assignments
+from distal.artifacts.assignments import Assignments
 from distal.records import MAX_BLOCK_SIZE, auto_block_size, split_blocks
 from distal.score.loop import HAND_OUT_S
 from distal.score.plan import IN_FLIGHT, Plan, Work

@@ -24,7 +24,7 @@ import numpy as np
 import zarr
 from common import peak_rss_bytes, report
 
-from distal.assignments import Assignments, dtype_for
+from distal.artifacts.assignments import Assignments, dtype_for
 from distal.kernels import mode_counts
 from distal.records import split_blocks
 

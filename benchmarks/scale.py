@@ -23,7 +23,7 @@ import torch
 from common import report
 from torch import nn
 
-from distal.arrays import create_array
+from distal.artifacts.arrays import create_array
 from distal.hashing import sample_keys
 from distal.pool.images import IMAGES, MANIFEST, OK, SAMPLES, SCHEMA
 from distal.records import auto_block_size, split_blocks

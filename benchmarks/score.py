@@ -43,7 +43,7 @@ def natural(path: Path) -> list[Any]:
 def build(options: argparse.Namespace) -> tuple[Any, Any, np.ndarray]:
     """Network, preprocessing and images, the same for every variant."""
     from distal.config import ModelConfig
-    from distal.models import ModelSpec
+    from distal.model.spec import ModelSpec
     from distal.pool import Pool
 
     pool = Pool.open(options.pool)
@@ -242,7 +242,7 @@ def main() -> None:
 
 def agreement(run: Path, labels: np.ndarray, n_rows: int) -> float:
     """Share of the labels that are those of the plain loop, at the checkpoints that it scored."""
-    from distal.assignments import Assignments
+    from distal.artifacts.assignments import Assignments
 
     assignments = Assignments.open(run / "cycles/000/assignments.zarr")
     rows = range(n_rows - len(labels), n_rows)

@@ -20,31 +20,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from distal.assignments import Assignments
+    from distal.artifacts.assignments import Assignments
+    from distal.artifacts.runs import Run
+    from distal.artifacts.scores import Scores
+    from distal.artifacts.selection import Selection
     from distal.config import Config, load
-    from distal.driver import run
-    from distal.models import ModelSpec
+    from distal.driver.run import run
+    from distal.model.spec import ModelSpec
     from distal.pool import Pool
     from distal.pool.build import build
-    from distal.runs import Run
-    from distal.scores import Scores
-    from distal.selection import Selection
     from distal.train.command import publish_checkpoint, resume_checkpoints
 
 # Names are imported when they are first used: `import distal` costs nothing.
 _HOMES = {
-    "Assignments": "distal.assignments",
+    "Assignments": "distal.artifacts.assignments",
     "Config": "distal.config",
-    "ModelSpec": "distal.models",
+    "ModelSpec": "distal.model.spec",
     "Pool": "distal.pool",
-    "Run": "distal.runs",
-    "Scores": "distal.scores",
-    "Selection": "distal.selection",
+    "Run": "distal.artifacts.runs",
+    "Scores": "distal.artifacts.scores",
+    "Selection": "distal.artifacts.selection",
     "build": "distal.pool.build",
     "load": "distal.config",
     "publish_checkpoint": "distal.train.command",
     "resume_checkpoints": "distal.train.command",
-    "run": "distal.driver",
+    "run": "distal.driver.run",
 }
 
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m distal` is the `distal` command."""
 
-from distal.cli import main
+from distal.cli.app import main
 
 main()

@@ -19,7 +19,7 @@ import pytest
 import ray
 import torch
 
-from distal import driver
+from distal.driver import run as driver
 from distal.pool import Pool
 from distal.pool.build import build
 from tests.helpers import small_config, write_source

@@ -23,7 +23,7 @@ import zarr
 from PIL import Image
 
 from distal.config import Config, ForeignConfig, ModelConfig, parse, parse_foreign
-from distal.models import ModelSpec, seeded_build
+from distal.model.spec import ModelSpec, seeded_build
 from distal.pool import Pool
 
 CLASSES = ("circle", "cross", "dot", "line")

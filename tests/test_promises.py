@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distal import checkpoints
-from distal.assignments import Assignments
+from distal.artifacts import checkpoints
+from distal.artifacts.assignments import Assignments
+from distal.artifacts.runs import Run
+from distal.artifacts.scores import Scores
+from distal.artifacts.selection import Selection
 from distal.errors import DiskFull
 from distal.pool import Pool
 from distal.pool.build import build
-from distal.runs import Run
-from distal.scores import Scores
-from distal.selection import Selection
 from tests.helpers import png, small_overrides, write_source
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")

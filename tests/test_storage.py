@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distal import arrays, storage
+from distal import storage
+from distal.artifacts import arrays
 from distal.errors import ConfigError, Damage, DiskFull, UnknownFormat
 
 

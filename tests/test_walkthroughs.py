@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distal.checkpoints import committed
+from distal.artifacts.checkpoints import committed
+from distal.artifacts.runs import Run
+from distal.artifacts.selection import Selection
 from distal.pool import Pool
-from distal.runs import Run
-from distal.selection import Selection
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -13,18 +13,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from distal.acquire.k_center import k_center
+from distal.acquire.strategy import K_CENTER, Shown, strategy
 from distal.acquire.topk import Candidates, TopK
-from distal.assignments import Assignments
+from distal.artifacts.assignments import Assignments
+from distal.artifacts.scores import Scores
+from distal.artifacts.selection import Selection
 from distal.config import SelectConfig
-from distal.eligibility import Eligibility
 from distal.errors import ConfigError, Damage
 from distal.hashing import mix64, sample_keys, seed_for
-from distal.lists import listed
 from distal.pool import Pool
+from distal.pool.eligibility import Eligibility
+from distal.pool.sample_files import listed
 from distal.records import STRIPE_SAMPLES, split_blocks
-from distal.scores import Scores
-from distal.selection import Selection
-from distal.strategies import K_CENTER, Shown, strategy
 
 Outputs = Callable[[NDArray[np.int64], Collection[str]], dict[str, NDArray[np.float32]]]
 """Of samples, ascending, what the last checkpoint gives under some names: "probabilities", "embeddings"."""

@@ -22,9 +22,9 @@ from typing import Literal
 
 import pyarrow as pa
 
-from distal import ledger
+from distal.artifacts import ledger
+from distal.artifacts.ledger import LABELED, UNSURE
 from distal.errors import Damage, UnknownFormat
-from distal.ledger import LABELED, UNSURE
 from distal.storage import create_bytes, names_in, read_table, table_bytes
 
 Policy = Literal["majority", "first", "reask"]

@@ -17,9 +17,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from distal.artifacts.ledger import LABELED, SKIPPED, UNSURE
 from distal.errors import ConfigError, SourceError, one_line, shown
-from distal.ledger import LABELED, SKIPPED, UNSURE
-from distal.lists import csv_text, read_any_table
+from distal.pool.sample_files import csv_text, read_any_table
 from distal.storage import write_bytes
 
 Format = Literal["csv", "parquet", "label-studio"]

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from distal.eligibility import Eligibility
+from distal.artifacts.ledger import write_labels
 from distal.errors import PoolError
 from distal.hashing import mix64
 from distal.kernels import rank_in_group
-from distal.ledger import write_labels
 from distal.pool import Pool
+from distal.pool.eligibility import Eligibility
 
 ANNOTATOR = "pool"
 

@@ -24,7 +24,7 @@ import ray
 from numpy.typing import NDArray
 
 from distal import cluster
-from distal.arrays import Array, create_array
+from distal.artifacts.arrays import Array, create_array
 from distal.errors import Damage, DiskFull, DistalError, PoolError, SourceError, one_line
 from distal.hashing import sample_keys
 from distal.pool.decode import Channels, Unreadable, decode, is_grey, pixels, quiet

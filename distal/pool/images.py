@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from distal.arrays import Array
+from distal.artifacts.arrays import Array
 from distal.errors import Damage, PoolError
 from distal.records import STRIPE_SAMPLES, Block, JsonObject, auto_block_size, split_blocks
 from distal.storage import names_in, open_parquet, parquet_errors, read_json, write_bytes

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal import kernels
+from distal.acquire.strategy import scored_epochs
 from distal.config import Config
 from distal.hashing import mix64
-from distal.strategies import scored_epochs
 
 Floats = NDArray[np.float64]
 

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal import machine
-from distal.assignments import Assignments
+from distal.artifacts.assignments import Assignments
+from distal.artifacts.scores import Scores
 from distal.errors import Damage
 from distal.pool import Pool
 from distal.records import Block, Window, split_blocks
 from distal.reduce.measures import ANNOTATIONS, FROM_RECORDED, FROM_VOTES, SEEDED, Votes
-from distal.scores import Scores
 
 STRIPE_BYTES = 16 * 2**20  # of assignments that one worker looks at
 STRIPE_SAMPLES = 2**18  # and samples: some 100 bytes each

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from distal.assignments import LabelArray
+from distal.artifacts.assignments import LabelArray
 from distal.kernels import mode_counts
 from distal.records import JsonObject
 

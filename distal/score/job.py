@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from distal.models import ModelSpec
+from distal.model.spec import ModelSpec
 from distal.records import Block, CheckpointRef
 from distal.score.predict import Precision
 

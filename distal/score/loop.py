@@ -16,14 +16,14 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
-from distal.assignments import Assignments
+from distal.artifacts.assignments import Assignments
 from distal.errors import DistalError, Unfit, one_line
 from distal.records import CheckpointRef, Progress
 from distal.score.eliminate import Barrier, barrier_rows, decide
+from distal.score.fleet import MAX_FAILED, Scorers
 from distal.score.job import Done, Elimination, Job, Order, Producer, Scored
 from distal.score.plan import Plan, Work, actors_allowed
 from distal.score.predict import difference
-from distal.score.scorers import MAX_FAILED, Scorers
 from distal.storage import create_json, read_json
 
 POLL_S = 0.2

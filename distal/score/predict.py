@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distal.errors import ModelError
-from distal.models import StateDict
+from distal.model.spec import StateDict
 
 Precision = Literal["fp32", "bf16"]
 

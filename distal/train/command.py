@@ -23,19 +23,19 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from distal import checkpoints
+from distal.artifacts import checkpoints
+from distal.artifacts.ledger import Ledger
+from distal.artifacts.runs import Cycle
 from distal.errors import ConfigError, ModelError, RunConflict, Superseded, TrainingFailed
-from distal.foreign import check_fits
-from distal.ledger import Ledger
 from distal.pool import Pool
 from distal.pool.images import write_png
 from distal.records import CheckpointRef
-from distal.runs import Cycle
 from distal.storage import disk_errors, sha256, write_table
-from distal.train.loop import TrainJob, check_owner, claim
+from distal.train.folder import check_fits
+from distal.train.rank import TrainJob, check_owner, claim
 
 if TYPE_CHECKING:
-    from distal.checkpoints import StateDict
+    from distal.artifacts.checkpoints import StateDict
 
 PLACEHOLDERS = ("labels", "images", "checkpoints", "epochs", "seed", "cycle")
 OWNER, INPUTS = "DISTAL_OWNER", "DISTAL_INPUTS"

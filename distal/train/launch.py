@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distal import checkpoints
+from distal.artifacts import checkpoints
 from distal.errors import DistalError, Superseded, TrainingFailed
 from distal.storage import remove_tree
-from distal.train.loop import TrainJob, claim, release, train_rank
+from distal.train.rank import TrainJob, claim, release, train_rank
 
 # Read by Ray Train's controller when `fit` starts it.
 RAY_TRAIN_ENV = {

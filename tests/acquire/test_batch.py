@@ -7,14 +7,14 @@ import pytest
 
 from distal.acquire import batch
 from distal.acquire.batch import select
-from distal.assignments import Assignments
+from distal.artifacts.assignments import Assignments
+from distal.artifacts.scores import Scores
+from distal.artifacts.selection import Selection
 from distal.config import SelectConfig
 from distal.errors import Damage
 from distal.hashing import mix64, sample_keys
 from distal.pool import Pool
 from distal.records import split_blocks
-from distal.scores import Scores
-from distal.selection import Selection
 
 N, BLOCK = 240, 32
 

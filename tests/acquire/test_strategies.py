@@ -11,16 +11,16 @@ import pytest
 
 from distal.acquire.batch import drawn, listed_batch, select
 from distal.acquire.k_center import k_center
-from distal.assignments import Assignments
+from distal.acquire.strategy import Shown, scored_epochs
+from distal.artifacts.assignments import Assignments
+from distal.artifacts.ledger import Ledger
+from distal.artifacts.scores import Scores
 from distal.config import SelectConfig, parse
-from distal.eligibility import Eligibility
 from distal.errors import ConfigError, ModelError, SourceError
 from distal.hashing import mix64
-from distal.ledger import Ledger
 from distal.pool import Pool
+from distal.pool.eligibility import Eligibility
 from distal.records import split_blocks
-from distal.scores import Scores
-from distal.strategies import Shown, scored_epochs
 
 N, BLOCK, ROWS = 240, 32, 3
 HERE = __name__

@@ -31,13 +31,13 @@ import pyarrow.parquet as pq
 import ray
 from ray.cluster_utils import Cluster
 
+from distal.artifacts.runs import Run
+from distal.artifacts.selection import Selection
 from distal.errors import DistalError, Superseded
-from distal.labelling import Waiting
+from distal.labels.waiting import Waiting
 from distal.pool import Pool
 from distal.pool.build import build
-from distal.runs import Run
 from distal.score.eliminate import histogram, survivors
-from distal.selection import Selection
 from distal.storage import files_below, names_in, read_json
 from tests.helpers import content, flip, write_source
 
@@ -63,7 +63,7 @@ ENVIRONMENT = {
 AS_ANOTHER_MACHINE = """
 import distal.processes
 distal.processes._machine = lambda: {machine!r}
-from distal.cli import main
+from distal.cli.app import main
 main()
 """
 TRAIN = Path(__file__).with_name("train.py")

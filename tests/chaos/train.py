@@ -10,7 +10,7 @@ import torch
 
 import distal
 from distal.config import ModelConfig
-from distal.models import ModelSpec, seeded_build
+from distal.model.spec import ModelSpec, seeded_build
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 
-from distal import checkpoints
+from distal.artifacts import checkpoints
 from distal.storage import write_json
 
 State = Mapping[str, torch.Tensor]

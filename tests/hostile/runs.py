@@ -13,7 +13,7 @@ import google_crc32c
 import pyarrow as pa
 from numcodecs import zstd
 
-from distal.arrays import content_size
+from distal.artifacts.arrays import content_size
 from distal.storage import _json, read_json, read_yaml, write_bytes, write_json, write_table, write_yaml
 
 CYCLE = "cycles/000"

@@ -12,9 +12,9 @@ import yaml
 
 from distal.config import ModelConfig
 from distal.errors import Damage, ModelError
-from distal.foreign import ForeignCheckpoints
-from distal.models import ModelSpec, seeded_build
+from distal.model.spec import ModelSpec, seeded_build
 from distal.pool import Pool
+from distal.train.folder import ForeignCheckpoints
 from tests.helpers import write_checkpoints
 from tests.hostile import checkpoints as corpus
 
@@ -54,7 +54,7 @@ import sys
 from pathlib import Path
 from distal.errors import DistalError
 from tests.hostile.test_checkpoints import look
-from distal.score.scorer import peak_rss_bytes
+from distal.score.actor import peak_rss_bytes
 def size():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 before, refused = size(), 0

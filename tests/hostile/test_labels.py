@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from distal.artifacts.runs import Run
 from distal.errors import UserError
-from distal.labelling import import_labels
 from distal.labels.answers import read
+from distal.labels.waiting import import_labels
 from distal.pool import Pool
-from distal.runs import Run
 from tests.hostile.labels import write_corpus
 from tests.labels.waiting import waiting_run
 
@@ -61,7 +61,7 @@ COMMAND = """
 import json, resource, sys
 from typer.main import get_command
 
-from distal.cli import app
+from distal.cli.app import app
 
 command, codes = get_command(app), {}
 for file in sys.argv[2:]:

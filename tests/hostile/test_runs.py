@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distal.errors import Damage, UserError
-from distal.verify import verify
+from distal.report.verify import verify
 from tests.hostile.runs import CYCLE, cases, names, plugins
 
 CASES = list(cases())

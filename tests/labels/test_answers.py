@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distal.artifacts.ledger import LABELED, SKIPPED, UNSURE, write_labels
+from distal.artifacts.runs import Run
 from distal.errors import Damage, UnknownFormat
-from distal.labelling import Waiting, export_labels, import_labels
 from distal.labels.answers import Answer, Policy, add, last_words, read, settle
-from distal.ledger import LABELED, SKIPPED, UNSURE, write_labels
+from distal.labels.waiting import Waiting, export_labels, import_labels
 from distal.pool import Pool
-from distal.runs import Run
 from distal.storage import create_bytes
 from tests.helpers import CLASSES
 from tests.labels.waiting import next_cycle, waiting_run

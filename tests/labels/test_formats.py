@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distal.artifacts.ledger import LABELED, SKIPPED, UNSURE
 from distal.errors import ConfigError, SourceError
 from distal.labels.formats import Format, labelling_xml, read_said, unsure_word, write_batch
-from distal.ledger import LABELED, SKIPPED, UNSURE
 
 CLASSES = ("circle", "cross")
 

@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from distal import driver
-from distal.labelling import export_labels, import_labels
+from distal.artifacts.runs import Run
+from distal.driver import run as driver
+from distal.labels.waiting import export_labels, import_labels
 from distal.pool import Pool
 from distal.pool.build import build
-from distal.runs import Run
 from tests.helpers import CLASSES, free_ports, small_config, write_source
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"

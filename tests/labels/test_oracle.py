@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distal.eligibility import Eligibility
+from distal.artifacts.ledger import Ledger
 from distal.errors import PoolError
 from distal.labels.oracle import choose_initial, label_from_pool
-from distal.ledger import Ledger
 from distal.pool import Pool
 from distal.pool.build import build
+from distal.pool.eligibility import Eligibility
 from tests.helpers import write_source
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from distal.acquire.batch import random_batch
-from distal.labelling import Waiting
+from distal.artifacts.runs import Run
 from distal.labels.answers import Policy
+from distal.labels.waiting import Waiting
 from distal.pool import Pool
-from distal.runs import Run
 
 
 def waiting_run(

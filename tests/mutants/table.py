@@ -298,7 +298,7 @@ BATCH = _of(
 
 GROUPS = _of(
     "acquire/batch.py",
-    "test_groups.py",
+    "acquire/test_groups.py",
     ("batch: those without a group have one", "np.append(numbers, -1)[places]", "np.append(numbers, 1)[places]"),
     (
         "batch: groups are numbered within a stripe",
@@ -463,8 +463,8 @@ KERNELS = _of(
 )
 
 ELIGIBILITY = _of(
-    "eligibility.py",
-    "test_eligibility.py",
+    "pool/eligibility.py",
+    "pool/test_eligibility.py",
     (
         "eligibility: the sample at the limit",
         "draws <= np.uint64(self.largest_draw)",
@@ -507,8 +507,8 @@ HASHING = _of(
 )
 
 CHECKPOINTS = _of(
-    "checkpoints.py",
-    "test_checkpoints.py",
+    "artifacts/checkpoints.py",
+    "artifacts/test_checkpoints.py",
     (
         "checkpoints: the manifest before the weights",
         "        write_bytes(place / file, data)\n",
@@ -587,8 +587,8 @@ STORAGE = _of(
 )
 
 ARRAYS = _of(
-    "arrays.py",
-    "test_assignments.py",
+    "artifacts/arrays.py",
+    "artifacts/test_assignments.py",
     (
         "arrays: a chunk that has changed",
         "google_crc32c.value(bytes(data[:-4])) != int.from_bytes",
@@ -612,8 +612,8 @@ ARRAYS = _of(
 )
 
 LEDGER = _of(
-    "ledger.py",
-    "test_ledger.py",
+    "artifacts/ledger.py",
+    "artifacts/test_ledger.py",
     (
         "ledger: declined samples were not asked",
         "for indices in (self.indices, self.declined):",
@@ -716,8 +716,8 @@ ANSWERS = _of(
 )
 
 ASSIGNMENTS = _of(
-    "assignments.py",
-    "test_assignments.py",
+    "artifacts/assignments.py",
+    "artifacts/test_assignments.py",
     (
         "assignments: labels before what is recorded",
         "        for name, values in (recorded or {}).items():\n"
@@ -780,7 +780,7 @@ ASSIGNMENTS = _of(
 
 PROCESSES = _of(
     "processes.py",
-    "test_processes.py test_lease.py",
+    "test_processes.py artifacts/test_lease.py",
     ("processes: any process with the id", "abs(process.create_time() - self.started) < 1 and ", ""),
     ("processes: a zombie lives", " and process.status() != psutil.STATUS_ZOMBIE", ""),
     (
@@ -791,8 +791,8 @@ PROCESSES = _of(
 )
 
 RUNS = _of(
-    "runs.py",
-    "test_runs.py test_writers.py",
+    "artifacts/runs.py",
+    "artifacts/test_runs.py driver/test_writers.py",
     (
         "runs: the lease is looked at before the number is chosen",
         "            last = max(self._attempts(), default=None)\n"
@@ -820,8 +820,8 @@ RUNS = _of(
 )
 
 LEASE = _of(
-    "lease.py",
-    "test_lease.py test_writers.py",
+    "artifacts/lease.py",
+    "artifacts/test_lease.py driver/test_writers.py",
     (
         "lease: one that was released is held",
         "False if holder is None or holder.released else",
@@ -872,13 +872,13 @@ LEASE = _of(
 
 OTHERS = (
     *_of(
-        "evaluation.py",
-        "test_evaluation_metrics.py",
+        "score/evaluate.py",
+        "score/test_evaluate.py",
         ("evaluation: the other border of a bin", "/ N_BINS, right=True)", "/ N_BINS, right=False)"),
     ),
     *_of(
-        "train/loop.py",
-        "train/test_loop.py",
+        "train/rank.py",
+        "train/test_rank.py",
         (
             "train: augmentation without the epoch",
             'mix64("augment", self.job.seed, self.job.cycle, epoch, ',
@@ -922,8 +922,8 @@ OTHERS = (
         ("train: no warm-up", "        self.warm_up()\n", ""),
     ),
     *_of(
-        "score/scorer.py",
-        "score/test_scorer.py",
+        "score/actor.py",
+        "score/test_actor.py",
         (
             "scorer: committed blocks are written again",
             "todo = [ref for ref in order.refs if not self._is_done(ref.index - job.first_index, block)]",

@@ -9,16 +9,16 @@ import pytest
 import zarr
 
 from distal import machine
-from distal.assignments import Assignments, unassigned
+from distal.artifacts.assignments import Assignments, unassigned
+from distal.artifacts.scores import Scores
 from distal.cluster import in_tasks
-from distal.eligibility import Eligibility
 from distal.errors import Damage
 from distal.pool import Pool
+from distal.pool.eligibility import Eligibility
 from distal.records import Window, split_blocks
 from distal.reduce import stream
 from distal.reduce.measures import FROM_VOTES, Votes, random
 from distal.reduce.stream import Reduction, n_threads
-from distal.scores import Scores
 
 N, ROWS, CLASSES = 240, 5, 4
 
@@ -242,7 +242,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from distal import machine
-from distal.assignments import Assignments
+from distal.artifacts.assignments import Assignments
 from distal.records import split_blocks
 from distal.reduce.stream import Reduction, n_threads, reduce, stripe_bytes, stripe_samples
 

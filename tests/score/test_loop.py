@@ -20,19 +20,19 @@ import pytest
 import ray
 import torch
 
-from distal import checkpoints
-from distal.assignments import Assignments
+from distal.artifacts import checkpoints
+from distal.artifacts.assignments import Assignments
 from distal.config import ModelConfig
-from distal.eligibility import Eligibility
 from distal.errors import Damage, Diverged, PoolError, RunConflict, Unfit, UserError
-from distal.models import ModelSpec, seeded_build
+from distal.model.spec import ModelSpec, seeded_build
 from distal.pool import Pool
+from distal.pool.eligibility import Eligibility
 from distal.records import CheckpointRef, Progress, split_blocks
+from distal.score.actor import WATCH, Scorer
+from distal.score.fleet import STUCK_S, Scorers
 from distal.score.job import Done, Job, Order, Scored
 from distal.score.loop import score
 from distal.score.predict import Prediction, Predictor
-from distal.score.scorer import WATCH, Scorer
-from distal.score.scorers import STUCK_S, Scorers
 
 ROWS, BLOCK, BATCH = 4, 32, 16
 
@@ -268,8 +268,8 @@ class HangsAtFirst(Scorer):
 def test_an_actor_that_hangs_before_it_has_work_is_replaced(
     pool: Pool, tmp_path: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch, prefix: str, told: str
 ) -> None:
-    monkeypatch.setattr("distal.score.scorers.Scorer", HangsAtFirst)
-    monkeypatch.setattr("distal.score.scorers.WAITS_S", 8.0)
+    monkeypatch.setattr("distal.score.fleet.Scorer", HangsAtFirst)
+    monkeypatch.setattr("distal.score.fleet.WAITS_S", 8.0)
     job, assignments = prepare(tmp_path, pool)
     scorers = new_scorers(prefix, stuck_after=2.0)
     events: list[str] = []
@@ -293,7 +293,7 @@ class NoBatches(Scorer):
 
 
 def test_a_finished_block_is_a_sign_of_life(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distal.score.scorers.Scorer", NoBatches)
+    monkeypatch.setattr("distal.score.fleet.Scorer", NoBatches)
     job, assignments = prepare(tmp_path, pool, n_rows=1, published=1)
     scorers = new_scorers("batchless", stuck_after=3.0)  # eight blocks take longer
     events: list[str] = []
@@ -451,7 +451,7 @@ def test_an_actor_that_cannot_see_the_pool_is_sent_away(
     pool: Pool, cluster: str, tmp_path: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others go on without it; when there is no other, the run ends with the reason."""
-    monkeypatch.setattr("distal.score.scorers.Scorer", SeesNoPool)
+    monkeypatch.setattr("distal.score.fleet.Scorer", SeesNoPool)
     job, assignments = prepare(tmp_path, pool, published=ROWS - 1)
     scorers = new_scorers("partly")
     refused: list[dict[str, object]] = []
@@ -522,8 +522,8 @@ def test_an_actor_that_stops_before_its_first_word_keeps_no_answer_waiting(
     ref = checkpoints.read(folder_of(job), 0)
     indices = np.arange(8, 200)
     expected = scorers.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
-    monkeypatch.setattr("distal.score.scorers.Scorer", StopsAtFirst)
-    monkeypatch.setattr("distal.score.scorers.WAITS_S", 8.0)
+    monkeypatch.setattr("distal.score.fleet.Scorer", StopsAtFirst)
+    monkeypatch.setattr("distal.score.fleet.WAITS_S", 8.0)
     stopped = tmp_path / "stopped"
     events: list[str] = []
     one = new_scorers("stopped", stuck_after=2.0, on_event=lambda name, **_: events.append(name))

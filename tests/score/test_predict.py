@@ -10,7 +10,7 @@ from torch.nn.functional import softmax
 
 from distal.config import ModelConfig
 from distal.errors import ModelError
-from distal.models import ModelSpec
+from distal.model.spec import ModelSpec
 from distal.score.predict import NotFinite, Predictor, _is_out_of_memory, fingerprint, quickest_batch_size
 
 SPEC = ModelSpec(ModelConfig(), 5, (1, 12, 12), (0.4,), (0.2,))

@@ -16,17 +16,18 @@ import psutil
 import pytest
 import torch
 
-from distal import checkpoints, driver
-from distal.assignments import Assignments
+from distal.artifacts import checkpoints
+from distal.artifacts.assignments import Assignments
+from distal.artifacts.runs import Run
 from distal.config import ModelConfig
+from distal.driver import run as driver
 from distal.errors import ConfigError, Damage, ModelError, RunConflict, Superseded, TrainingFailed
-from distal.models import ModelSpec
+from distal.model.spec import ModelSpec
 from distal.pool import Pool
-from distal.runs import Run
+from distal.report.verify import verify
 from distal.score.predict import Predictor
 from distal.train.command import OWNER, check_command, publish_checkpoint, resume_checkpoints, run_command
-from distal.train.loop import claim
-from distal.verify import verify
+from distal.train.rank import claim
 from tests.helpers import flip, small_config
 from tests.train.test_launch import job
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import nn
 
-from distal import checkpoints
+from distal.artifacts import checkpoints
 from distal.config import ModelConfig, TrainConfig
-from distal.eligibility import Eligibility
 from distal.errors import Damage, Diverged, PoolError, Superseded, TrainingFailed
 from distal.labels.oracle import choose_initial, label_from_pool
-from distal.models import ModelSpec
+from distal.model.spec import ModelSpec
 from distal.pool import Pool
+from distal.pool.eligibility import Eligibility
 from distal.storage import read_sealed, write_bytes
 from distal.train.launch import Ranks, abandon, train
-from distal.train.loop import TrainJob, last_claim, read_state
+from distal.train.rank import TrainJob, last_claim, read_state
 from tests.helpers import descendants
 
 

@@ -1,0 +1,1 @@
+"""The network: its description, its weights, and how images become its input."""

@@ -1,0 +1,1 @@
+"""What a run and its files say, told from storage alone."""

@@ -1,0 +1,65 @@
+"""`distal tensorboard`: what a run has measured, for TensorBoard. Told from storage alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from distal.artifacts import checkpoints
+from distal.artifacts.runs import Run
+from distal.cli.terminal import spoken
+from distal.errors import ConfigError
+from distal.records import JsonObject
+from distal.storage import names_in
+
+
+def export(path: Path, out: Path) -> JsonObject:
+    """Write an event file of TensorBoard.
+
+    What checkpoints tell of training goes over epochs, a curve per cycle; `test/<metric>` and `val/<metric>` over
+    labelled samples; `seconds/<stage>` over cycles; `faults/<event>`, how many so far, over seconds since the run
+    began.
+
+    Args:
+        path: the run directory.
+        out: a folder that is new, or empty: TensorBoard shows all files of a folder as one.
+
+    Raises:
+        RunConflict: there is no run.
+        ConfigError: `out` is not empty.
+    """
+    run = Run.open(path)
+    if names_in(out):
+        raise ConfigError(f"--out: {out}: not an empty folder; give a new one, or remove what is there")
+    n = 0
+    with SummaryWriter(logdir=str(out), write_to_disk=True) as writer:
+
+        def add(name: str, value: float, step: int, when: float | None = None) -> None:
+            nonlocal n
+            writer.add_scalar(name, value, step, walltime=when)
+            n += 1
+
+        for cycle in run.begun_cycles():
+            for index in checkpoints.committed(cycle.checkpoints):
+                ref = checkpoints.read(cycle.checkpoints, index)
+                for name, value in ref.metrics.items():
+                    add(f"{name}/cycle {cycle.index}", value, ref.epoch, ref.path.stat().st_mtime)
+            told = cycle.evaluation()
+            for name in ("test", "val"):
+                for metric, value in (told[name] or {}).items():
+                    if value is not None:
+                        add(f"{name}/{metric}", value, told["n_labeled"])
+        began: float | None = None
+        faults: Counter[str] = Counter()
+        for event in run.new_events({}):
+            when = datetime.fromisoformat(event["time"]).timestamp()
+            began = began or when
+            if event["event"] == "stage":
+                add(f"seconds/{event['stage']}", event["seconds"], event["cycle"], when)
+            if spoken(event):
+                faults[event["event"]] += 1
+                add(f"faults/{event['event']}", faults[event["event"]], round(when - began), when)
+    return {"state": "complete", "run": str(run.path), "out": str(out), "scalars": n}

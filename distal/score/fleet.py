@@ -1,0 +1,321 @@
+"""The scoring actors of a run: started, counted, asked, and sent away."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.exceptions import RayError, RayTaskError
+
+from distal import cluster
+from distal.errors import DistalError, Unfit, one_line
+from distal.records import CheckpointRef
+from distal.score.actor import WATCH, Scorer
+from distal.score.job import Job
+from distal.score.plan import actors_allowed
+from distal.score.predict import Precision
+
+LOOK_S = 5.0
+STUCK_S = cluster.STUCK_S
+WAITS_S = 60.0
+MAX_FAILED = 3
+OUTPUT_BATCHES = 8
+NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
+
+
+class Scorers:
+    """The scoring actors of a run. They live from cycle to cycle; their number follows the free slots.
+
+    Args:
+        prefix: makes the actors' names unique to this attempt.
+        options: Ray options of an actor, such as the resources it takes.
+        asked: `score.actors`, None for auto.
+        slots: counts the CPU slots, or GPUs, that there are or may come to be, without those of some nodes. When nodes
+            are lost the actors that they had wait for others to come.
+        cache_bytes, threads, run: see `Scorer`.
+        stuck_after: seconds without a finished batch, or without an answer, after which an actor that has work is
+            replaced; see `hanging` and `without_a_word`.
+        still_ours: raises when this attempt has lost the right to go on.
+        on_event: called with the name and the values of what happened.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        options: dict[str, Any],
+        *,
+        asked: int | None,
+        slots: Callable[[Collection[str]], int],
+        cache_bytes: int,
+        threads: int,
+        run: str = "",
+        stuck_after: float = STUCK_S,
+        still_ours: Callable[[], None] = lambda: None,
+        on_event: Callable[..., None] = lambda name, **values: None,
+    ) -> None:
+        self._prefix = prefix
+        self._options = options
+        self._arguments = (cache_bytes, threads, run)
+        self._next = 0
+        self._shards: dict[int, int] = {}
+        self._find_slots = slots
+        self._avoided: set[str] = set()  # ids of nodes
+        self._still_ours, self._on_event = still_ours, on_event
+        self._without_room_since: float | None = None
+        self.asked, self.stuck_after = asked, stuck_after
+        self.slots = slots(())
+        self.actors: dict[int, Any] = {}
+        self.processes: dict[int, cluster.Process] = {}
+        self._placing: dict[Any, int] = {}
+        self._grown_at: dict[int, float] = {}  # when each actor was started
+        self._asked: dict[Any, int] = {}  # signs of life that are on their way
+        self._heard: dict[int, tuple[int, float]] = {}  # the last new sign of each actor that is busy, and when
+
+    @property
+    def n_started(self) -> int:
+        """Actors started so far."""
+        return self._next
+
+    def __str__(self) -> str:
+        needs = {name: value for name, value in self._options.items() if name.startswith(("num_", "label")) and value}
+        return f"a scoring actor, which needs {needs}"
+
+    def look_around(self) -> None:
+        """Count the slots again, and learn which actors have found room."""
+        self.slots = max(self.slots, self._count())
+        for ref in answered(self._placing):
+            with suppress(RayError):  # it died: what else it is asked says so
+                self._placed(ref)
+
+    def _count(self) -> int:
+        """Slots of the nodes that are not avoided, and those that actors have on the others."""
+        kept = sum(process.node_id in self._avoided for process in self.processes.values())
+        return self._find_slots(self._avoided) + kept
+
+    @property
+    def unplaced(self) -> list[int]:
+        """The actors that have found no room yet."""
+        return list(self._placing.values())
+
+    def without_room(self) -> str | None:
+        """What to say when no actor has found room for a minute, once a minute."""
+        now = time.monotonic()
+        if self.processes or not self.actors:
+            self._without_room_since = None
+            return None
+        self._without_room_since = self._without_room_since or now
+        if now - self._without_room_since <= WAITS_S:
+            return None
+        self._without_room_since = now
+        return f"no room on the cluster for {self}"
+
+    @property
+    def watch_s(self) -> float:
+        """Seconds between two looks at what the actors do."""
+        return min(LOOK_S, self.stuck_after / 4)
+
+    def without_a_word(self) -> dict[int, str]:
+        """The actors that have not said for too long which process they are, and what to report of each.
+
+        Such an actor waits for room, or stopped before it could answer. Which of the two cannot be seen: it is to be
+        dropped, and asked for again.
+        """
+        limit, now = max(self.stuck_after, WAITS_S), time.monotonic()
+        waits = {actor: now - self._grown_at[actor] for actor in self._placing.values()}
+        return {
+            actor: f"a scoring actor has not answered for {seconds:.0f} s: no room, or it hangs"
+            for actor, seconds in waits.items()
+            if seconds > limit
+        }
+
+    def hanging(self, busy: Collection[int]) -> dict[int, str]:
+        """The actors that have work and give no sign of life, and what to report of each.
+
+        Args:
+            busy: the actors that have work; those that are not placed yet are left to `without_a_word`.
+        """
+        now = time.monotonic()
+        for ref in answered(self._asked):
+            actor = self._asked.pop(ref)
+            with suppress(RayError):  # it died: so did its work, which says so
+                sign = ray.get(ref)
+                if actor in self._heard and sign != self._heard[actor][0]:
+                    self._heard[actor] = sign, now
+        self._heard = {actor: self._heard.get(actor, (-1, now)) for actor in self.processes.keys() & set(busy)}
+        found = {}
+        for actor, (_, since) in self._heard.items():
+            if now - since > self.stuck_after:
+                found[actor] = f"no sign of life for {now - since:.0f} s; it is replaced"
+            elif actor not in self._asked.values():
+                self._asked[self.actors[actor].sign_of_life.remote()] = actor
+        return found
+
+    def heard(self, actor: int) -> None:
+        """An actor finished some work, which is a sign of life also where it had no batch to predict."""
+        self._heard.pop(actor, None)
+
+    def _placed(self, ref: Any) -> None:
+        """An actor has found room; raises RayError when it died meanwhile."""
+        self.processes[self._placing[ref]] = ray.get(ref)
+        del self._placing[ref]
+
+    def shrink(self, n: int) -> None:
+        """Stop actors until there are at most `n`."""
+        while len(self.actors) > n:
+            self.drop(next(reversed(self.actors)))
+
+    def grow(self, n: int) -> list[int]:
+        """Start actors until there are at least `n`; returns the new ones, which are not ready yet."""
+        started = []
+        options = dict(self._options)
+        if self._avoided:
+            others = {NODE_ID: f"!in({','.join(sorted(self._avoided))})"}
+            options["label_selector"] = (options.get("label_selector") or {}) | others
+        while len(self.actors) < n:
+            name = f"{self._prefix}-{self._next}"
+            actor = ray.remote(concurrency_groups={WATCH: 1})(Scorer).options(name=name, namespace="distal", **options)
+            # The number of one that has gone is used again: series that are never written to are kept all the same.
+            self._shards[self._next] = next(n for n in itertools.count() if n not in self._shards.values())
+            self.actors[self._next] = actor.remote(name, *self._arguments, self._shards[self._next])
+            self._placing[self.actors[self._next].process.remote()] = self._next
+            self._grown_at[self._next] = time.monotonic()
+            started.append(self._next)
+            self._next += 1
+        return started
+
+    def choose(self, job: Job, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
+        """What `auto` comes to on an actor; see `Scorer.choose`."""
+        chosen: tuple[Precision, int] = self._ask("choose", job, precision, batch_size, n_images)
+        return chosen
+
+    def predict(self, job: Job, indices: Sequence[int], ref: CheckpointRef) -> NDArray[np.int64]:
+        """The class of some samples at a checkpoint; see `Scorer.predict`."""
+        labels: NDArray[np.int64] = self._ask("predict", job, list(indices), ref)
+        return labels
+
+    def outputs(
+        self,
+        job: Job,
+        indices: NDArray[np.int64],
+        ref: CheckpointRef,
+        names: Collection[str],
+        begun: Mapping[str, str] | None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """What a checkpoint gives for some samples, by all actors; see `Scorer.outputs`.
+
+        Args:
+            indices: (n,), ascending. They are cut into pieces of whole batches, however many actors there are.
+            begun: the fingerprint that an actor must have; None: any.
+
+        Raises:
+            Unfit: no actor has it.
+        """
+        size = OUTPUT_BATCHES * job.batch_size
+        pieces = [indices[start : start + size].tolist() for start in range(0, len(indices), size)]
+        found = self._ask_all("outputs", [(job, piece, ref, names, begun) for piece in pieces])
+        return {name: np.concatenate([each[name] for each in found]) for name in names}
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        """Have any actor do something; another one when it dies."""
+        return self._ask_all(method, [arguments])[0]
+
+    def _ask_all(self, method: str, calls: Sequence[tuple[object, ...]]) -> list[Any]:
+        """Have the actors do something with each of some arguments; what one had in hand that died is done again.
+
+        Only those are asked that have found room: one that stands for a lost node may wait for ever.
+        """
+        answers: dict[int, Any] = {}
+        waiting = deque(range(len(calls)))
+        working: dict[Any, tuple[int, int]] = {}  # actor, call
+        failed: Counter[int | None] = Counter()  # of each call; None: starts in a row
+        looked = -math.inf
+
+        def lost(actor: int, call: int | None, reason: str) -> None:
+            """Have what it had in hand done by another one."""
+            self._on_event("actor_lost", actor=actor, reason=reason)
+            self.drop(actor)
+            if call is not None:
+                waiting.appendleft(call)
+            failed[call] += 1
+            if failed[call] == MAX_FAILED:
+                raise DistalError(f"{MAX_FAILED} scoring actors in a row were lost: {reason}")
+
+        while len(answers) < len(calls):
+            self._still_ours()
+            if time.monotonic() - looked >= self.watch_s:
+                looked = time.monotonic()
+                self.look_around()
+                if reason := self.without_room():
+                    self._on_event("scoring_waits", reason=reason)
+                for actor, reason in self.without_a_word().items():
+                    self._on_event("actor_asked_for_again", actor=actor, reason=reason)
+                    self.drop(actor)
+                for actor, reason in self.hanging([actor for actor, _ in working.values()]).items():
+                    ref = next(ref for ref, (at_work, _) in working.items() if at_work == actor)
+                    lost(actor, working.pop(ref)[1], reason)
+            self.grow(max(1, min(actors_allowed(self.asked, self.slots, 0), len(waiting) + len(working))))
+            busy = {actor for actor, _ in working.values()}
+            for actor in [actor for actor in self.processes if actor not in busy][: len(waiting)]:
+                call = waiting.popleft()
+                ref = getattr(self.actors[actor], method).remote(*calls[call])
+                working[ref] = actor, call
+            ready, _ = ray.wait([*working, *self._placing], num_returns=1, timeout=self.watch_s)
+            for ref in ready:
+                if ref in self._placing:
+                    actor = self._placing[ref]
+                    try:
+                        self._placed(ref)
+                        del failed[None]
+                    except RayError as error:
+                        lost(actor, None, one_line(error))
+                    continue
+                actor, call = working.pop(ref)
+                try:
+                    answers[call] = ray.get(ref)
+                    self.heard(actor)
+                except RayTaskError as error:
+                    if not isinstance(error.cause, Unfit):
+                        raise error.cause from None
+                    waiting.appendleft(call)
+                    self.send_away(actor)
+                    for unplaced in self.unplaced:
+                        self.drop(unplaced)
+                    if not self.slots:
+                        raise error.cause from None
+                except RayError as error:
+                    lost(actor, call, one_line(error))
+        return [answers[call] for call in range(len(calls))]
+
+    def send_away(self, actor: int) -> None:
+        """Stop an actor, and start none on its node again.
+
+        The caller stops those that wait for room, too: they could find it there.
+        """
+        self.look_around()
+        if actor in self.processes:
+            self._avoided.add(self.processes[actor].node_id)
+        self.drop(actor)
+        self.slots = self._count()
+
+    def drop(self, actor: int) -> None:
+        """Stop one actor, and free its slot, also when it does not listen to Ray any more."""
+        ray.kill(self.actors.pop(actor))
+        del self._shards[actor], self._grown_at[actor]
+        self._asked = {ref: asked for ref, asked in self._asked.items() if asked != actor}
+        self._heard.pop(actor, None)
+        self._placing = {ref: placed for ref, placed in self._placing.items() if placed != actor}
+        if actor in self.processes:
+            cluster.kill(self.processes.pop(actor))
+
+
+def answered(refs: dict[Any, int]) -> list[Any]:
+    """Those of some calls that have been answered."""
+    return ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []

@@ -1,0 +1,74 @@
+"""Where things are in a cycle."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distal.artifacts.assignments import Assignments
+from distal.artifacts.runs import Cycle, Run
+from distal.errors import Damage
+from distal.score.eliminate import Barrier
+from distal.score.loop import barrier_path, read_barriers
+from distal.storage import create_json, remove_tree, write_json
+
+ROWS = 9
+WAS, NOW = "a" * 64, "b" * 64
+
+
+def lay_out(cycle: Cycle) -> Assignments:
+    return Assignments.create(
+        cycle.assignments, n_rows=ROWS, n_samples=4, block_size=4, n_classes=3, eligible=[np.ones(4, bool)]
+    )
+
+
+def score_up_to_a_barrier(cycle: Cycle) -> None:
+    assignments = lay_out(cycle)
+    assignments.adopt_weights(0, WAS)
+    assignments.write(0, assignments.blocks[0], np.zeros(4, np.uint8))
+    create_json(barrier_path(cycle.elimination, 5), Barrier(5, 3, (4,)).to_record())
+
+
+@pytest.mark.parametrize("n_starts", [0, 1, 2])
+def test_all_rows_are_scored_again_as_the_message_says(tmp_path: Path, n_starts: int) -> None:
+    """What was left out follows from the weights of before, so it goes, too; what an earlier start left stays."""
+    cycle = Run(tmp_path).cycle(0)
+    for _ in range(max(n_starts, 1)):
+        if n_starts:
+            cycle.begin_attempt()
+        score_up_to_a_barrier(cycle)
+    path, earlier = cycle.assignments, cycle.earlier_assignments()
+    assert read_barriers(cycle.elimination, [5, 7]) == [Barrier(5, 3, (4,))]
+    with pytest.raises(Damage) as raised:
+        Assignments.open(path).adopt_weights(0, NOW)
+    advice = re.search(r"remove (\S+\*) to score all rows again", str(raised.value))
+    assert advice is not None
+    for each in path.parent.glob(Path(advice[1]).name):
+        remove_tree(each) if each.is_dir() else each.unlink()
+
+    assert (cycle.assignments, cycle.earlier_assignments()) == (path, earlier)
+    assert not Assignments.begun(path)
+    assert read_barriers(cycle.elimination, [5, 7]) == []
+    assert cycle.remaining(ROWS) is None
+    assert all(map(Assignments.begun, earlier))
+    again = lay_out(cycle)
+    again.adopt_weights(0, NOW)
+    assert again.committed(0) == set()
+
+
+def test_a_start_after_scoring_keeps_the_assignments(tmp_path: Path) -> None:
+    """Weights that were lost are made again; what was scored with them stays where it is."""
+    cycle = Run(tmp_path).cycle(0)
+    assert (cycle.checkpoints.name, cycle.assignments.name) == ("checkpoints", "assignments.zarr")
+    for number in range(12):
+        assert cycle.begin_attempt().name == (f"checkpoints-{number}" if number else "checkpoints")
+    assert cycle.assignments.name == "assignments-11.zarr"
+    write_json(cycle.folder / "score.json", {"inputs": {}, "inputs_sha256": "", "seconds": 0})
+    for number in (12, 13):
+        assert cycle.begin_attempt() == cycle.checkpoints == cycle.folder / f"checkpoints-{number}"
+        assert cycle.assignments.name == "assignments-11.zarr"
+    assert [path.name for path in cycle.earlier_assignments()][:2] == ["assignments-10.zarr", "assignments-9.zarr"]
+    assert [path.name for path in cycle.published_to()][:2] == ["checkpoints-13", "checkpoints-12"]
