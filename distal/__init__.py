@@ -8,8 +8,8 @@ While a classifier trains on what is labelled so far, the class of every unlabel
 predicted at every checkpoint. An image whose predicted class keeps changing has a high label dispersion:
 the network is unsure of it, whatever its softmax says. The most dispersed images are labelled next.
 
-Imports point down one ladder: cli > driver > stages (score, reduce, acquire, labels, train) > artifacts
-(pool, assignments, checkpoints, ledger, ...) > vocabulary (config, records, errors, storage, hashing).
+Imports point down one ladder of packages: cli > compare > driver, report > stages (score, reduce, acquire, labels,
+train) > artifacts, pool, model, cluster > config > vocabulary (the flat modules).
 """
 
 from __future__ import annotations

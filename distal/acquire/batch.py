@@ -13,12 +13,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from distal.acquire.k_center import k_center
-from distal.acquire.strategy import K_CENTER, Shown, strategy
+from distal.acquire.strategy import Shown, strategy
 from distal.acquire.topk import Candidates, TopK
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
 from distal.config import SelectConfig
+from distal.config.needs import K_CENTER
 from distal.errors import ConfigError, Damage
 from distal.hashing import mix64, sample_keys, seed_for
 from distal.pool import Pool

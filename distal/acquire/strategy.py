@@ -1,21 +1,16 @@
-"""What a way of selecting needs: the checkpoints that are scored, and what a strategy of the user's own is shown."""
+"""How a user's own strategy looks, and what it is shown."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from distal import plugins
-from distal.config import Config, Recorded, SelectConfig, VoteMeasure
-from distal.errors import ConfigError
-from distal.records import Window
-
-Need = Literal["final", "all", "probabilities", "embeddings"]
-K_CENTER = "k_center"
+from distal.config import SelectConfig
+from distal.config.needs import Need, load_strategy
 
 
 @dataclass(frozen=True)
@@ -60,50 +55,13 @@ def strategy(select: SelectConfig) -> Strategy | None:
     """The user's own strategy; None when the batch is composed in one of distal's ways.
 
     Raises:
-        ConfigError: it has no `select`, or `needs` names something unknown.
+        ConfigError: as `distal.config.needs.load_strategy`.
     """
-    if ":" not in select.batch:
-        return None
-    made: Strategy = plugins.load(select.batch, "select.batch")()
-    if not callable(getattr(made, "select", None)):
-        raise ConfigError(f"select.batch: {select.batch} has no method select(candidates, budget, rng)")
-    needs = getattr(made, "needs", None)
-    unknown = [need for need in ([needs] if isinstance(needs, str) else needs or ()) if need not in get_args(Need)]
-    if needs is None or isinstance(needs, str) or unknown:
-        raise ConfigError(
-            f"select.batch: {select.batch}.needs must be a set of some of {', '.join(get_args(Need))}, got {needs!r}"
-        )
-    return made
+    own: Strategy | None = load_strategy(select)
+    return own
 
 
-def needs_of(select: SelectConfig) -> frozenset[str]:
-    """What must be known of the candidates for the batch to be composed."""
-    if select.batch == K_CENTER:
-        return frozenset({"embeddings"})
-    own = strategy(select)
-    return frozenset(own.needs) if own else frozenset()
-
-
-def recorded(select: SelectConfig) -> tuple[str, ...]:
-    """What must be recorded beside the assignments, for a way of selecting."""
-    measure, _ = Window.of_name(select.measure)
-    names = [measure] if measure in get_args(Recorded) and select.from_ is None else []
-    return tuple(dict.fromkeys(["margin", *names] if select.breaks_ties_by_margin else names))
-
-
-def scored_epochs(config: Config) -> list[int]:
-    """The epochs whose checkpoints a cycle scores: those that its selection needs, all if `score.checkpoints` says so.
-
-    Row t of the assignments belongs to entry t. A draw, or a file, needs none; a measure of the last checkpoint one.
-    """
-    epochs, select = config.train.checkpoint_epochs, config.select
-    measure, _ = Window.of_name(select.measure)
-    needs = set(needs_of(select))
-    if select.from_ is None:
-        if measure in get_args(VoteMeasure):
-            needs.add("all")
-        elif measure in get_args(Recorded):
-            needs.add("final")
-    if "all" in needs or config.score.checkpoints == "all":
-        return epochs
-    return epochs[-1:] if "final" in needs else []
+def by_scores(how: SelectConfig, measure: str) -> SelectConfig:
+    """How a batch is composed from scores alone: a way that needs more than scores becomes `top_k`."""
+    batch = how.batch if how.batch in ("top_k", "power") else "top_k"
+    return how.model_copy(update={"measure": measure, "batch": batch, "from_": None})

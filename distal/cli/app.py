@@ -87,7 +87,8 @@ def run(
 ) -> None:
     """Run the whole loop. The same command again continues where it stopped."""
     from distal import cluster
-    from distal.cli.terminal import JsonLines, Terminal, run_table
+    from distal.cli.tables import run_table
+    from distal.cli.terminal import JsonLines, Terminal
     from distal.config import load
 
     def work() -> dict[str, Any]:
@@ -123,7 +124,8 @@ def score(
 ) -> None:
     """Score a pool at the checkpoints of a directory, then reduce and select. Again, it does what is missing."""
     from distal import cluster
-    from distal.cli.terminal import JsonLines, Terminal, score_table
+    from distal.cli.tables import score_table
+    from distal.cli.terminal import JsonLines, Terminal
     from distal.config import load_foreign
 
     def work() -> dict[str, Any]:
@@ -160,7 +162,8 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Run it as a job of a Ray cluster. The same command again continues a run that was stopped."""
-    from distal.cli.terminal import Terminal, submit_table
+    from distal.cli.tables import submit_table
+    from distal.cli.terminal import Terminal
     from distal.config import load_portable
 
     commands: dict[str, str] = {}
@@ -218,7 +221,8 @@ def reduce(
     as_json: Json = False,
 ) -> None:
     """Compute measures of stored assignments, of all checkpoints or of a window; no inference."""
-    from distal.cli.terminal import Terminal, reduce_table
+    from distal.cli.tables import reduce_table
+    from distal.cli.terminal import Terminal
 
     def work() -> dict[str, Any]:
         with Terminal() as terminal:
@@ -253,7 +257,8 @@ def select(
     as_json: Json = False,
 ) -> None:
     """Select samples by stored assignments, under another measure, window or budget; no inference."""
-    from distal.cli.terminal import Terminal, select_table
+    from distal.cli.tables import select_table
+    from distal.cli.terminal import Terminal
 
     def work() -> dict[str, Any]:
         with Terminal() as terminal:
@@ -281,7 +286,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Tell what a run will cost before anything starts: passes, objects, disk, memory, and what would be cheaper."""
-    from distal.cli.terminal import forecast_table
+    from distal.cli.tables import forecast_table
     from distal.config import load_any
 
     def work() -> dict[str, Any]:
@@ -301,7 +306,8 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Tell from storage alone how far a run is."""
-    from distal.cli.terminal import WatchScreen, status_table
+    from distal.cli.tables import status_table
+    from distal.cli.terminal import WatchScreen
     from distal.report.status import status as status_of
     from distal.report.status import watch as watch_run
 
@@ -338,7 +344,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Tell what every checkpoint said of a sample, and why it was chosen or not."""
-    from distal.cli.terminal import explain_table
+    from distal.cli.tables import explain_table
 
     def work() -> dict[str, Any]:
         from distal.report.explain import explain as explain_sample
@@ -356,7 +362,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Tell what the selections of two runs share, and which decisive keys differ."""
-    from distal.cli.terminal import diff_table
+    from distal.cli.tables import diff_table
 
     def work() -> dict[str, Any]:
         from distal.report.explain import diff as diff_runs
@@ -377,7 +383,8 @@ def informativeness(
     as_json: Json = False,
 ) -> None:
     """Tell how often the final network errs on what each measure ranks first; needs the pool's labels."""
-    from distal.cli.terminal import Terminal, informativeness_table
+    from distal.cli.tables import informativeness_table
+    from distal.cli.terminal import Terminal
 
     def work() -> dict[str, Any]:
         with Terminal() as terminal:
@@ -404,7 +411,8 @@ def compare(
 ) -> None:
     """Run strategies x seeds and compare them. The same command again continues where it stopped."""
     from distal import cluster
-    from distal.cli.terminal import Terminal, comparison_table
+    from distal.cli.tables import comparison_table
+    from distal.cli.terminal import Terminal
     from distal.config import load_compare
 
     def work() -> dict[str, Any]:
@@ -424,7 +432,8 @@ RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directo
 @app.command()
 def verify(path: RunOrPool, as_json: Json = False) -> None:
     """Read everything of a run or a pool and check it; exit 4 when something is damaged. Nothing is changed."""
-    from distal.cli.terminal import Terminal, verify_table
+    from distal.cli.tables import verify_table
+    from distal.cli.terminal import Terminal
 
     def work() -> dict[str, Any]:
         with Terminal() as terminal:
@@ -439,7 +448,8 @@ def verify(path: RunOrPool, as_json: Json = False) -> None:
 @app.command()
 def repair(path: RunOrPool, as_json: Json = False) -> None:
     """Delete what is damaged, so that the command that made it makes it again; in a pool, pack the images again."""
-    from distal.cli.terminal import Terminal, repair_table
+    from distal.cli.tables import repair_table
+    from distal.cli.terminal import Terminal
 
     def work() -> dict[str, Any]:
         with Terminal() as terminal:
@@ -466,7 +476,7 @@ def labels_export(
     as_json: Json = False,
 ) -> None:
     """Write what is still to be labelled of the batch that a run waits for."""
-    from distal.cli.terminal import export_table
+    from distal.cli.tables import export_table
 
     def work() -> dict[str, Any]:
         from distal.labels.waiting import export_labels
@@ -499,7 +509,7 @@ def labels_import(
     as_json: Json = False,
 ) -> None:
     """Keep the answers of annotators. Importing a file again changes nothing. The next `distal run` uses them."""
-    from distal.cli.terminal import import_table
+    from distal.cli.tables import import_table
 
     def work() -> dict[str, Any]:
         from distal.labels.waiting import import_labels
@@ -530,7 +540,8 @@ def pool_build(
 ) -> None:
     """Pack a source into a pool, once, in parallel."""
     from distal import cluster
-    from distal.cli.terminal import Terminal, pool_table
+    from distal.cli.tables import pool_table
+    from distal.cli.terminal import Terminal
 
     def work() -> dict[str, Any]:
         from distal.config import NAMED
@@ -566,7 +577,7 @@ def pool_build(
 @pool_app.command("info")
 def pool_info(pool: Annotated[Path, typer.Argument(help="Folder of the pool.")], as_json: Json = False) -> None:
     """Describe a pool."""
-    from distal.cli.terminal import pool_table
+    from distal.cli.tables import pool_table
 
     def work() -> dict[str, Any]:
         from distal.pool import Pool

@@ -19,11 +19,11 @@ from scipy import stats
 
 from distal.acquire.topk import Candidates, TopK
 from distal.artifacts.scores import Scores
-from distal.cli.terminal import Display, Silent, figure_texts, share_names
 from distal.compare.statistics import t_interval
 from distal.driver.reanalyse import Scored
 from distal.errors import ConfigError, PoolError
 from distal.hashing import mix64
+from distal.progress import Display, Silent
 from distal.records import JsonObject, Window
 from distal.reduce.measures import FROM_RECORDED, FROM_VOTES, SEEDED
 from distal.storage import write_bytes
@@ -253,3 +253,20 @@ def _plot(result: JsonObject, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes(path, buffer.getvalue())
+
+
+def share_names(result: JsonObject) -> list[str]:
+    """Headings of the parts of the pool that errors are told of."""
+    return [f"top {share:.0%}" if share < 1 else "all" for share in result["shares"]]
+
+
+def figure_texts(row: JsonObject) -> list[str]:
+    """What is told of a measure: errors, correlations and overlap, in this order."""
+    figures = [*row["error"], row["spearman_error"], row["spearman_dispersion"], row["overlap_dispersion"]]
+    return [_figure_text(each) for each in figures]
+
+
+def _figure_text(figure: JsonObject) -> str:
+    """A mean with its interval, if there is one."""
+    text = f"{figure['mean']:.3f}"
+    return text if figure["low"] is None else f"{text} [{figure['low']:.3f}, {figure['high']:.3f}]"

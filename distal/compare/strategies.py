@@ -25,15 +25,15 @@ import torch
 from numpy.typing import NDArray
 
 from distal import __version__, cluster
-from distal.acquire.strategy import recorded, scored_epochs
 from distal.artifacts.assignments import begun_path, record_path
 from distal.artifacts.runs import Cycle, Run
-from distal.cli.terminal import Display, Silent
 from distal.compare.results import report
 from distal.config import FIRST, CompareConfig, Config, SelectConfig
+from distal.config.needs import recorded, scored_epochs
 from distal.driver import run as driver
 from distal.errors import ConfigError
 from distal.pool import Pool
+from distal.progress import Display, Silent
 from distal.records import JsonObject
 from distal.storage import be_durable, write_yaml
 

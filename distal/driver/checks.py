@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from distal import cluster
 from distal.acquire.strategy import strategy
 from distal.artifacts.assignments import dtype_for
-from distal.cli.terminal import Display
 from distal.cluster import Slots
 from distal.config import NAMED, AnyRoot, Config, Root
 from distal.errors import ConfigError, Damage, DiskFull, PoolError, UnknownFormat, UserError
@@ -25,6 +24,7 @@ from distal.pool import Pool
 from distal.pool.build import build
 from distal.pool.images import MANIFEST, OK, parts
 from distal.pool.sample_files import listed, read_text
+from distal.progress import Display
 from distal.records import STRIPE_SAMPLES, Block, JsonObject, Progress, auto_block_size, split_blocks
 from distal.storage import read_json, write_json
 from distal.train.command import check_command

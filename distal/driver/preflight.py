@@ -16,11 +16,11 @@ from importlib import metadata
 from pathlib import Path
 
 from distal import __version__, cluster, plugins
-from distal.cli.terminal import Display
 from distal.config import Root
 from distal.errors import DistalError, UserError, one_line
 from distal.pool import Pool
 from distal.pool.images import MANIFEST
+from distal.progress import Display
 from distal.storage import require_writable, write_bytes
 
 PACKAGES = ("torch", "ray", "zarr", "numpy")

@@ -12,15 +12,16 @@ from pathlib import Path
 
 from distal import cluster
 from distal.acquire.batch import select
+from distal.acquire.strategy import by_scores
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Analysis, Cycle, Run
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
-from distal.cli.terminal import Display, Silent
 from distal.config import Config, ForeignConfig, SelectConfig, check_measure
 from distal.errors import ConfigError, Damage, RunConflict, UserError
 from distal.hashing import digest
 from distal.pool import Pool
+from distal.progress import Display, Silent
 from distal.records import JsonObject, Progress, Window
 from distal.reduce.measures import FROM_RECORDED, FROM_VOTES
 from distal.reduce.stream import Mapper, Reduction, in_threads, reduce
@@ -111,12 +112,6 @@ def _connection(address: str | None) -> AbstractContextManager[None]:
         return nullcontext()
     cluster.secure(address)
     return cluster.connect(address)
-
-
-def by_scores(how: SelectConfig, measure: str) -> SelectConfig:
-    """How a batch is chosen here: nothing is asked of a network, so what takes more than scores is the largest."""
-    batch = how.batch if how.batch in ("top_k", "power") else "top_k"
-    return how.model_copy(update={"measure": measure, "batch": batch, "from_": None})
 
 
 class Scored:

@@ -22,16 +22,15 @@ from numpy.typing import NDArray
 
 from distal import __version__, cluster
 from distal.acquire.batch import listed_batch, random_batch, select
-from distal.acquire.strategy import scored_epochs
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import PROBABILITIES, Assignments
 from distal.artifacts.ledger import LABELS_PER_RANK, Ledger, too_few, write_labels
 from distal.artifacts.runs import Cycle, Run
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection, short_of
-from distal.cli.terminal import Display, Silent
 from distal.cluster import metrics
 from distal.config import Config, check_unchanged
+from distal.config.needs import scored_epochs
 from distal.driver import checks, preflight
 from distal.driver.session import Attempt, begin
 from distal.errors import ConfigError, Damage, ModelError, RunConflict
@@ -44,6 +43,7 @@ from distal.pool import Pool
 from distal.pool.eligibility import Eligibility
 from distal.pool.images import MANIFEST, OK
 from distal.pool.sample_files import find, read_labels, require_readable
+from distal.progress import Display, Silent
 from distal.records import CheckpointRef, JsonObject, Progress, auto_block_size
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce

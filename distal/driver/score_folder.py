@@ -23,7 +23,6 @@ from distal.artifacts.checkpoints import KEEP_ALL, LIGHTNING
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Cycle, Run
 from distal.artifacts.selection import short_of
-from distal.cli.terminal import Display, Silent
 from distal.config import ForeignConfig
 from distal.driver import checks, preflight, reanalyse
 from distal.driver.session import Attempt, begin
@@ -33,6 +32,7 @@ from distal.model.spec import ModelSpec
 from distal.pool import Pool
 from distal.pool.eligibility import Eligibility
 from distal.pool.sample_files import find, read_ids, read_labels, require_readable
+from distal.progress import Display, Silent
 from distal.records import Block, CheckpointRef, JsonObject, Progress, Window
 from distal.reduce.measures import FROM_VOTES, Votes, dispersion
 from distal.score.actor import peak_rss_bytes

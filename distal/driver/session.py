@@ -14,13 +14,13 @@ from distal import cluster
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.lease import Lease
 from distal.artifacts.runs import Run
-from distal.cli.terminal import Display
 from distal.cluster import metrics
 from distal.cluster.metrics import Meter
 from distal.config import Config, ForeignConfig
 from distal.driver import checks
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
+from distal.progress import Display
 from distal.records import CheckpointRef, JsonObject, Progress
 from distal.score.fleet import Scorers
 from distal.score.job import Elimination, Job, Producer, Scored

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal import kernels
-from distal.acquire.strategy import scored_epochs
 from distal.config import Config
+from distal.config.needs import scored_epochs
 from distal.hashing import mix64
 
 Floats = NDArray[np.float64]

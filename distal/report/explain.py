@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from distal.acquire.batch import Order
-from distal.acquire.strategy import K_CENTER
+from distal.acquire.strategy import by_scores
 from distal.acquire.topk import Candidates
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Cycle, Run
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
 from distal.config import Config, ForeignConfig, SelectConfig
-from distal.driver.reanalyse import by_scores
+from distal.config.needs import K_CENTER
 from distal.errors import RunConflict, UserError
 from distal.hashing import digest, mix64
 from distal.pool import Pool

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distal.acquire.strategy import scored_epochs
 from distal.artifacts.assignments import dtype_for
 from distal.config import TORCHVISION, CompareConfig, Config, ForeignConfig
+from distal.config.needs import scored_epochs
 from distal.errors import PoolError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool

@@ -12,9 +12,9 @@ from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.lease import EXPIRY_S, latest, lease_path
 from distal.artifacts.runs import STAGES, Cycle, Run
-from distal.cli.terminal import spoken
 from distal.config import Config, ForeignConfig
 from distal.labels.waiting import Waiting
+from distal.progress import spoken
 from distal.records import JsonObject
 from distal.train.folder import known
 

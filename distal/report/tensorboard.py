@@ -10,8 +10,8 @@ from tensorboardX import SummaryWriter
 
 from distal.artifacts import checkpoints
 from distal.artifacts.runs import Run
-from distal.cli.terminal import spoken
 from distal.errors import ConfigError
+from distal.progress import spoken
 from distal.records import JsonObject
 from distal.storage import names_in
 

@@ -26,13 +26,13 @@ from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import EXPECTED, STAGES, Analysis, Cycle, Run, Staged
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
-from distal.cli.terminal import Display, Silent
 from distal.config import Config, ForeignConfig
 from distal.errors import Damage, RunConflict, UnknownFormat, one_line
 from distal.hashing import digest
 from distal.labels import answers
 from distal.pool import Pool
 from distal.pool.images import IMAGES, MANIFEST, SAMPLES, begin_content, parts
+from distal.progress import Display, Silent
 from distal.records import JsonObject, Progress
 from distal.score.eliminate import barrier_rows
 from distal.storage import (

@@ -11,11 +11,12 @@ import pytest
 
 from distal.acquire.batch import drawn, listed_batch, select
 from distal.acquire.k_center import k_center
-from distal.acquire.strategy import Shown, scored_epochs
+from distal.acquire.strategy import Shown
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.scores import Scores
 from distal.config import SelectConfig, parse
+from distal.config.needs import scored_epochs
 from distal.errors import ConfigError, ModelError, SourceError
 from distal.hashing import mix64
 from distal.pool import Pool

@@ -5,7 +5,8 @@ import io
 from rich.console import Console
 from rich.text import Text
 
-from distal.cli.terminal import Terminal, pool_table
+from distal.cli.tables import pool_table
+from distal.cli.terminal import Terminal
 from distal.records import Progress
 
 STATE = Progress(

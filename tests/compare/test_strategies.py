@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from distal import Run
-from distal.acquire.strategy import scored_epochs
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
 from distal.compare.strategies import compare, first_config, strategy_config
 from distal.config import CompareConfig, load_compare
+from distal.config.needs import scored_epochs
 from distal.errors import ConfigError
 from distal.pool import Pool
 from distal.report.verify import verify

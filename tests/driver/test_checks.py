@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distal.cli.terminal import Silent
 from distal.cluster import Node, divide
 from distal.driver import checks
 from distal.pool import Pool
 from distal.pool.build import build
+from distal.progress import Silent
 from distal.storage import read_json, write_json
 from tests.helpers import png, small_config
 

@@ -15,12 +15,13 @@ from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
 from distal.cli.app import app
-from distal.cli.terminal import Silent, status_table, summary_table
+from distal.cli.tables import status_table, summary_table
 from distal.driver import run as driver
 from distal.errors import PoolError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
 from distal.pool.build import build
+from distal.progress import Silent
 from distal.report.status import status
 from distal.report.verify import repair, verify
 from distal.score.predict import Predictor

@@ -19,13 +19,13 @@ from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments, begun_path
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Run
-from distal.cli.terminal import spoken
 from distal.driver import run as driver
 from distal.driver.run import _Reusing
 from distal.errors import ConfigError, Damage, DistalError, ModelError, PoolError, RunConflict, UserError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
 from distal.pool.build import build
+from distal.progress import spoken
 from distal.records import CheckpointRef, Progress
 from distal.report.status import status
 from distal.score.job import Published

@@ -15,13 +15,13 @@ import zarr
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
 from distal.artifacts.selection import Selection
-from distal.cli.terminal import spoken
 from distal.config import ModelConfig
 from distal.driver import reanalyse
 from distal.driver.score_folder import score_directory
 from distal.errors import ConfigError, ModelError, RunConflict, SourceError, UserError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
+from distal.progress import spoken
 from distal.records import Progress
 from distal.report.explain import explain
 from tests.helpers import foreign_config, write_checkpoints

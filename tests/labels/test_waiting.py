@@ -16,7 +16,7 @@ import pytest
 
 from distal.artifacts.ledger import LABELED, SKIPPED
 from distal.artifacts.runs import Run
-from distal.cli.terminal import waiting_table
+from distal.cli.tables import waiting_table
 from distal.driver import run as driver
 from distal.errors import ConfigError, Damage, PoolError, RunConflict, SourceError
 from distal.labels.answers import Answer, settle

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from distal.acquire.batch import listed_batch, select
-from distal.acquire.strategy import Shown, scored_epochs
+from distal.acquire.strategy import Shown
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
 from distal.artifacts.scores import Scores
+from distal.config.needs import scored_epochs
 from distal.driver import run as driver
 from distal.errors import RunConflict, UserError
 from distal.hashing import mix64

@@ -1,0 +1,332 @@
+"""Results as tables and lines for a terminal: one function for each command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from distal.records import JsonObject
+
+
+def watch_table(look: JsonObject, faults: Iterable[str]) -> Table:
+    """A look at a run, and what went wrong last."""
+    counts = ", ".join(f"{name.replace('_', ' ')} ({n})" for name, n in look["faults"].items())
+    table = _facts({"run": look["run"], "state": run_state(look), "stage": watched_stage(look), **watched(look)})
+    table.add_row("faults", counts or "none")
+    for line in faults:
+        table.add_row("", Text(line))
+    return table
+
+
+def run_state(told: JsonObject) -> str:
+    """The state of a run; of one that nobody drives any more with who did."""
+    if told["state"] != "stopped":
+        return str(told["state"])
+    driver = told["driver"]
+    since = timedelta(seconds=round(driver["silent_s"]))
+    return f"stopped (process {driver['pid']} on {driver['host']}, no sign of life for {since})"
+
+
+def watched_stage(look: JsonObject) -> str:
+    """The stage that a run is in, and its cycle."""
+    return str(look["stage"]) if look["cycle"] is None else f"cycle {look['cycle']}  {look['stage']}"
+
+
+def watched(look: JsonObject) -> dict[str, str]:
+    """How far a stage is: name and text of each figure."""
+    if look["cycle"] is None:
+        return {}
+    told = {
+        "checkpoints": f"{look['scored']} scored of {look['published']} published of {look['checkpoints']} checkpoints",
+        "blocks": f"{look['blocks_scored']:,}/{look['blocks']:,} blocks",
+        "images": f"{look['images_scored']:,}/{look['images']:,} images",
+    }
+    if look["images_per_s"]:
+        told["rate"] = f"{look['images_per_s']:,.0f} images/s"
+        told["left"] = f"{timedelta(seconds=round(look['seconds_left']))} left"
+    return told
+
+
+def run_table(result: JsonObject) -> Table | str:
+    """How a run ended: its table, or what people are to label."""
+    return waiting_table(result) if result["state"] == "waiting_for_labels" else summary_table(result)
+
+
+def waiting_table(waiting: JsonObject) -> str:
+    """What people are to label."""
+    conflicts = waiting["conflicts"]
+    disagreed = f"\nannotators disagree on {', '.join(conflicts[:5])}; asked again" if conflicts else ""
+    if waiting["short"]:
+        disagreed += (
+            f"\nnot enough to begin with: {waiting['short']}; declined samples are exported again, and "
+            "`distal labels import --allow-unasked` takes labels of others"
+        )
+    run = waiting["run"]
+    return (
+        f"{run}: waiting for labels: {waiting['answered']} of {waiting['asked']} answered, {waiting['needed']} needed"
+        f"{disagreed}\nnext: distal labels export {run} --format csv --out batch.csv\n"
+        f"      distal labels import {run} batch.csv, and the same command again"
+    )
+
+
+def export_table(result: JsonObject) -> Table:
+    """What was written for annotators."""
+    return _facts(
+        {name: result[name] for name in ("samples", "format", "images") if result[name]}
+        | {f"file {number}": path for number, path in enumerate(result["files"], start=1)}
+    )
+
+
+def import_table(result: JsonObject) -> str:
+    """What was kept of a file of annotators."""
+    conflicts = result["conflicts"]
+    disagreed = f"; annotators disagree on {', '.join(conflicts[:5])}" if conflicts else ""
+    changed, late = result["changed"], result["too_late"]
+    notes = ""
+    if changed:
+        notes = f"\nchanged by the annotator who answered before: {', '.join(changed[:5])}"
+        notes += "; import the file of another person with --annotator NAME"
+    if late:
+        notes += f"\ntoo late (a trained cycle uses another label), stored and not used: {', '.join(late[:5])}"
+    return (
+        f"{result['answers']} answers, {result['new']} new; {result['answered']} of the batch are settled, "
+        f"{result['needed']} needed{disagreed}{notes}"
+    )
+
+
+def summary_table(summary: JsonObject) -> Table:
+    """The closing table of a run: a row per cycle."""
+    cycles = summary["cycles"]
+    stages = list(dict.fromkeys(stage for cycle in cycles for stage in cycle["seconds"]))
+    validated = any(cycle["n_val"] for cycle in cycles)
+    evaluated = _evaluated(cycles)
+    notes = [f"{', '.join(stages)}: seconds. ties: share of the batch that a tie-break decided."]
+    if validated:
+        notes.append("labelled: what the network was trained on. paid: these and the labels to validate on.")
+    reasons = dict.fromkeys(f"{name}: {reason}." for cycle in cycles for name, reason in cycle["undefined"].items())
+    table = Table(
+        title=f"{summary['run']}: {summary['state']}",
+        caption="\n".join([*notes, *reasons]),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    paid = ["paid"] if validated else []
+    figures = [metric if name == "test" else f"{name} {metric}" for name, metric in evaluated]
+    for heading in ("cycle", "labelled", *paid, *figures, *stages, "scored", "batch", "ties"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cycle in cycles:
+        table.add_row(
+            str(cycle["cycle"]),
+            f"{cycle['n_labeled']:,}",
+            *(_count(cycle["n_paid"]) for _ in paid),
+            *(_value(cycle[name], metric) for name, metric in evaluated),
+            *(f"{cycle['seconds'][s]:.1f}" if s in cycle["seconds"] else "-" for s in stages),
+            f"{cycle['images_scored']:,}",
+            f"{cycle['n_selected']:,}",
+            f"{cycle['tie_share']:.0%}",
+        )
+    return table
+
+
+def submit_table(result: JsonObject) -> str:
+    """A job, and what to type for it."""
+    fitting = result["commands"].values() if result["state"] == "submitted" else ()
+    commands = "".join(f"\n  {command}" for command in fitting)
+    return f"{result['job']}: {result['state']} ({result['run']}){commands}"
+
+
+def status_table(status: JsonObject) -> Table:
+    """How far each cycle is."""
+    cycles = status["cycles"]
+    table = Table(
+        title=f"{status['run']}: {run_state(status)}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    paid = ["paid"] if any(cycle["n_val"] for cycle in cycles) else []
+    evaluated = _evaluated(cycles)
+    figures = [f"{name} {metric}" for name, metric in evaluated]
+    for heading in ("cycle", "complete", "next", "checkpoints", "blocks scored", "labelled", *paid, *figures):
+        table.add_column(heading)
+    for cycle in cycles:
+        table.add_row(
+            str(cycle["cycle"]),
+            " ".join(cycle["complete"]) or "-",
+            cycle["next"] or "-",
+            f"{cycle['checkpoints_published']}/{cycle['checkpoints']}",
+            f"{cycle['blocks_scored']:,}/{cycle['blocks']:,}",
+            _count(cycle["n_labeled"]),
+            *(_count(cycle["n_paid"]) for _ in paid),
+            *(_value(cycle[name], metric) for name, metric in evaluated),
+        )
+    return table
+
+
+def _evaluated(cycles: list[JsonObject]) -> list[tuple[str, str]]:
+    """What any of the cycles was evaluated by, in order: ("test", "accuracy"), ..."""
+    found = [(name, metric) for name in ("test", "val") for cycle in cycles for metric in cycle[name] or ()]
+    return list(dict.fromkeys(found))
+
+
+def _value(values: JsonObject | None, metric: str) -> str:
+    value = (values or {}).get(metric)
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _count(n: int | None) -> str:
+    return "-" if n is None else f"{n:,}"
+
+
+def score_table(result: JsonObject) -> Table:
+    """What `distal score` came to."""
+    names = ("run", "checkpoints", "images_scored", "images_left_out", "seconds", "images_per_s", "precision")
+    chosen = ("measure", "selection", "n_selected", "tie_share", "selection_sha256")
+    return _facts({name: result[name] for name in (*names, "batch_size", "accuracy", *chosen) if name in result})
+
+
+def reduce_table(result: JsonObject) -> Table:
+    """What `distal reduce` wrote."""
+    table = Table(title=f"{result['run']}, cycle {result['cycle']}", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for heading in ("measure", "window", "checkpoints", "seconds", "scores"):
+        table.add_column(heading, overflow="fold")
+    for each in result["analyses"]:
+        window = each["window"][1:] or "all"
+        table.add_row(each["measure"], window, str(each["checkpoints"]), f"{each['seconds']:.2f}", each["scores"])
+    return table
+
+
+def select_table(result: JsonObject) -> Table:
+    """What `distal select` chose."""
+    return _facts({name: value for name, value in result.items() if name != "state" and value != ""})
+
+
+def comparison_table(result: JsonObject) -> Table:
+    """The closing table of a comparison."""
+    table = Table(
+        title=f"{result['run']}: {result['state']}",
+        caption="\n".join(f"{t['strategy']} against {t['reference']}: {t['verdict']}" for t in result["tests"]["each"])
+        + f"\nreport: {result['out']}/report.md",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    for heading in ("strategy", f"AUBC of {result['metric']}", f"{1 - result['level']:.0%} interval", "seeds"):
+        table.add_column(heading, no_wrap=True)
+    for row in result["aubc"]:
+        mean, low, high = (None if row[name] is None else f"{row[name]:.4f}" for name in ("mean", "low", "high"))
+        table.add_row(row["strategy"], mean or "-", f"{low} to {high}" if low else "-", str(row["n"]))
+    return table
+
+
+def informativeness_table(result: JsonObject) -> Table:
+    """Error on the most uncertain part, measure by measure."""
+    from distal.compare.informativeness import figure_texts, share_names
+
+    table = Table(title=f"{len(result['runs'])} runs, 95% intervals", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for heading in ("measure", "checkpoints", *share_names(result), "rho, error", "rho, dispersion", "overlap"):
+        table.add_column(heading, overflow="fold")
+    for row in result["measures"]:
+        table.add_row(row["measure"], str(row["checkpoints"]), *figure_texts(row))
+    return table
+
+
+def forecast_table(plan: JsonObject) -> Table:
+    """What a run will cost."""
+    facts = {name: plan[name] for name in ("samples", "candidates", "checkpoints", "cycles", "blocks", "block_size")}
+    facts["forwards, first cycle"] = plan["forwards"]
+    facts["objects, first cycle"] = plan["objects"]["total"]
+    facts["disk, first cycle"] = f"up to {_bytes(plan['disk_bytes']['total'])} before compression"
+    for role, size in plan["memory_bytes"].items():
+        facts[f"memory, {role}"] = _bytes(size)
+    for way in plan["alternatives"]:
+        facts[f"cheaper: {way['how']}"] = f"{way['what']}: {way['forwards']:,} forwards, {way['saves']:.0%} less"
+    for number, warning in enumerate(plan["warnings"], start=1):
+        facts[f"warning {number}"] = warning
+    return _facts(facts)
+
+
+def explain_table(told: JsonObject) -> str:
+    """What became of a sample."""
+    lines = [f"{told['sample_id']} (sample {told['sample_index']}, {told['status']}) {told['uri']}"]
+    for cycle in told["cycles"]:
+        timeline = " ".join(label or "-" for label in cycle["labels"])
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in cycle["scores"].items() if value is not None)
+        rank = (
+            f"; rank {cycle['rank']:,} of {cycle['candidates']:,}, {cycle['ties']:,} ties" if cycle.get("rank") else ""
+        )
+        lines += [f"cycle {cycle['cycle']}: {cycle['why']}", f"  {timeline}", f"  {scores}{rank}" if scores else ""]
+    return "\n".join(line for line in lines if line)
+
+
+def diff_table(told: JsonObject) -> str:
+    """What two selections share."""
+    first, second = told["runs"]
+    lines = [
+        f"cycle {told['cycle']}: {told['shared']} of {told['selected'][0]} and {told['selected'][1]} are in both "
+        f"(Jaccard {told['jaccard']:.3f})",
+        f"only in {first}: {', '.join(told['only_in_first'][:5])}{' ...' if len(told['only_in_first']) > 5 else ''}",
+        f"only in {second}: {', '.join(told['only_in_second'][:5])}{' ...' if len(told['only_in_second']) > 5 else ''}",
+    ]
+    lines += [f"{key}: {before} -> {after}" for key, (before, after) in told["configuration"].items()]
+    return "\n".join(lines)
+
+
+def verify_table(result: JsonObject) -> str:
+    """What is not what was written."""
+    lines = [f"damaged: {line}" for line in result["damage"]]
+    n = len(lines)
+    end = f"{n} damaged; `distal repair {result['path']}` deletes what can be made again" if n else "sound"
+    return "\n".join([*lines, f"{result['path']}: {result['files']:,} files read: {end}"])
+
+
+def repair_table(result: JsonObject) -> str:
+    """What was done about it."""
+    lines = [f"deleted: {path}" for path in result.get("deleted", ())]
+    lines += [f"done again by the next run: {stage}" for stage in result.get("redone", ())]
+    lines += [f"mended: {what}" for what in result.get("mended", ())]
+    lines += [f"packed again: {what}" for what in result.get("packed_again", ())]
+    lines += [f"cannot be made again: {line}" for line in result["left"]]
+    lines.append(f"{result['path']}: {result['state']}{'; next: ' if result['next'] else ''}{result['next']}")
+    return "\n".join(lines)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def pool_table(pool: JsonObject) -> Table:
+    """What a pool is."""
+    return _facts(pool)
+
+
+def _facts(facts: JsonObject) -> Table:
+    """A name and a value a line."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = [f"{key} ({count:,})" for key, count in value.items()]
+        table.add_row(name, ", ".join(map(_number, value)) if isinstance(value, list) else _number(value))
+    return table
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
