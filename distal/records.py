@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
@@ -180,3 +180,12 @@ class Progress:
 
 
 JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Base of the results of commands: frozen dataclasses, with one field for each key of the JSON."""
+
+    def to_record(self) -> JsonObject:
+        """The object that `--json` prints."""
+        return asdict(self)

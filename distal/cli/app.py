@@ -10,17 +10,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from distal import __version__
 from distal.errors import ConfigError, Damage, DistalError, UserError, one_line
+from distal.records import Result
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from distal.records import Window
+    from distal.records import JsonObject, Window
 
 app = typer.Typer(
     name="distal",
@@ -42,6 +43,7 @@ LogJson = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", metavar="[KEY=VALUE]...")]
 Channels = Literal["auto", "grey", "rgb"]
+AnyResult = TypeVar("AnyResult", bound="Result | JsonObject")
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the process of a job
 
 
@@ -599,9 +601,9 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _answer(
-    work: Callable[[], dict[str, Any]],
+    work: Callable[[], AnyResult],
     as_json: bool,
-    render: Callable[[dict[str, Any]], Table | str],
+    render: Callable[[AnyResult], Table | str],
     if_stopped: Callable[[], str] = str,
 ) -> None:
     """Run a command's work and print what it returns; every exit code is decided here.
@@ -623,16 +625,17 @@ def _answer(
         if as_json:
             print(json.dumps({"state": "error", "error": one_line(error), "exit_code": 1}))
         raise
+    record = result.to_record() if isinstance(result, Result) else result
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(record))
     else:
         from rich.console import Console
 
         Console(soft_wrap=True).print(render(result), markup=False, highlight=False)
-    if result.get("state") == "damaged":
+    if record.get("state") == "damaged":
         raise typer.Exit(Damage.exit_code)
-    if result.get("exit_code"):
-        raise typer.Exit(result["exit_code"])
+    if record.get("exit_code"):
+        raise typer.Exit(record["exit_code"])
 
 
 def _refuse(line: str, exit_code: int, as_json: bool) -> typer.Exit:
