@@ -23,7 +23,7 @@ from distal.artifacts.checkpoints import KEEP_ALL, LIGHTNING
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Cycle, Run
 from distal.artifacts.selection import short_of
-from distal.config import ForeignConfig
+from distal.config import ScoreConfig
 from distal.driver import checks, preflight, reanalyse
 from distal.driver.session import Attempt, begin
 from distal.errors import ConfigError, ModelError, UserError
@@ -47,7 +47,7 @@ STAGE = "score"
 
 
 def score_directory(
-    config: ForeignConfig,
+    config: ScoreConfig,
     display: Display | None = None,
     *,
     watch: bool = False,
@@ -115,7 +115,7 @@ def score_directory(
 class _Scoring:
     """One attempt at a run of `distal score`. What needs no Ray comes first, so that a mistake is told at once."""
 
-    def __init__(self, config: ForeignConfig, attempt: Attempt, pool: Pool, watch: bool) -> None:
+    def __init__(self, config: ScoreConfig, attempt: Attempt, pool: Pool, watch: bool) -> None:
         self.attempt, self.pool, self.watch = attempt, pool, watch
         self.directory = directory = attempt.directory
         self.display = attempt.display
@@ -333,7 +333,9 @@ class _Scoring:
     def _fixed(self) -> JsonObject:
         """What must stay the same: everything that decides the assignments."""
         free = () if self.config.score.eliminate == "exact" else ("select.", "score.budget")
-        decisive = {name: value for name, value in self.config.decisive().items() if not name.startswith(free or "-")}
+        decisive = {
+            name: value for name, value in self.config.result_keys().items() if not name.startswith(free or "-")
+        }
         listed = {name: list(value) if isinstance(value, tuple) else value for name, value in decisive.items()}
         return {
             **listed,
@@ -405,7 +407,7 @@ class _Scoring:
 class _Watched:
     """A directory that is being filled: a producer for the scoring loop."""
 
-    def __init__(self, checkpoints: ForeignCheckpoints, config: ForeignConfig, display: Display) -> None:
+    def __init__(self, checkpoints: ForeignCheckpoints, config: ScoreConfig, display: Display) -> None:
         self._checkpoints, self._config, self._display = checkpoints, config.checkpoints, display
         self._looked = -np.inf
         self._grew = time.monotonic()
