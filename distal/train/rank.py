@@ -30,6 +30,7 @@ from distal.errors import Damage, Diverged, Superseded
 from distal.hashing import mix64, seed_for
 from distal.model.augment import crop_flip
 from distal.model.spec import ModelSpec, be_deterministic, seeded_build
+from distal.model.weights import deserialize, serialize
 from distal.pool import Pool
 from distal.records import CheckpointRef
 from distal.storage import create_bytes, names_in, read_sealed, write_sealed
@@ -183,7 +184,7 @@ class _Rank:
             dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         if box[0] is None:
             return 0
-        state = checkpoints.deserialize(box[0])
+        state = deserialize(box[0])
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._commit(state["epoch"], state["loss"])
@@ -227,7 +228,7 @@ class _Rank:
                 "model": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
-            write_sealed(self.job.state_path, checkpoints.serialize(state))
+            write_sealed(self.job.state_path, serialize(state))
             self._commit(epoch, loss)
 
     def _commit(self, epoch: int, loss: float) -> None:
@@ -294,7 +295,7 @@ def read_state(job: TrainJob) -> bytes | None:
         return None
     except Damage as damage:
         raise Damage(f"{damage}; {_again(job)}") from None
-    if checkpoints.deserialize(data)["inputs"] != job.inputs:
+    if deserialize(data)["inputs"] != job.inputs:
         raise Damage(f"{job.state_path}: trained from other inputs than the cycle has now; {_again(job)}")
     return data
 

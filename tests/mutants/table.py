@@ -528,14 +528,19 @@ CHECKPOINTS = _of(
         "return sorted(index for index in indices if is_committed(folder, index))",
         "return sorted(indices)",
     ),
+    ("checkpoints: the queue is complete early", "set(range(self._n)) -", "set(range(self._n - 1)) -"),
+    ("checkpoints: one that is late is missed at once", "> VISIBLE_S:", ">= 0:"),
+)
+
+WEIGHTS = _of(
+    "model/weights.py",
+    "model/test_weights.py",
     (
-        "checkpoints: strides are part of the weights",
+        "weights: strides are part of the weights",
         "return value.detach().cpu().contiguous()",
         "return value.detach().cpu()",
     ),
-    ("checkpoints: code is loaded", "weights_only=True", "weights_only=False"),
-    ("checkpoints: the queue is complete early", "set(range(self._n)) -", "set(range(self._n - 1)) -"),
-    ("checkpoints: one that is late is missed at once", "> VISIBLE_S:", ">= 0:"),
+    ("weights: code is loaded", "weights_only=True", "weights_only=False"),
 )
 
 STORAGE = _of(
@@ -911,8 +916,8 @@ OTHERS = (
         ),
         (
             "train: the checkpoint before the state",
-            "            write_sealed(self.job.state_path, checkpoints.serialize(state))\n            self._commit(epoch, loss)\n",
-            "            self._commit(epoch, loss)\n            write_sealed(self.job.state_path, checkpoints.serialize(state))\n",
+            "            write_sealed(self.job.state_path, serialize(state))\n            self._commit(epoch, loss)\n",
+            "            self._commit(epoch, loss)\n            write_sealed(self.job.state_path, serialize(state))\n",
         ),
         (
             "train: an attempt that is superseded saves",
@@ -956,6 +961,7 @@ MUTANTS = [
     *ELIGIBILITY,
     *HASHING,
     *CHECKPOINTS,
+    *WEIGHTS,
     *STORAGE,
     *ARRAYS,
     *ASSIGNMENTS,
