@@ -42,8 +42,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-@app.command()
-def init(
+@app.command("init")
+def _init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("distal.yaml"), as_json: Json = False
 ) -> None:
     """Write a commented configuration with every key."""
@@ -59,18 +59,20 @@ def init(
     answer(work, as_json, lambda result: f"wrote {result['path']}; next: distal run {result['path']}")
 
 
-@app.command()
-def run(
+@app.command("run")
+def _run(
     config: Annotated[Path, typer.Argument(help="YAML file; see docs/config.md.")],
     overrides: Overrides = None,
     allow_overlap: Annotated[
         bool,
-        typer.Option("--allow-overlap", help="Go on when images to evaluate on are in the pool (eval.allow_overlap)."),
+        typer.Option(
+            "--allow-overlap", help="Proceed even if test or validation images are in the pool (eval.allow_overlap)."
+        ),
     ] = False,
     log_json: LogJson = False,
     as_json: Json = False,
 ) -> None:
-    """Run the whole loop. The same command again continues where it stopped."""
+    """Run the whole loop. The same command again resumes a run that was stopped."""
     from distal import cluster
     from distal.cli.tables import run_table
     from distal.cli.terminal import JsonLines, Terminal
@@ -87,27 +89,34 @@ def run(
     answer(work, as_json, run_table, same_command)
 
 
-@app.command()
-def score(
+@app.command("score")
+def _score(
     config: Annotated[Path, typer.Argument(help="YAML file such as configs/score.yaml; see docs/config.md.")],
     overrides: Overrides = None,
     watch: Annotated[
         bool,
         typer.Option(
-            "--watch", help="Wait for more, until checkpoints.expect of them are there or checkpoints.idle s pass."
+            "--watch",
+            help="Wait for more checkpoints, until checkpoints.expect are there or none came for checkpoints.idle s.",
         ),
     ] = False,
     no_select: Annotated[bool, typer.Option("--no-select", help="Score only; `distal select` selects later.")] = False,
-    exclude: Annotated[Path | None, typer.Option(help="File of samples that are labelled (pool.exclude).")] = None,
-    check: Annotated[Path | None, typer.Option(help="File of known samples (sample_id, label), scored first.")] = None,
-    expect_accuracy: Annotated[
-        float | None, typer.Option(help="With --check: refuse to go on below it.", min=0, max=1)
+    exclude: Annotated[
+        Path | None, typer.Option(help="File of samples that are labelled already (pool.exclude).")
     ] = None,
-    check_precision: Annotated[int | None, typer.Option(help="Blocks to score in fp32, too.", min=1)] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="File of labelled samples (sample_id, label), scored first as a check.")
+    ] = None,
+    expect_accuracy: Annotated[
+        float | None, typer.Option(help="With --check: stop when the accuracy is lower.", min=0, max=1)
+    ] = None,
+    check_precision: Annotated[
+        int | None, typer.Option(help="Blocks to score in fp32 as well, for comparison.", min=1)
+    ] = None,
     log_json: LogJson = False,
     as_json: Json = False,
 ) -> None:
-    """Score a pool at the checkpoints of a directory, then reduce and select. Again, it does what is missing."""
+    """Score a pool at the checkpoints of a directory, then reduce and select. Run again, it resumes."""
     from distal import cluster
     from distal.cli.tables import score_table
     from distal.cli.terminal import JsonLines, Terminal
@@ -135,18 +144,20 @@ def score(
     answer(work, as_json, score_table, same_command)
 
 
-@app.command()
-def submit(
+@app.command("submit")
+def _submit(
     config: Annotated[
         Path, typer.Argument(help="YAML file of a run, a comparison, or `distal score`; absolute paths.")
     ],
-    address: Annotated[str, typer.Option(help="The cluster's dashboard, or a tunnel to it: http://HOST:PORT.")],
+    address: Annotated[str, typer.Option(help="Ray dashboard, or a tunnel to it: http://HOST:PORT.")],
     overrides: Overrides = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Show its log, and end as it ends.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Have `distal score` wait for more checkpoints.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow the log, and exit with the exit code of the job.")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="For `distal score`: wait for more checkpoints.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run it as a job of a Ray cluster. The same command again continues a run that was stopped."""
+    """Run a configuration as a Ray job. The same command again resumes a run that was stopped."""
     from distal.cli.tables import submit_table
     from distal.cli.terminal import Terminal
     from distal.config import load_portable
@@ -173,13 +184,15 @@ def submit(
     answer(work, as_json, submit_table, if_stopped)
 
 
-CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Which cycle; the last one that is scored.", min=0)]
-Last = Annotated[float | None, typer.Option(help="Only the last checkpoints: a number, or below 1 a share.")]
-Every = Annotated[int, typer.Option(help="Only every k-th checkpoint, counted from the last one.", min=1)]
-From = Annotated[int, typer.Option("--from", help="Leave out the checkpoints before this one.", min=0)]
-PoolPlace = Annotated[Path | None, typer.Option("--pool", help="Where the pool of the run is, if it has moved.")]
-Annotate = Annotated[bool, typer.Option("--annotate", help="Keep each sample's most frequent classes, too.")]
-RayAddress = Annotated[str | None, typer.Option(help="Share the work among the nodes of a cluster: auto or host:port.")]
+_CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Cycle index (default: last scored).", min=0)]
+_Last = Annotated[float | None, typer.Option(help="Use only the last checkpoints: a number, or a share below 1.")]
+_Every = Annotated[int, typer.Option(help="Use only every k-th checkpoint, counted from the last.", min=1)]
+_From = Annotated[int, typer.Option("--from", help="Skip the checkpoints before this index.", min=0)]
+_PoolPlace = Annotated[Path | None, typer.Option("--pool", help="Folder of the pool, if it has moved.")]
+_Annotate = Annotated[
+    bool, typer.Option("--annotate", help="Store the two most frequent classes of each sample as well.")
+]
+_RayAddress = Annotated[str | None, typer.Option(help="Run on a Ray cluster: auto or host:port.")]
 
 
 def _window(first: int, last: float | None, every: int) -> Window:
@@ -191,20 +204,20 @@ def _window(first: int, last: float | None, every: int) -> Window:
         raise ConfigError(f"--{error}") from None
 
 
-@app.command()
-def reduce(
+@app.command("reduce")
+def _reduce(
     run_directory: RunDirectory,
-    measure: Annotated[list[str] | None, typer.Option(help="A measure; may be given several times.")] = None,
-    last: Last = None,
-    every: Every = 1,
-    first: From = 0,
-    annotate: Annotate = False,
-    cycle: CycleIndex = None,
-    pool: PoolPlace = None,
-    ray_address: RayAddress = None,
+    measure: Annotated[list[str] | None, typer.Option(help="A measure; repeatable.")] = None,
+    last: _Last = None,
+    every: _Every = 1,
+    first: _From = 0,
+    annotate: _Annotate = False,
+    cycle: _CycleIndex = None,
+    pool: _PoolPlace = None,
+    ray_address: _RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Compute measures of stored assignments, of all checkpoints or of a window; no inference."""
+    """Compute measures from stored assignments, over all checkpoints or a window; no inference."""
     from distal.cli.tables import reduce_table
     from distal.cli.terminal import Terminal
 
@@ -226,21 +239,21 @@ def reduce(
     answer(work, as_json, reduce_table)
 
 
-@app.command()
-def select(
+@app.command("select")
+def _select(
     run_directory: RunDirectory,
     budget: Annotated[int, typer.Option(help="Samples to select.", min=1)],
-    measure: Annotated[str | None, typer.Option(help="The measure; by default the run's.")] = None,
-    last: Last = None,
-    every: Every = 1,
-    first: From = 0,
-    annotate: Annotate = False,
-    cycle: CycleIndex = None,
-    pool: PoolPlace = None,
-    ray_address: RayAddress = None,
+    measure: Annotated[str | None, typer.Option(help="The measure (default: that of the run).")] = None,
+    last: _Last = None,
+    every: _Every = 1,
+    first: _From = 0,
+    annotate: _Annotate = False,
+    cycle: _CycleIndex = None,
+    pool: _PoolPlace = None,
+    ray_address: _RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Select samples by stored assignments, under another measure, window or budget; no inference."""
+    """Select samples from stored assignments, by another measure, window or budget; no inference."""
     from distal.cli.tables import select_table
     from distal.cli.terminal import Terminal
 
@@ -263,13 +276,13 @@ def select(
     answer(work, as_json, select_table)
 
 
-@app.command()
-def plan(
+@app.command("plan")
+def _plan(
     config: Annotated[Path, typer.Argument(help="YAML file of a run, a comparison, or `distal score`.")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a run will cost before anything starts: passes, objects, disk, memory, and what would be cheaper."""
+    """Predict the cost of a run before it starts: passes, objects, disk, memory, and cheaper alternatives."""
     from distal.cli.tables import forecast_table
     from distal.config import load_any
 
@@ -282,14 +295,14 @@ def plan(
     answer(work, as_json, forecast_table)
 
 
-@app.command()
-def status(
+@app.command("status")
+def _status(
     run_directory: RunDirectory,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until the run is complete.")] = False,
-    interval: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=0.1)] = 2.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Poll until the run is complete.")] = False,
+    interval: Annotated[float, typer.Option(help="With --watch: seconds between polls.", min=0.1)] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Tell from storage alone how far a run is."""
+    """Report how far a run is, from storage alone."""
     from distal.cli.tables import status_table
     from distal.cli.terminal import WatchScreen
     from distal.report.status import status as status_of
@@ -304,13 +317,13 @@ def status(
     answer(work, as_json, status_table)
 
 
-@app.command()
-def tensorboard(
+@app.command("tensorboard")
+def _tensorboard(
     run_directory: RunDirectory,
-    out: Annotated[Path, typer.Option("--out", help="Folder for TensorBoard; a new or an empty one.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for TensorBoard; new or empty.")],
     as_json: Json = False,
 ) -> None:
-    """Write what a run has measured so far for TensorBoard: losses, accuracies, seconds, faults."""
+    """Write the metrics of a run for TensorBoard: losses, accuracies, seconds, faults."""
 
     def work() -> dict[str, Any]:
         from distal.report.tensorboard import export
@@ -320,14 +333,14 @@ def tensorboard(
     answer(work, as_json, lambda result: f"{result['scalars']} values; next: tensorboard --logdir {result['out']}")
 
 
-@app.command()
-def explain(
+@app.command("explain")
+def _explain(
     run_directory: RunDirectory,
-    sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="The name of a sample.")],
-    pool: PoolPlace = None,
+    sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="sample_id of a sample.")],
+    pool: _PoolPlace = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what every checkpoint said of a sample, and why it was chosen or not."""
+    """Report the class predicted for a sample at every checkpoint, and why it was selected or not."""
     from distal.cli.tables import explain_table
 
     def work() -> dict[str, Any]:
@@ -338,14 +351,14 @@ def explain(
     answer(work, as_json, explain_table)
 
 
-@app.command()
-def diff(
+@app.command("diff")
+def _diff(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Run directory.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another one.")],
-    cycle: CycleIndex = None,
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another run directory.")],
+    cycle: _CycleIndex = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what the selections of two runs share, and which decisive keys differ."""
+    """Report the overlap of the selections of two runs, and the keys that affect results and differ."""
     from distal.cli.tables import diff_table
 
     def work() -> dict[str, Any]:
@@ -356,17 +369,17 @@ def diff(
     answer(work, as_json, diff_table)
 
 
-@app.command()
-def informativeness(
+@app.command("informativeness")
+def _informativeness(
     run_directories: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    measure: Annotated[list[str] | None, typer.Option(help="A measure, such as flips@last=0.5; several times.")] = None,
-    cycle: CycleIndex = None,
-    budget: Annotated[int | None, typer.Option(help="Samples of which the overlap is told.", min=1)] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="A measure, such as flips@last=0.5; repeatable.")] = None,
+    cycle: _CycleIndex = None,
+    budget: Annotated[int | None, typer.Option(help="Samples whose overlap is reported.", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the table, the figure and the numbers.")] = None,
-    pool: PoolPlace = None,
+    pool: _PoolPlace = None,
     as_json: Json = False,
 ) -> None:
-    """Tell how often the final network errs on what each measure ranks first; needs the pool's labels."""
+    """Report the final network's error on the samples each measure ranks highest; needs the pool's labels."""
     from distal.cli.tables import informativeness_table
     from distal.cli.terminal import Terminal
 
@@ -387,13 +400,13 @@ def informativeness(
     answer(work, as_json, informativeness_table)
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def _compare(
     config: Annotated[Path, typer.Argument(help="YAML file with a section `compare`.")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Run strategies x seeds and compare them. The same command again continues where it stopped."""
+    """Run strategies x seeds and compare them. The same command again resumes a stopped comparison."""
     from distal import cluster
     from distal.cli.tables import comparison_table
     from distal.cli.terminal import Terminal
@@ -410,12 +423,12 @@ def compare(
     answer(work, as_json, comparison_table, same_command)
 
 
-RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory, or folder of a pool.")]
+_RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory, or folder of a pool.")]
 
 
-@app.command()
-def verify(path: RunOrPool, as_json: Json = False) -> None:
-    """Read everything of a run or a pool and check it; exit 4 when something is damaged. Nothing is changed."""
+@app.command("verify")
+def _verify(path: _RunOrPool, as_json: Json = False) -> None:
+    """Read and check every file of a run or a pool; exit 4 when something is damaged. Changes nothing."""
     from distal.cli.tables import verify_table
     from distal.cli.terminal import Terminal
 
@@ -429,9 +442,9 @@ def verify(path: RunOrPool, as_json: Json = False) -> None:
     answer(work, as_json, verify_table)
 
 
-@app.command()
-def repair(path: RunOrPool, as_json: Json = False) -> None:
-    """Delete what is damaged, so that the command that made it makes it again; in a pool, pack the images again."""
+@app.command("repair")
+def _repair(path: _RunOrPool, as_json: Json = False) -> None:
+    """Delete damaged files, so that their command writes them again; in a pool, pack the images again."""
     from distal.cli.tables import repair_table
     from distal.cli.terminal import Terminal
 

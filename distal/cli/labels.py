@@ -1,4 +1,4 @@
-"""`distal labels`: out to annotators, and back."""
+"""`distal labels`: export samples to annotators, import their answers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from distal.cli.answer import answer
 from distal.cli.options import Json, RunDirectory
 from distal.errors import ConfigError
 
-labels_app = typer.Typer(help="Out to annotators, and back.", no_args_is_help=True, rich_markup_mode=None)
+labels_app = typer.Typer(
+    help="Export samples to annotators, and import their answers.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @labels_app.command("export")
-def labels_export(
+def _export(
     run_directory: RunDirectory,
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    fmt: Annotated[Literal["csv", "parquet", "label-studio"], typer.Option("--format", help="Of the file.")] = "csv",
-    copy_images: Annotated[Path | None, typer.Option(help="Folder to write the images to, as PNG.")] = None,
+    fmt: Annotated[Literal["csv", "parquet", "label-studio"], typer.Option("--format", help="File format.")] = "csv",
+    copy_images: Annotated[Path | None, typer.Option(help="Also write the images to this folder, as PNG.")] = None,
     url_map: Annotated[
-        str | None, typer.Option(help="FROM=TO: a beginning of every path or URL, and what annotators see instead.")
+        str | None, typer.Option(help="FROM=TO: replace the prefix FROM of each path or URL by TO.")
     ] = None,
     predictions: Annotated[
-        bool, typer.Option("--predictions", help="Pre-select what the model says. It biases annotators.")
+        bool, typer.Option("--predictions", help="Pre-select the class the model predicts. It biases annotators.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what is still to be labelled of the batch that a run waits for."""
+    """Export the unlabelled samples of the batch that a run waits for."""
     from distal.cli.tables import export_table
 
     def work() -> dict[str, Any]:
@@ -50,18 +52,18 @@ def labels_export(
 
 
 @labels_app.command("import")
-def labels_import(
+def _import(
     run_directory: RunDirectory,
     file: Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON of Label Studio.")],
     annotator: Annotated[
-        str | None, typer.Option(help="Who gave the answers that name nobody; by default the name of the file.")
+        str | None, typer.Option(help="Annotator of answers that name none (default: the file name).")
     ] = None,
     allow_unasked: Annotated[
-        bool, typer.Option("--allow-unasked", help="Take labels of samples that no batch asked for, too.")
+        bool, typer.Option("--allow-unasked", help="Accept labels of samples that no batch asked for as well.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Keep the answers of annotators. Importing a file again changes nothing. The next `distal run` uses them."""
+    """Import the answers of annotators for the next `distal run`. Importing the same file again changes nothing."""
     from distal.cli.tables import import_table
 
     def work() -> dict[str, Any]:

@@ -11,31 +11,31 @@ from distal.cli.answer import answer
 from distal.cli.options import Json
 from distal.errors import ConfigError
 
-Channels = Literal["auto", "grey", "rgb"]
+_Channels = Literal["auto", "grey", "rgb"]
 
-pool_app = typer.Typer(help="Pack images into a pool, and look at one.", no_args_is_help=True, rich_markup_mode=None)
+pool_app = typer.Typer(help="Pack images into a pool, or describe one.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @pool_app.command("build")
-def pool_build(
+def _build(
     source: Annotated[
         str, typer.Argument(help="Parquet file or folder, image folder, builtin:NAME, torchvision:NAME.")
     ],
     dest: Annotated[Path, typer.Argument(help="Folder of the pool.")],
     size: Annotated[str | None, typer.Option(help="Resize all images to WIDTHxHEIGHT pixels.")] = None,
-    channels: Annotated[Channels, typer.Option(help="auto: grey when the first images are.")] = "auto",
+    channels: Annotated[_Channels, typer.Option(help="auto: grey if the first images are.")] = "auto",
     image_column: Annotated[str, typer.Option(help="Column of encoded images, or of bytes and path.")] = "image",
     id_column: Annotated[str, typer.Option(help="Column of stable names.")] = "sample_id",
     label_column: Annotated[str, typer.Option(help="Column of labels, if any.")] = "label",
     class_column: Annotated[str, typer.Option(help="Column of class names, if any.")] = "class_name",
     group_column: Annotated[str, typer.Option(help="Column of groups, if any.")] = "group_id",
     follow_symlinks: Annotated[
-        bool, typer.Option("--follow-symlinks", help="Also follow links that lead out of the source's folder.")
+        bool, typer.Option("--follow-symlinks", help="Follow links that lead out of the source's folder as well.")
     ] = False,
     ray_address: Annotated[str, typer.Option(help="local, auto or host:port.")] = "local",
     as_json: Json = False,
 ) -> None:
-    """Pack a source into a pool, once, in parallel."""
+    """Pack a source into a pool, in parallel."""
     from distal import cluster
     from distal.cli.tables import pool_table
     from distal.cli.terminal import Terminal
@@ -72,7 +72,7 @@ def pool_build(
 
 
 @pool_app.command("info")
-def pool_info(pool: Annotated[Path, typer.Argument(help="Folder of the pool.")], as_json: Json = False) -> None:
+def _info(pool: Annotated[Path, typer.Argument(help="Folder of the pool.")], as_json: Json = False) -> None:
     """Describe a pool."""
     from distal.cli.tables import pool_table
 

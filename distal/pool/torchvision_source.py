@@ -23,7 +23,7 @@ from distal.records import Block, JsonObject
 
 
 @dataclass(frozen=True, slots=True)
-class Download:
+class _Download:
     """A part of a dataset of torchvision, as known before the download.
 
     Attributes:
@@ -46,7 +46,7 @@ class Download:
 
 # Datasets with a test part whose images have one size and fit in memory (240 MB at most).
 _DOWNLOADS = {
-    f"{TORCHVISION}{name}{'/test' if is_test else ''}": Download(name, is_test, sizes[is_test], shape, n_classes)
+    f"{TORCHVISION}{name}{'/test' if is_test else ''}": _Download(name, is_test, sizes[is_test], shape, n_classes)
     for name, sizes, shape, n_classes in (
         ("MNIST", (60_000, 10_000), (1, 28, 28), 10),
         ("FashionMNIST", (60_000, 10_000), (1, 28, 28), 10),
@@ -59,7 +59,7 @@ _DOWNLOADS = {
 }
 
 
-def find_download(location: str) -> Download:
+def find_download(location: str) -> _Download:
     """Look up `torchvision:NAME` or `torchvision:NAME/test`, without a download.
 
     Raises:

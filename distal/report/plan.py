@@ -10,8 +10,8 @@ from distal.config.needs import scored_epochs
 from distal.errors import PoolError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
-from distal.pool.build import MAX_CHUNK_BYTES, learn_layout
 from distal.pool.images import MANIFEST
+from distal.pool.pack import MAX_CHUNK_BYTES, learn_layout
 from distal.pool.sample_files import read_ids
 from distal.pool.sources import open_source
 from distal.pool.torchvision_source import find_download

@@ -21,9 +21,10 @@ import zarr
 from distal.errors import Damage, DistalError, PoolError, SourceError
 from distal.hashing import sample_key
 from distal.pool import Pool
-from distal.pool.build import Layout, _chunk_size, build
+from distal.pool.build import build
 from distal.pool.decode import Unreadable, decode
 from distal.pool.images import parts
+from distal.pool.pack import Layout, _chunk_size
 from distal.pool.rows import Row
 from distal.pool.sources import open_source
 from distal.processes import this_process
