@@ -3,20 +3,20 @@
 ::
 
     DistalError                  exit 1: our fault, or the machine's
-    ├── UserError                exit 2: the user's mistake; one line says what to do
+    ├── UserError                exit 2: the user's mistake; one line with the remedy
     │   ├── ConfigError          a key or a value of the configuration
-    │   ├── SourceError          what a pool is built from
+    │   ├── SourceError          the source of a pool
     │   ├── PoolError            a packed pool that is missing, unfinished or does not fit
-    │   ├── RunConflict          a run directory that belongs to other inputs
+    │   ├── RunConflict          a run directory made from other inputs
     │   │   └── Unfit            an actor of another kind than the others
     │   ├── ModelError           a model or weights that do not fit the pool
     │   ├── UnknownFormat        a file written by another version of distal
     │   ├── Diverged             a loss or a logit that is not finite
-    │   └── DiskFull             no space left; what was committed stays valid
+    │   └── DiskFull             no space left; committed files stay valid
     ├── BlockFailed              a block of the pool failed again and again
     ├── TrainingFailed           the ranks died again and again without finishing an epoch
-    ├── Superseded               another attempt has taken over; this one must not write any more
-    └── Damage                   exit 4: stored bytes are not what was written
+    ├── Superseded               another driver has taken over; this one must not write any more
+    └── Damage                   exit 4: stored bytes have changed
 
 Errors cross Ray processes, so each takes one message and survives pickling.
 """
@@ -31,7 +31,7 @@ class DistalError(Exception):
 
 
 class UserError(DistalError, ValueError):
-    """The user can mend this; the message says what, the value, what is allowed and what to do."""
+    """A mistake of the user; the message has the key, the value, the allowed values and the remedy."""
 
     exit_code = 2
 
@@ -73,7 +73,7 @@ class DiskFull(UserError):
 
 
 class BlockFailed(DistalError):
-    """A block of the pool could not be scored within the allowed number of attempts."""
+    """A block of the pool could not be scored within the allowed number of retries."""
 
 
 class TrainingFailed(DistalError):
@@ -81,22 +81,22 @@ class TrainingFailed(DistalError):
 
 
 class Superseded(DistalError):
-    """Another attempt has taken over what this process was writing."""
+    """Another driver has taken over the run, or the file, that this process was writing."""
 
 
 class Damage(DistalError):
-    """Stored bytes are not what was written."""
+    """Stored bytes have changed, or are missing."""
 
     exit_code = 4
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line; its name when it says nothing."""
+    """The message of an error on one line; its class without one."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def shown(value: object, most: int = 60) -> str:
-    """A value from somebody's file for one line of a terminal: `most` characters, and no control characters."""
+    """A value from an untrusted file for one line of a terminal: at most `most` characters, all printable."""
     text = value if isinstance(value, str) else repr(value)
     text = text if len(text) <= most else f"{text[: most - 3]}..."
     return text if text.isprintable() else ascii(text)[1:-1]

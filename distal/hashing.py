@@ -1,4 +1,4 @@
-"""Counter-based randomness: every draw is a pure function of what it is for.
+"""Counter-based randomness: every draw is a pure function of its purpose.
 
 Nothing in distal keeps a running random state. A draw depends on (purpose, seed, cycle, sample ...) alone,
 so it is the same for any number of actors, in any order, and after any restart.
@@ -36,7 +36,7 @@ def mix64(purpose: str, *parts: int | NDArray[np.integer[Any]]) -> _UInt64:
     give independent draws from the same numbers.
 
     Args:
-        purpose: what the draw is for, such as "tie" or "augment".
+        purpose: of the draw, such as "tie" or "augment".
         parts: integers or integer arrays, broadcast against each other. Negative ones wrap to uint64.
 
     Returns:

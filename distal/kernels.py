@@ -88,7 +88,7 @@ def _mode_counts_of_few(assignments: Any, counts: Any, mode_count: Any, n_missin
 
 @_compiled
 def _mode_counts_of_many(assignments: Any, counts: Any, mode_count: Any, n_missing: Any) -> None:
-    """Keep the largest count while counting, and clear only what was counted: nothing costs C operations."""
+    """Track the largest count while counting, and clear only touched counters: no step costs C operations."""
     T, N = assignments.shape
     C, width = counts.shape[1] - 1, np.uint64(counts.shape[1])
     one, zero = counts.dtype.type(1), counts.dtype.type(0)
@@ -117,7 +117,7 @@ def _mode_counts_of_many(assignments: Any, counts: Any, mode_count: Any, n_missi
 
 @dataclass(frozen=True)
 class Tally:
-    """What the counts of each sample's classes come to; h is the count of a class.
+    """Summaries of the class counts of each sample; h is the count of a class.
 
     Attributes:
         mode, runner_up: (N,) the most frequent class and the next one; the smaller index wins a tie. -1: none.

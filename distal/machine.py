@@ -1,4 +1,4 @@
-"""What of this machine this process may use: a batch system or a container gives it less than there is."""
+"""CPUs and memory that this process may use: a batch system or a container may allow less than the machine has."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a number 
 
 
 def cpus(root: Path = _ROOT) -> int:
-    """CPUs that this process may use, at least 1: those it is bound to, and no more than its control groups allow."""
+    """CPUs this process may use, at least 1: the CPUs it is bound to, limited by its control groups."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([bound, *_quotas(root)])))
 
 
 def memory_bytes(root: Path = _ROOT) -> int:
-    """Memory that this process may use: that of the machine, and no more than its control groups allow."""
+    """Memory this process may use: that of the machine, limited by its control groups."""
     limits = [int(found[0]) for names in (("memory.max",), ("memory.limit_in_bytes",)) for found in _read(root, names)]
     return min([_installed(root), *(limit for limit in limits if limit < _UNLIMITED)])
 
@@ -40,7 +40,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _read(root: Path, names: tuple[str, ...]) -> Iterator[list[str]]:
-    """What some files say in each of the control groups of this process that has them all, and sets a limit."""
+    """The contents of some files in each control group of this process that has them all and sets a limit."""
     for folder in _groups(root):
         with suppress(OSError):
             found = [(folder / name).read_text().strip() for name in names]
@@ -49,9 +49,10 @@ def _read(root: Path, names: tuple[str, ...]) -> Iterator[list[str]]:
 
 
 def _groups(root: Path) -> list[Path]:
-    """The folders of the control groups of this process, of both versions, and of those above them.
+    """The folders of the control groups of this process, of both versions, and of their parents.
 
-    In a container the path of a group may be that of the host, which is not there. Its own is then the mounted folder.
+    In a container the path of a group may be that of the host, which does not exist here. Its own is then the mounted
+    folder.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

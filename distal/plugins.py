@@ -11,7 +11,7 @@ from distal.errors import ModelError
 
 
 def load(name: str, key: str) -> Any:
-    """What a name stands for, a function or a class; modules beside the configuration are found too.
+    """Load a function or a class by its name; modules beside the configuration are found as well.
 
     Args:
         key: of the configuration, for messages.

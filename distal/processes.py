@@ -1,4 +1,4 @@
-"""Which process of which machine: what is written down of one, so that others can see later whether it lives."""
+"""The identity of a process, recorded so that others can check later whether it lives."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ProcessIdentity:
 
     Attributes:
         host: name of its machine, for people.
-        machine: boot and process namespace in which `pid` means something; empty where that is not known.
-        pid, started: process, and when it started (seconds since 1970): a process id is used again.
+        machine: boot and process namespace in which `pid` is valid; empty when unknown.
+        pid, started: process id and start time (seconds since 1970), because ids are reused.
     """
 
     host: str
@@ -30,7 +30,7 @@ class ProcessIdentity:
         return f"process {self.pid} on {self.host}"
 
     def lives(self) -> bool | None:
-        """Whether this process is there; None when that cannot be told from here.
+        """Whether this process lives; None when that cannot be seen from here.
 
         A name is not enough: other machines and containers may have the same one, and their processes cannot be seen.
         """

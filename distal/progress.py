@@ -1,4 +1,4 @@
-"""What a driver tells while it works: the protocol of a display, and which events a person should know of."""
+"""Progress of a driver: the protocol of a display, and the events worth a line for people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SPOKEN = (  # events that a person should know of; each has a `reason`
 
 
 class Display(Protocol):
-    """What the driver tells while it works."""
+    """Shows the progress of a driver."""
 
     def progress(self, state: Progress) -> None:
         """The present state of a cycle."""
@@ -32,7 +32,7 @@ class Display(Protocol):
         ...
 
     def event(self, record: JsonObject) -> None:
-        """What was logged."""
+        """Show a logged event."""
         ...
 
 

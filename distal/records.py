@@ -10,7 +10,7 @@ from typing import Any, Self
 
 _SAMPLES_PER_BLOCK_STEP = 128
 MAX_BLOCK_SIZE = 65_536
-STRIPE_SAMPLES = 2**20  # looked at together in a pass over a pool: some 100 bytes each
+STRIPE_SAMPLES = 2**20  # processed together in a pass over a pool, at some 100 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +116,14 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRef:
-    """Published weights: the row they have in the assignments, and where and what they are.
+    """Published weights: their row in the assignments, their file and its hash.
 
     Attributes:
         index: `checkpoint_index`, the row in the assignments array.
         epoch: epochs completed when the weights were taken, from 1.
         path: the weights file.
         sha256: of the file's bytes (hex).
-        metrics: what the trainer measured, such as the mean training loss.
+        metrics: of the trainer, such as the mean training loss.
         key: where in the file the state_dict is, with dots between nested keys; None: the file is one.
         prefix: what its keys have before those of the network; others are left out.
     """
@@ -139,10 +139,10 @@ class CheckpointRef:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a person watching a cycle wants to know.
+    """Progress of a cycle, for a display.
 
     Attributes:
-        stage: what is being done.
+        stage: the work in progress.
         epoch, epochs: the last epoch a checkpoint was published for, and the number of epochs.
         published, rows_scored: checkpoints published, and scored for every eligible sample.
         images_scored, images: predictions committed so far, and expected in all.
@@ -151,7 +151,7 @@ class Progress:
         blocks_done, blocks_pending: committed, and still to do, summed over the published checkpoints.
         blocks_retried: given back by actors that were lost or failed.
         eliminated: samples that are not scored any more.
-        train_loss: that of the newest checkpoint, where its trainer told it.
+        train_loss: of the newest checkpoint, if its trainer reported one.
     """
 
     cycle: int

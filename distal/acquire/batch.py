@@ -28,7 +28,7 @@ from distal.pool.sample_files import listed
 from distal.records import STRIPE_SAMPLES, split_blocks
 
 _Outputs = Callable[[NDArray[np.int64], Collection[str]], dict[str, NDArray[np.float32]]]
-"""Of samples, ascending, what the last checkpoint gives under some names: "probabilities", "embeddings"."""
+"""Computes outputs of the last checkpoint, "probabilities" or "embeddings", for ascending samples."""
 
 
 def _no_outputs(indices: NDArray[np.int64], names: Collection[str]) -> dict[str, NDArray[np.float32]]:
@@ -128,7 +128,7 @@ class Order:
         return Candidates(np.arange(*span), score, margin, mix64("tie", self.seed, self.cycle, keys), groups)
 
     def first(self, budget: int) -> tuple[Candidates, list[str]]:
-        """Those that come first, and what decided on each; see `TopK.result`."""
+        """The first samples, and the criterion that decided on each; see `TopK.result`."""
         top = TopK(self.n_first(budget), self.config.max_per_group)
         blocks_per_stripe = max(1, STRIPE_SAMPLES // self.assignments.block_size)
         for stripe in split_blocks(self.assignments.n_samples, blocks_per_stripe * self.assignments.block_size):
@@ -215,7 +215,7 @@ def _shown(chosen: Candidates, needs: frozenset[str], assignments: Assignments, 
 
 
 def _asked(outputs: _Outputs, index: NDArray[np.int64], names: Collection[str]) -> dict[str, NDArray[np.float32]]:
-    """What the network gives for samples in any order."""
+    """The outputs of the network for samples in any order."""
     if not names:
         return {}
     order = np.argsort(index)
@@ -234,7 +234,7 @@ def _columns(assignments: Assignments, index: NDArray[np.int64], rows: Sequence[
 
 
 def _checked(picked: Any, name: str, budget: int, n: int) -> NDArray[np.int64]:
-    """What a user's strategy chose, if it is as many different candidates as were asked for."""
+    """The choice of a user's strategy, checked: as many different candidates as were asked for."""
     positions = np.asarray(picked)
     if positions.shape != (budget,) or not np.issubdtype(positions.dtype, np.integer):
         raise ConfigError(

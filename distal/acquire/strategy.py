@@ -1,4 +1,4 @@
-"""How a user's own strategy looks, and what it is shown."""
+"""The protocol of a user's own strategy, and its input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Shown:
         score: by `select.measure`, larger is more uncertain, (n,) float32.
         assignments: classes at every checkpoint, (T, n), for "all"; at the last one, (1, n), for "final"; else None.
         probabilities: of each class at the last checkpoint, (n, C) float32, or None.
-        embeddings: what the last linear layer is given at the last checkpoint, (n, d) float32, or None.
+        embeddings: inputs of the last linear layer at the last checkpoint, (n, d) float32, or None.
     """
 
     index: NDArray[np.int64]
@@ -41,7 +41,7 @@ class Strategy(Protocol):
     """A strategy of the user's own: `select.batch=package.module:Class`, made without arguments.
 
     Attributes:
-        needs: what of the candidates it looks at; nothing else is scored or kept.
+        needs: the data of the candidates it uses; nothing else is scored or recorded.
     """
 
     needs: Collection[Need]

@@ -68,7 +68,7 @@ class TopK:
     def __init__(self, k: int, most_per_group: int | None = None) -> None:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        self._keep = k + 1  # the first one not taken tells how the last one taken was decided
+        self._keep = k + 1  # the first one not taken shows how the last one taken was decided
         self._k = k
         self._most_per_group = most_per_group
         self._best = Candidates(

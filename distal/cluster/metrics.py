@@ -1,8 +1,8 @@
-"""What a run tells Prometheus, through Ray: every name is here, with its unit.
+"""The metrics of a run in Prometheus, exported through Ray: every name, with its unit.
 
-Scoring actors count what they do, the driver tells how far the run is. Ray collects both, and every node offers them at
-its metrics port. Counters are tagged with run and shard, gauges with the run: as many series as there are actors, and
-never one per block. `python -m distal.cluster.metrics` prints the table of docs/monitoring.md.
+Scoring actors count their work, the driver reports the progress of the run. Ray collects both, and every node serves
+them at its metrics port. Counters are tagged with run and shard, gauges with the run: one series per actor, never one
+per block. `python -m distal.cluster.metrics` prints the table of docs/monitoring.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ray.util.metrics import Counter, Gauge
 
 from distal.records import Progress
 
-_EVERY_S = 1.0  # Ray hands on what it is told every ten seconds by default
+_EVERY_S = 1.0  # Ray exports every ten seconds by default
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Metric:
     """One metric.
 
     Attributes:
-        name: as Ray is told; see `exported`.
+        name: as registered with Ray; see `exported`.
         kind: counters are those of the actors, gauges those of the driver.
         what: its meaning, in a sentence.
     """
@@ -42,7 +42,7 @@ class Metric:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Its labels, besides those that Ray adds."""
+        """Its labels, without those Ray adds."""
         return ("run", "shard") if self.kind == "counter" else ("run",)
 
 
@@ -90,7 +90,7 @@ METRICS = tuple(value for value in vars().values() if isinstance(value, Metric))
 
 
 class Meter:
-    """What one process tells of a run.
+    """Reports the metrics of a run from one process.
 
     Values are kept here and handed to Ray about once a second, so that an actor may count as often as it likes. Without
     a cluster, or where nobody collects, they go nowhere.
@@ -109,7 +109,7 @@ class Meter:
         self._gauges: dict[Metric, float] = {}
         self._seen: tuple[object, ...] = ()
         self._told_at = -_EVERY_S
-        self._lock = Lock()  # training tells from a thread of its own
+        self._lock = Lock()  # training reports from its own thread
         self._ended = Event()
         self._thread = Thread(target=self._repeat, name="metrics", daemon=True)
 
@@ -121,11 +121,11 @@ class Meter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
-        self.tell(now=True)
+        self.report(now=True)
 
     def _repeat(self) -> None:
         while not self._ended.wait(_EVERY_S):
-            self.tell(now=True)
+            self.report(now=True)
 
     def add(self, metric: Metric, amount: float) -> None:
         """Count something."""
@@ -137,7 +137,7 @@ class Meter:
         with self._lock:
             self._gauges[metric] = value
 
-    def tell(self, *, now: bool = False) -> None:
+    def report(self, *, now: bool = False) -> None:
         """Hand everything to Ray, unless that was done less than a second ago; `now`: also then."""
         if not now and time.monotonic() - self._told_at < _EVERY_S:
             return

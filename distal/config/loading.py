@@ -110,7 +110,7 @@ def _parsed(override: str) -> tuple[str, Any]:
 
 
 def _one_line(error: ValidationError, kind: type[Root]) -> str:
-    """The first of its errors, as: key, the value, what is allowed, what to do."""
+    """The first of its errors: key, value, allowed values, remedy."""
     errors = error.errors(include_url=False)
     keys = [name for name, _ in documented_keys(kind)]
     n_others = len({e["loc"][:2] for e in errors}) - 1

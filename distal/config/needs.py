@@ -1,4 +1,4 @@
-"""What a way of selecting needs: which checkpoints are scored, and what is known of the candidates."""
+"""The needs of a `select` section: checkpoints to score, values to record, data of the candidates."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_strategy(select: SelectSection) -> Any:
 
 
 def _needs_of(select: SelectSection) -> frozenset[str]:
-    """What must be known of the candidates for the batch to be composed."""
+    """The data of the candidates that composing the batch needs."""
     if select.batch == K_CENTER:
         return frozenset({"embeddings"})
     own = load_strategy(select)
@@ -43,16 +43,16 @@ def _needs_of(select: SelectSection) -> frozenset[str]:
 
 
 def recorded(select: SelectSection) -> tuple[str, ...]:
-    """What must be recorded beside the assignments, for a way of selecting."""
+    """The values that must be recorded beside the assignments."""
     measure, _ = Window.of_name(select.measure)
     names = [measure] if measure in get_args(Recorded) and select.from_ is None else []
     return tuple(dict.fromkeys(["margin", *names] if select.breaks_ties_by_margin else names))
 
 
 def scored_epochs(config: Config) -> list[int]:
-    """The epochs whose checkpoints a cycle scores: those that its selection needs, all if `score.checkpoints` says so.
+    """The epochs whose checkpoints a cycle scores: those its selection needs, or all with `score.checkpoints: all`.
 
-    Row t of the assignments belongs to entry t. A draw, or a file, needs none; a measure of the last checkpoint one.
+    Row t of the assignments belongs to entry t. A draw or a file needs none, a measure of the last checkpoint one.
     """
     epochs, select = config.train.checkpoint_epochs, config.select
     measure, _ = Window.of_name(select.measure)

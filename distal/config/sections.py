@@ -471,7 +471,7 @@ class CompareSection(Section):
 
 
 class CompareLoop(LoopSection):
-    """Cycles and what is bought in each."""
+    """Cycles, and the labels bought in each."""
 
     balance: bool = key(
         False,

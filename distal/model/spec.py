@@ -23,7 +23,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that decides what a network is and what it sees; picklable.
+    """Everything that determines a network and its input; picklable.
 
     Attributes:
         config: the `model` section, of either kind of configuration.
@@ -40,7 +40,7 @@ class ModelSpec:
 
     @classmethod
     def of(cls, config: ModelSection | FolderModel, pool: Pool) -> Self:
-        """The network for the images of a pool, and its classes unless the configuration says how many there are."""
+        """The network for the images of a pool, and for its classes unless the configuration gives their number."""
         n_classes = config.num_classes
         if n_classes is None:
             assert pool.classes is not None
@@ -153,7 +153,7 @@ class _Function(nn.Module):
 
 
 class _Logits:
-    """What a network returns to logits: a hook, so that the network keeps its keys."""
+    """Turns the output of a network into logits; a hook, so that the keys of the state_dict stay as they are."""
 
     def __init__(self, function: str | None) -> None:
         self.function = function
@@ -175,7 +175,7 @@ class _Logits:
 
 
 def be_deterministic(device: torch.device) -> None:
-    """Have a GPU give the same bits for the same input. A CPU does so with the same number of threads."""
+    """Make a GPU give the same bits for the same input, as a CPU does with the same number of threads."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -184,6 +184,6 @@ def be_deterministic(device: torch.device) -> None:
 
 
 def seeded_build(spec: ModelSpec, seed: int, cycle: int) -> nn.Module:
-    """The network as a cycle starts from scratch: initial weights are a function of (seed, cycle)."""
+    """The network with the initial weights of a cycle, a function of (seed, cycle)."""
     torch.manual_seed(seed_for("init", seed, cycle))
     return spec.build()

@@ -1,4 +1,4 @@
-"""Weights in files: written, read without running code, found in what a file holds, checked against a network.
+"""Weights in files: written, read without running code, located in a file, checked against a network.
 
 A `state_dict` maps names to tensors. Whether one fits a network is decided by `check_fits` alone.
 """
@@ -81,7 +81,7 @@ def _check_sizes(data: bytes) -> None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise Unreadable("a compressed archive, which torch.save does not write")
     if sum(entry.file_size for entry in entries) > len(data):
-        raise Unreadable("an archive that says it holds more bytes than it has")
+        raise Unreadable("an archive that claims to hold more bytes than it has")
 
 
 def _oddity(value: object) -> str:

@@ -1,6 +1,6 @@
 """Encoded image bytes to pixels. The one place that decodes.
 
-The bytes are those of strangers. So only the formats of one list reach a decoder, what a header announces is checked
+The bytes are untrusted. So only the formats of one list reach a decoder, the sizes in a header are checked
 before any of it is decoded, and whatever a decoder raises is the reason why one image is unreadable.
 """
 
@@ -62,7 +62,7 @@ class Unreadable(Exception):
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode an image and turn it upright as its EXIF orientation says.
+    """Decode an image and rotate it by its EXIF orientation.
 
     Raises:
         Unreadable: truncated, not an image, of a format that is not in `FORMATS`, or larger than the limits above.

@@ -60,7 +60,7 @@ class Pool:
 
     Attributes:
         path: folder of the pool.
-        source: what it was built from.
+        source: the location it was built from.
         n_samples: samples, readable or not.
         image_shape: (C, H, W).
         classes: class names in the order of their labels; None when the pool has no labels.
@@ -125,7 +125,7 @@ class Pool:
         return self._images.chunks[0]
 
     def require(self, content_sha256: str) -> Self:
-        """This pool, if it holds what it should: on a cluster a path can name another pool on another node.
+        """This pool, if its content is as expected: the same path can name another pool on another node.
 
         Raises:
             PoolError: its content is another.
@@ -200,7 +200,7 @@ class Pool:
         return images.transpose(0, 3, 1, 2)
 
     def part_sha256(self, part: Block) -> bytes:
-        """The hash of one of `parts`, from what is stored; raises Damage like `read`."""
+        """The hash of one of `parts`, from storage; raises Damage like `read`."""
         rows = self.samples(part.start, part.stop, ["sample_id", "label", "group_id", "status"]).to_pylist()
         pixels = hashlib.sha256()
         for start in range(part.start, part.stop, self.chunk_size):

@@ -80,10 +80,10 @@ class ParquetSource:
     """Parquet files with encoded images, read in the order of their names and rows.
 
     Attributes:
-        names: of the columns that are there.
+        names: of the columns in the files.
         groups: for each row group its place in `files` and in that file, its first row there, and its samples
             [start, stop).
-        labels: label as it stands in the file -> its place in `classes`.
+        labels: label in the file -> its index in `classes`.
     """
 
     files: list[Path]
@@ -95,7 +95,7 @@ class ParquetSource:
 
     @classmethod
     def of(cls, files: list[Path], columns: Columns) -> Self:
-        """Open files, and read what they say of their samples but not the images.
+        """Open files, and read everything but the images.
 
         Raises:
             SourceError: one cannot be read, or they contradict themselves or each other.
@@ -267,7 +267,7 @@ class ParquetSource:
         return (image, None) if isinstance(image, bytes) else (None, "no bytes")
 
     def _labels(self, table: pa.Table) -> pa.ChunkedArray | None:
-        """The column that tells the class, dictionaries decoded; None when there is none."""
+        """The column of the class, dictionaries decoded; None without one."""
         for kind in ("label", "class_name"):
             if self._has(kind):
                 column = table[getattr(self.columns, kind)]
@@ -298,7 +298,7 @@ class ParquetSource:
                 raise SourceError(self._repeated(int(twice[0])))
 
     def _repeated(self, key: int) -> str:
-        """What is wrong with two ids that have one key."""
+        """The message for two ids with the same key."""
         found = [
             sample_id
             for path, first, table in self._all_tables([self.columns.sample_id])
@@ -413,7 +413,7 @@ def _read_beside(path: Path, given: object) -> tuple[bytes | None, str | None]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         return None, f"the file cannot be read ({reason})"
-    if not is_below(beside, folder):  # a data file does not choose what is read
+    if not is_below(beside, folder):  # untrusted data must not choose the files we read
         return None, "its path leads out of the folder of the Parquet file"
     return read_file(Path(beside))
 

@@ -19,7 +19,7 @@ from distal.storage import read_regular
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sample of a source: `data` is None when there are no bytes to decode, and `error` then says why."""
+    """One sample of a source; `data` is None when there are no bytes to decode, and `error` is the reason."""
 
     sample_id: str
     uri: str
@@ -41,7 +41,7 @@ class Source(Protocol):
         ...
 
     def part(self, start: int, stop: int) -> Source:
-        """What a task needs to read the samples [start, stop), by the same indices. It can be pickled."""
+        """The part a task needs to read the samples [start, stop), by the same indices; picklable."""
         ...
 
     def ranges(self, blocks: Sequence[Block]) -> list[list[Block]]:

@@ -41,7 +41,7 @@ def read_ids(path: Path, key: str, *, once: bool = False) -> list[str]:
 
     Args:
         key: what names the file, for errors.
-        once: whether an id that is there twice is an error.
+        once: whether a repeated id is an error.
 
     Raises:
         SourceError: no such file, no such column, or no id in it.
@@ -99,7 +99,7 @@ def _refuse_twice(path: Path, key: str, ids: Sequence[str]) -> None:
 
 
 def label_reader(classes: Sequence[str] | None, n_classes: int) -> Callable[[object], int | None]:
-    """What a label from a file means: the one rule for every file format and every command.
+    """The class index of a label in a file: one rule for every file format and every command.
 
     A label is the name of a class, white space around it aside. An integer, or a text of ASCII digits without leading
     zeros, that is no name is a class index, unless any class name is a number: then labels are names alone.
@@ -146,7 +146,7 @@ def require_readable(pool: Pool, ids: Sequence[str], indices: NDArray[np.int64],
         key: what names the file that they are from.
     """
     (status,) = pool.take_samples(indices, ["status"]).columns
-    unreadable = [sample_id for sample_id, told in zip(ids, status.to_pylist(), strict=True) if told != OK]
+    unreadable = [sample_id for sample_id, state in zip(ids, status.to_pylist(), strict=True) if state != OK]
     if unreadable:
         more = f" ({len(unreadable)} are)" if len(unreadable) > 1 else ""
         raise SourceError(f"{key}: sample {unreadable[0]} is unreadable; leave it out{more}")
@@ -185,15 +185,15 @@ def _columns(path: Path, key: str, *names: str, optional: Sequence[str] = ()) ->
 
 
 def read_any_table(path: Path, names: Sequence[str], most_rows: int | None = None) -> tuple[list[str], pa.Table]:
-    """The columns of a CSV or Parquet file of somebody else, and a table of those among `names` that it has.
+    """The columns of an untrusted CSV or Parquet file, and a table of those among `names`.
 
     In CSV they are text: 007 is a name, not a number. What `csv_text` did is undone.
 
     Args:
-        most_rows: how many there may be, as a small Parquet file can hold billions; None: any number.
+        most_rows: rows at most, because a small Parquet file can claim billions; None: any number.
 
     Raises:
-        ValueError: a column is there twice, or too many rows; and whatever pyarrow raises.
+        ValueError: a repeated column, or too many rows; and whatever pyarrow raises.
     """
     if path.suffix.lower() == ".parquet":
         with pq.ParquetFile(path) as file:
@@ -221,7 +221,7 @@ def _refuse_more(n_rows: int, most: int | None) -> None:
 
 
 def _once(there: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Those of `names` that are there. Raises ValueError when one is there twice."""
+    """The `names` among the columns. Raises ValueError for a repeated one."""
     twice = next((name for name in names if there.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{there.count(twice)} columns are called {twice}; keep one")

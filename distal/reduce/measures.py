@@ -1,4 +1,4 @@
-"""The table of measures: each turns what is stored about a sample into one score.
+"""The table of measures: each reduces the stored values of a sample to one score.
 
 Every score is oriented so that larger means more uncertain, computed in float64 from counts, and kept as
 float32. It is NaN unless every checkpoint of the window has an assignment.
@@ -25,7 +25,7 @@ DECAY = 0.9
 
 
 class Votes:
-    """T assignments of N samples. What a measure does not ask for is not counted.
+    """T assignments of N samples. Counts are computed when a measure first uses them.
 
     Args:
         assignments: (T, N) unsigned; a value of at least `n_classes` counts as not assigned.
@@ -157,7 +157,7 @@ ANNOTATIONS: dict[str, Callable[[Votes], NDArray[np.int64]]] = {
 
 
 def measures_of(config: Config) -> tuple[str, ...]:
-    """What a cycle of a run is reduced to: what it selects by, and what comes for little beside it."""
+    """The measures a cycle computes: the one it selects by, and others that cost little beside it."""
     if config.score.eliminate == "exact":
         return ("dispersion",)  # of the others only a part would be there
     rows = scored_epochs(config)

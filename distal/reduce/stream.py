@@ -62,13 +62,13 @@ def n_threads(n_bytes: int) -> int:
 
 
 def stripe_samples(n_rows: int, itemsize: int, block_size: int) -> int:
-    """Samples looked at together: a whole number of blocks, so that each chunk is read once."""
+    """Samples in a stripe: a whole number of blocks, so that each chunk is read once."""
     samples = min(_MAX_SAMPLES, STRIPE_BYTES // max(1, n_rows * itemsize))
     return max(1, samples // block_size) * block_size
 
 
 def stripe_bytes(n_rows: int, itemsize: int, samples: int) -> int:
-    """Memory that a stripe takes: its assignments twice, row by row and joined, and what is computed of them."""
+    """Memory of a stripe: its assignments twice, by row and joined, and their counts and scores."""
     return samples * (2 * n_rows * itemsize + _SAMPLE_BYTES)
 
 
@@ -79,7 +79,7 @@ class Reduction:
     Attributes:
         measures: names of measures, with a window of `rows` if need be; those of recorded arrays are of the last row.
         rows: rows of the assignments, ascending.
-        annotate: whether to keep the most frequent class and the next one, too.
+        annotate: whether to store the two most frequent classes as well.
         remaining: of each block, how many samples were scored to the end; None: all that are eligible.
         seed, cycle: for `random`.
     """
@@ -194,7 +194,7 @@ def _scored(
 
 
 def _require(there: NDArray[np.bool_], stripe: Block, what: str) -> None:
-    """Raise Damage naming the first sample of a stripe whose value is not there."""
+    """Raise Damage naming the first sample of a stripe without a value."""
     lacking = np.flatnonzero(~there)
     if len(lacking):
         raise Damage(f"{what}: sample {stripe.start + lacking[0]} is eligible and has no value")

@@ -218,7 +218,7 @@ class Scorer:
                     found[ref.index][name].append(getattr(prediction, name)())
             self._meter.add(metrics.FORWARD_SECONDS, time.perf_counter() - started)
             self._meter.add(metrics.IMAGES_SCORED, len(todo) * len(piece))
-            self._meter.tell()
+            self._meter.report()
         started = time.perf_counter()
         for ref in todo:
             self._commit(ref.index - job.first_index, block, scored, found[ref.index])
@@ -229,7 +229,7 @@ class Scorer:
         if order.count is not None:
             votes = self._assignments.read(block.start, block.stop, range(order.count), complete=True)
             counts = histogram(votes, eligible, self._assignments.n_classes, self._assignments.n_rows)
-        self._meter.tell(now=True)
+        self._meter.report(now=True)
         self._idle_since = time.perf_counter()
         return Done(n_predicted, counts, peak_rss_bytes())
 

@@ -78,12 +78,12 @@ def run_command(
         pool: that of the job, with the classes of the run.
         dest: the folder that this start publishes to, and no other.
         given_up: ends the command when it is set.
-        fits: set once the first checkpoint has been looked at, and its weights fit.
+        fits: set once the weights of the first checkpoint are known to fit.
         still_ours: raises when another driver has the run.
 
     Raises:
-        TrainingFailed: it ended with another code than 0; the message has the end of what it said.
-        ModelError: it published other checkpoints than those that are wanted, or weights that do not fit `model.name`.
+        TrainingFailed: it exited with another code than 0; the message has the end of its output.
+        ModelError: it published other checkpoints than expected, or weights that do not fit `model.name`.
         Superseded: given up.
     """
     train = job.folder / "train"
@@ -160,7 +160,7 @@ def _wait(
 
 
 def _check_first(job: TrainJob, dest: Path, fits: threading.Event) -> None:
-    """Look at the first checkpoint, once it is there."""
+    """Check the weights of the first checkpoint, once it is published."""
     there = [] if fits.is_set() else checkpoints.committed(dest)
     if there:
         ref = checkpoints.read(dest, there[0])
@@ -175,7 +175,7 @@ def _die_with_parent() -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Have the command and what it started end."""
+    """End the command and its child processes."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
@@ -186,7 +186,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _write_labels(pool: Pool, ledger: Ledger, path: Path) -> Path:
-    """What is labelled, as the command reads it."""
+    """The labelled samples, as the command reads them."""
     assert pool.classes is not None
     samples = pool.take_samples(ledger.indices, ["sample_id", "uri"])
     names = [pool.classes[label] for label in ledger.labels]
@@ -215,7 +215,7 @@ def publish_checkpoint(
     The file appears whole or not at all, and an index is published once; the same weights again change nothing.
 
     Args:
-        folder: what `{checkpoints}` came to.
+        folder: the value of `{checkpoints}`.
         state_dict: of the network that `model.name` builds.
         index: 0 for the first checkpoint, and so on, without a gap.
         metrics: such as the training loss, for people: numbers.
@@ -242,13 +242,13 @@ def publish_checkpoint(
 
 
 def resume_checkpoints(folder: str | Path, n: int | None = None) -> list[Path]:
-    """Go on with a training that was cut off: its first checkpoints count for this start of the script, too.
+    """Resume an interrupted training: its first checkpoints count for this start of the script as well.
 
     Every start of `train.command` publishes to a folder of its own. A script that does not begin again, but goes on,
     calls this first; else the checkpoints of before do not count.
 
     Args:
-        folder: what `{checkpoints}` came to; or any folder that checkpoints are published to.
+        folder: the value of `{checkpoints}`, or any folder that checkpoints are published to.
         n: at most so many of them; None: all.
 
     Returns:
@@ -256,7 +256,7 @@ def resume_checkpoints(folder: str | Path, n: int | None = None) -> list[Path]:
         publish is their number. Empty when there is nothing to go on from.
 
     Raises:
-        Damage: one of them is not what was published.
+        Damage: the bytes of one have changed.
         Superseded: another attempt has taken over; this script should end.
     """
     folder = Path(folder)

@@ -59,7 +59,7 @@ def train(
     """Train all epochs of a cycle; returns when the last checkpoint is committed.
 
     Ranks that die are started again, with the same world size, from the last finished epoch. While the cluster has no
-    room for them this waits, and says so about once a minute.
+    room for them this waits, and logs it about once a minute.
 
     Args:
         given_up: no attempt is begun once it is set; see `abandon`.

@@ -17,7 +17,7 @@ class PublishCheckpoints(Callback):
     """Publish the weights after every training epoch; see `publish_checkpoint`.
 
     Args:
-        folder: what `{checkpoints}` of `train.command` came to, or any folder, for `distal score`.
+        folder: the value of `{checkpoints}` in `train.command`, or any folder, for `distal score`.
         module: name of the attribute of the LightningModule that is the network of `model.name`; None: it is itself.
         every_n_epochs: as `train.checkpoint_every`; the last epoch always gives one.
     """
@@ -50,8 +50,8 @@ class PublishCheckpoints(Callback):
             self._publish(trainer, pl_module)
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        told: dict[str, Any] = trainer.strategy.lightning_module_state_dict()  # every rank has its share in it
-        state = {key.replace("_orig_mod.", ""): value for key, value in told.items()}  # of torch.compile
+        weights: dict[str, Any] = trainer.strategy.lightning_module_state_dict()  # every rank has its share in it
+        state = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}  # of torch.compile
         if not trainer.is_global_zero:
             return
         mine = {key.removeprefix(self.prefix): value for key, value in state.items() if key.startswith(self.prefix)}

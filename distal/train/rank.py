@@ -1,7 +1,7 @@
 """What one DDP rank does. The same code runs with one rank and with many, on CPU and on GPU.
 
 Nothing depends on what ran before: the initial weights, the order of the samples and every augmentation are
-functions of (seed, cycle, epoch, rank, sample). `state.pt` is what a restarted rank needs; rank 0 replaces it
+functions of (seed, cycle, epoch, rank, sample). `state.pt` has the state for a restarted rank; rank 0 replaces it
 after every epoch and then commits the checkpoint, so no committed epoch is ever trained again.
 """
 
@@ -171,7 +171,7 @@ class _Rank:
     def restore(self) -> int:
         """Take up the state of the last finished epoch, and commit its checkpoint if that is missing.
 
-        Rank 0 reads and the others are told, so all start from one state even while an attempt that was
+        Rank 0 reads and broadcasts, so all start from one state even while an attempt that was
         killed still writes.
 
         Returns:
@@ -303,10 +303,11 @@ def _again(job: TrainJob) -> str:
 
 
 def check_owner(folder: Path, owner: str) -> None:
-    """Stop when a later attempt has taken over: what a killed driver started lives on for some seconds.
+    """Stop when a later attempt has taken over: ranks outlive a killed driver by some seconds.
 
-    A rank may be paused between this and its write. Then it writes a checkpoint that is there already, which changes
-    nothing, or the state of an earlier epoch, from which the same bits come again (on a CPU; checkpoints stay anyway).
+    A rank may be paused between this check and its write. Then it writes a checkpoint that exists already, which
+    changes nothing, or the state of an earlier epoch, from which the same bits are computed again (on a CPU;
+    checkpoints stay anyway).
     """
     if last_claim(folder)[1] != owner:
         raise Superseded(f"{folder}: another attempt has taken over training")

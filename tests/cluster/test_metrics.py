@@ -196,26 +196,26 @@ def test_a_meter_hands_on_once_a_second_and_loses_nothing(monkeypatch: pytest.Mo
         monkeypatch.setattr(kind, method, lambda self, value, tags: told.append((self.info["name"], value, tags)))
     actor, driver = Meter("mine", 3), Meter("mine")
     for meter in (actor, driver):
-        meter.tell()
+        meter.report()
     actor.add(metrics.READ_BYTES, 5)
     actor.add(metrics.READ_BYTES, 6)
     actor.add(metrics.WAIT_SECONDS, 0.0)
     driver.progress(Progress(1, "score", published=4, rows_scored=1, train_loss=0.25))
-    actor.tell()
+    actor.report()
     assert told == []
     now += 1
-    actor.tell()
-    actor.tell(now=True)
+    actor.report()
+    actor.report(now=True)
     assert told == [("distal_read_bytes", 11, {"run": "mine", "shard": "3"})]
     told.clear()
-    driver.tell()
+    driver.report()
     expected = [3, 1, 0.25]
     names = [f"distal_{name}" for name in ("scoring_lag_checkpoints", "cycle", "train_loss")]
     values = {name: value for name, value, tags in told if tags == {"run": "mine"}}
     assert [values[name] for name in names] == expected
     told.clear()
     now += 1
-    driver.tell()
+    driver.report()
     assert {name: value for name, value, _ in told} == values, "a gauge is set again, and again"
 
 
@@ -301,10 +301,10 @@ meter = metrics.Meter("alone", 0)
 started = time.process_time()
 for _ in range(10_000):
     meter.add(metrics.FORWARD_SECONDS, 0.1)
-    meter.tell()
+    meter.report()
 print((time.process_time() - started) / 10_000)
 meter.set(metrics.CYCLE, 1)
-meter.tell(now=True)
+meter.report(now=True)
 import ray
 assert not ray.is_initialized()
 """
