@@ -1,4 +1,4 @@
-"""What a run is given: its pools, opened or packed, and whether everything fits together."""
+"""The pools of a run, opened or packed, and whether everything fits together."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 from distal import cluster
 from distal.acquire.strategy import strategy
 from distal.artifacts.assignments import dtype_for
+from distal.artifacts.runs import Run
 from distal.cluster import Slots
-from distal.config import NAMED, AnyRoot, Config, Root
-from distal.errors import ConfigError, Damage, DiskFull, PoolError, UnknownFormat, UserError
+from distal.config import NAMED, Config, Root, check_unchanged
+from distal.driver.context import begun_config
+from distal.errors import ConfigError, Damage, DiskFull, PoolError, RunConflict, UnknownFormat, UserError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.pool.images import MANIFEST, OK, parts
 from distal.pool.sample_files import listed, read_text
 from distal.progress import Display
-from distal.records import STRIPE_SAMPLES, Block, JsonObject, Progress, auto_block_size, split_blocks
+from distal.records import STRIPE_SAMPLES, Block, JsonObject, Progress, split_blocks
 from distal.storage import read_json, write_json
 from distal.train.command import check_command
 
@@ -335,40 +337,56 @@ def _shared_groups(other: Pool, pool: Pool) -> list[str]:
     return sorted(found)
 
 
-def constants(config: Root, pool: Pool, slots: Slots) -> JsonObject:
-    """What a key that says `auto`, and can change a bit of the answer, comes to; kept in `run.yaml`.
+def check_begun(directory: Run, config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> None:
+    """Refuse what a run that has begun cannot take; `config` has the recorded values.
 
-    Precision and batch size are found out later, where they will be used: see `Scorers.choose`.
+    Raises:
+        RunConflict: it is another run, or a cycle that has not selected yet would change.
     """
-    auto: JsonObject = {"device": slots.device, "pool.block_size": auto_block_size(pool.n_samples)}
-    if isinstance(config, Config):
-        auto["train.threads"] = slots.train_threads(config.train.workers)
-    given = config.leaves()
-    return {key: value if given[key] == "auto" else given[key] for key, value in auto.items()}
+    if directory.identity is None:
+        return
+    directory.check(identity_keys(config, pool, held_out))
+    begun = directory.begun_cycles()
+    if not begun:
+        return
+    last = begun_config(begun[-1])
+    if begun[-1].marker("select") is None:
+        check_unchanged(last, config, begun[-1].index)
+    before, now = last.pool.classes, pool.classes
+    assert before is not None
+    assert now is not None
+    if now[: len(before)] != tuple(before):  # an index means the same class for ever
+        raise RunConflict(
+            f"pool.classes: cycle {begun[-1].index} was begun with {', '.join(before)}; keep them in "
+            "this order, and append new ones"
+        )
 
 
-def resolved(config: AnyRoot, constants: JsonObject) -> AnyRoot:
-    """The configuration with a value in place of every `auto` that is in `constants`."""
-    return config.with_values({key: constants[key] for key in config.autos() if key in constants})
+def check_slots(config: Config, slots: Slots) -> None:
+    """Refuse ranks that would wait for ever: no slot is ever added to a cluster of our own."""
+    workers = config.train.workers
+    threads = 1 if config.train.threads == "auto" else config.train.threads  # more only where they fit
+    needed = slots.training(workers, threads)
+    if cluster.is_own(config.ray.address) and needed > slots.scoring:
+        unit = "GPUs" if slots.device == "cuda" else "CPU slots"
+        raise ConfigError(
+            f"train.workers: {workers} ranks of {threads} threads need {needed} {unit}, this machine "
+            f"has {slots.scoring}; lower train.workers or train.threads, or use a larger machine if the "
+            "cycle has begun"
+        )
 
 
-def fixed(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> JsonObject:
+def identity_keys(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> JsonObject:
     """What must stay the same for as long as a run exists; `config` is resolved."""
     contents = {name: pool.content_sha256 for name, pool in held_out.items()}
     return {
         **config.fixed(),
-        **content(pool),
+        **content_key(pool),
         "test content (eval.test)": contents.get("test"),
         "validation content (eval.val)": contents.get("val"),
     }
 
 
-def content(pool: Pool) -> JsonObject:
-    """What of a pool must stay the same, wherever it lies."""
+def content_key(pool: Pool) -> JsonObject:
+    """The content of a pool, which must stay the same wherever the pool lies."""
     return {"pool content (pool.path)": pool.content_sha256}
-
-
-def eligible_per_block(config: Root, pool: Pool, n_labeled: int = 0) -> int:
-    """About how many samples of a block will be scored while `n_labeled` are labelled; `config` is resolved."""
-    n_scored = min(config.pool.limit or pool.n_readable, pool.n_readable) - n_labeled
-    return max(1, min(int(config.pool.block_size), pool.n_samples) * n_scored // pool.n_samples)

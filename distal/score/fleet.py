@@ -1,4 +1,4 @@
-"""The scoring actors of a run: started, counted, asked, and sent away."""
+"""The scoring actors: started, counted, called, watched, and sent away."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distal import cluster
 from distal.errors import DistalError, Unfit, one_line
 from distal.records import CheckpointRef
 from distal.score.actor import WATCH, Scorer
-from distal.score.job import Job
+from distal.score.job import ActorJob, Owner
 from distal.score.plan import actors_allowed
 from distal.score.predict import Precision
 
@@ -31,20 +31,18 @@ OUTPUT_BATCHES = 8
 NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
 
 
-class Scorers:
-    """The scoring actors of a run. They live from cycle to cycle; their number follows the free slots.
+class Fleet:
+    """The scoring actors. They live from cycle to cycle; their number follows the free slots.
 
     Args:
-        prefix: makes the actors' names unique to this attempt.
+        prefix: makes the actors' names unique in the cluster.
         options: Ray options of an actor, such as the resources it takes.
         asked: `score.actors`, None for auto.
         slots: counts the CPU slots, or GPUs, that there are or may come to be, without those of some nodes. When nodes
             are lost the actors that they had wait for others to come.
-        cache_bytes, threads, run: see `Scorer`.
+        cache_bytes, threads: see `Scorer`.
         stuck_after: seconds without a finished batch, or without an answer, after which an actor that has work is
             replaced; see `hanging` and `without_a_word`.
-        still_ours: raises when this attempt has lost the right to go on.
-        on_event: called with the name and the values of what happened.
     """
 
     def __init__(
@@ -56,19 +54,15 @@ class Scorers:
         slots: Callable[[Collection[str]], int],
         cache_bytes: int,
         threads: int,
-        run: str = "",
         stuck_after: float = STUCK_S,
-        still_ours: Callable[[], None] = lambda: None,
-        on_event: Callable[..., None] = lambda name, **values: None,
     ) -> None:
         self._prefix = prefix
         self._options = options
-        self._arguments = (cache_bytes, threads, run)
+        self._arguments = (cache_bytes, threads)
         self._next = 0
         self._shards: dict[int, int] = {}
         self._find_slots = slots
         self._avoided: set[str] = set()  # ids of nodes
-        self._still_ours, self._on_event = still_ours, on_event
         self._without_room_since: float | None = None
         self.asked, self.stuck_after = asked, stuck_after
         self.slots = slots(())
@@ -191,25 +185,28 @@ class Scorers:
             self._next += 1
         return started
 
-    def choose(self, job: Job, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
-        """What `auto` comes to on an actor; see `Scorer.choose`."""
-        chosen: tuple[Precision, int] = self._ask("choose", job, precision, batch_size, n_images)
+    def choose(
+        self, job: ActorJob, precision: str, batch_size: int | str, n_images: int, owner: Owner
+    ) -> tuple[Precision, int]:
+        """Resolve an `auto` on an actor; see `Scorer.choose`."""
+        chosen: tuple[Precision, int] = self._call("choose", [(job, precision, batch_size, n_images)], owner)[0]
         return chosen
 
-    def predict(self, job: Job, indices: Sequence[int], ref: CheckpointRef) -> NDArray[np.int64]:
+    def predict(self, job: ActorJob, indices: Sequence[int], ref: CheckpointRef, owner: Owner) -> NDArray[np.int64]:
         """The class of some samples at a checkpoint; see `Scorer.predict`."""
-        labels: NDArray[np.int64] = self._ask("predict", job, list(indices), ref)
+        labels: NDArray[np.int64] = self._call("predict", [(job, list(indices), ref)], owner)[0]
         return labels
 
     def outputs(
         self,
-        job: Job,
+        job: ActorJob,
         indices: NDArray[np.int64],
         ref: CheckpointRef,
         names: Collection[str],
         begun: Mapping[str, str] | None,
+        owner: Owner = Owner(),  # noqa: B008 - frozen
     ) -> dict[str, NDArray[np.float32]]:
-        """What a checkpoint gives for some samples, by all actors; see `Scorer.outputs`.
+        """Probabilities or embeddings of some samples at a checkpoint, by all actors; see `Scorer.outputs`.
 
         Args:
             indices: (n,), ascending. They are cut into pieces of whole batches, however many actors there are.
@@ -220,17 +217,13 @@ class Scorers:
         """
         size = OUTPUT_BATCHES * job.batch_size
         pieces = [indices[start : start + size].tolist() for start in range(0, len(indices), size)]
-        found = self._ask_all("outputs", [(job, piece, ref, names, begun) for piece in pieces])
-        return {name: np.concatenate([each[name] for each in found]) for name in names}
+        parts = self._call("outputs", [(job, piece, ref, names, begun) for piece in pieces], owner)
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
-    def _ask(self, method: str, *arguments: object) -> Any:
-        """Have any actor do something; another one when it dies."""
-        return self._ask_all(method, [arguments])[0]
+    def _call(self, method: str, calls: Sequence[tuple[object, ...]], owner: Owner) -> list[Any]:
+        """Call a method of the actors with each of some arguments; the call of an actor that dies is repeated.
 
-    def _ask_all(self, method: str, calls: Sequence[tuple[object, ...]]) -> list[Any]:
-        """Have the actors do something with each of some arguments; what one had in hand that died is done again.
-
-        Only those are asked that have found room: one that stands for a lost node may wait for ever.
+        Only actors that have found room are called: one that stands for a lost node may wait for ever.
         """
         answers: dict[int, Any] = {}
         waiting = deque(range(len(calls)))
@@ -239,8 +232,8 @@ class Scorers:
         looked = -math.inf
 
         def lost(actor: int, call: int | None, reason: str) -> None:
-            """Have what it had in hand done by another one."""
-            self._on_event("actor_lost", actor=actor, reason=reason)
+            """Replace an actor, and give its call to another one."""
+            owner.on_event("actor_lost", actor=actor, reason=reason)
             self.drop(actor)
             if call is not None:
                 waiting.appendleft(call)
@@ -249,14 +242,14 @@ class Scorers:
                 raise DistalError(f"{MAX_FAILED} scoring actors in a row were lost: {reason}")
 
         while len(answers) < len(calls):
-            self._still_ours()
+            owner.still_ours()
             if time.monotonic() - looked >= self.watch_s:
                 looked = time.monotonic()
                 self.look_around()
                 if reason := self.without_room():
-                    self._on_event("scoring_waits", reason=reason)
+                    owner.on_event("scoring_waits", reason=reason)
                 for actor, reason in self.without_a_word().items():
-                    self._on_event("actor_asked_for_again", actor=actor, reason=reason)
+                    owner.on_event("actor_asked_for_again", actor=actor, reason=reason)
                     self.drop(actor)
                 for actor, reason in self.hanging([actor for actor, _ in working.values()]).items():
                     ref = next(ref for ref, (at_work, _) in working.items() if at_work == actor)

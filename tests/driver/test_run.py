@@ -20,7 +20,7 @@ from distal.artifacts.assignments import Assignments, begun_path
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Run
 from distal.driver import run as driver
-from distal.driver.run import _Reusing
+from distal.driver.training import ReusingRows
 from distal.errors import ConfigError, Damage, DistalError, ModelError, PoolError, RunConflict, UserError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
@@ -28,7 +28,7 @@ from distal.pool.build import build
 from distal.progress import spoken
 from distal.records import CheckpointRef, Progress
 from distal.report.status import status
-from distal.score.job import Published
+from distal.score.job import AllPublished
 from distal.score.predict import Predictor
 from tests.helpers import flip, small_config, write_source
 from tests.interleave import interleavings
@@ -82,7 +82,7 @@ def test_what_earlier_starts_were_begun_with_is_read_once(tmp_path: Path) -> Non
     """Its rows and those of many starts would be read for every row otherwise."""
     earlier = [laid_out(tmp_path / "b.zarr", "a", "b", "x"), laid_out(tmp_path / "a.zarr", "a", "b", "c")]
     now, events = laid_out(tmp_path / "now.zarr"), []
-    reusing = _Reusing(Published(refs_of("a", "b", "c")), now, earlier, 0, lambda name, **_: events.append(name))
+    reusing = ReusingRows(AllPublished(refs_of("a", "b", "c")), now, earlier, 0, lambda name, **_: events.append(name))
     for each in earlier:
         for row in range(3):
             (begun_path(each.path) / f"{row:05d}.json").unlink()
@@ -94,7 +94,7 @@ def test_what_earlier_starts_were_begun_with_is_read_once(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("given", "n_kept"), [("abc", 3), ("abx", 2), ("axc", 1), ("xbc", 0)])
 def test_a_row_counts_while_all_before_it_have_the_weights_of_before(tmp_path: Path, given: str, n_kept: int) -> None:
     earlier, now, events = laid_out(tmp_path / "a.zarr", *"abc"), laid_out(tmp_path / "now.zarr"), []
-    reusing = _Reusing(Published(refs_of(*given)), now, [earlier], 0, lambda name, **_: events.append(name))
+    reusing = ReusingRows(AllPublished(refs_of(*given)), now, [earlier], 0, lambda name, **_: events.append(name))
     reusing.published()
     assert [len(now.committed(row)) for row in range(3)] == [2] * n_kept + [0] * (3 - n_kept)
     assert events == ["other_weights"] * (n_kept < 3)
@@ -113,7 +113,7 @@ def test_a_row_is_never_taken_over_without_its_weights(tmp_path: Path) -> None:
         def sound() -> None:
             assert now.weights.keys() >= {row for row in range(3) if now.committed(row)}
 
-        return _Reusing(Published(refs_of("a", "b")), now, [earlier], 0, print).published, sound
+        return ReusingRows(AllPublished(refs_of("a", "b")), now, [earlier], 0, print).published, sound
 
     def check() -> None:
         assert state["now"].weights == {0: "a", 1: "b"}
@@ -518,8 +518,8 @@ def test_what_is_scored_counts_while_all_weights_so_far_are_the_same(
     earlier = [scored(f"before-{i}.zarr", weights, i) for i, weights in enumerate(before)]
     mine = scored("mine.zarr", [], 9)
     refs = [CheckpointRef(row, row + 1, tmp_path, sha256) for row, sha256 in enumerate(now)]
-    reusing = _Reusing(
-        Published(refs),  # type: ignore[arg-type]
+    reusing = ReusingRows(
+        AllPublished(refs),  # type: ignore[arg-type]
         mine,
         earlier,
         first_index=0,
@@ -550,8 +550,8 @@ def test_nothing_is_reused_that_is_damaged_or_that_another_machine_scored(tmp_pa
     flip(before.chunk("assignments", 0, before.blocks[0]))
     said: list[str] = []
     for each in (mine, other):
-        _Reusing(
-            Published([CheckpointRef(0, 1, tmp_path, "a")]),  # type: ignore[arg-type]
+        ReusingRows(
+            AllPublished([CheckpointRef(0, 1, tmp_path, "a")]),  # type: ignore[arg-type]
             each,
             [before],
             first_index=0,
