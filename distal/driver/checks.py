@@ -380,7 +380,7 @@ def identity_keys(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> J
     """What must stay the same for as long as a run exists; `config` is resolved."""
     contents = {name: pool.content_sha256 for name, pool in held_out.items()}
     return {
-        **config.fixed(),
+        **config.identity_keys(),
         **content_key(pool),
         "test content (eval.test)": contents.get("test"),
         "validation content (eval.val)": contents.get("val"),

@@ -11,14 +11,14 @@ from typing import TypeVar
 
 from distal.artifacts.runs import Run
 from distal.cluster import Slots
-from distal.config import Config, ForeignConfig, Root
+from distal.config import Config, Root, ScoreConfig
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
 from distal.records import JsonObject, auto_block_size
 from distal.score.fleet import Fleet
 from distal.score.job import ActorJob, Owner
 
-AnyConfig = TypeVar("AnyConfig", Config, ForeignConfig)
+AnyConfig = TypeVar("AnyConfig", Config, ScoreConfig)
 
 TRIED = {"score.precision": "fp32", "score.batch_size": 1}  # stands in while the two are tried
 
@@ -57,7 +57,7 @@ def resolved_autos(config: Root) -> JsonObject:
     return {key: leaves[key] for key in keys if key in leaves}
 
 
-def actor_job(config: Config | ForeignConfig, pool: Pool, images: Pool, assignments: Path, run: str = "") -> ActorJob:
+def actor_job(config: Config | ScoreConfig, pool: Pool, images: Pool, assignments: Path, run: str = "") -> ActorJob:
     """What scoring actors get: some images, by the network of the configuration, into some assignments.
 
     Args:
@@ -83,9 +83,9 @@ def _with(config: AnyConfig, values: JsonObject) -> AnyConfig:
 
 
 def _of_cluster(config: Root, pool: Pool, slots: Slots) -> JsonObject:
-    values = {"device": slots.device, "pool.block_size": auto_block_size(pool.n_samples)}
-    if isinstance(config, Config):
-        values["train.threads"] = slots.train_threads(config.train.workers)
+    values: JsonObject = {"device": slots.device, "pool.block_size": auto_block_size(pool.n_samples)}
+    if config.trains:
+        values["train.threads"] = slots.train_threads(config.leaves()["train.workers"])
     return values
 
 

@@ -157,7 +157,7 @@ def _is_complete(directory: Run, config: Config) -> bool:
     if not directory.initial.exists():
         return False
     config = with_recorded(config, directory)
-    keys = config.fixed()
+    keys = config.identity_keys()
     folder = Path(config.pool.path)
     if (folder / MANIFEST).exists():  # a finished run does not need its pool
         keys |= checks.content_key(Pool.open(folder))

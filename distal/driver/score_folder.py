@@ -22,7 +22,7 @@ from distal.artifacts.lease import Lease
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Cycle, Run
 from distal.artifacts.selection import short_of
-from distal.config import ForeignConfig
+from distal.config import ScoreConfig
 from distal.driver import checks, precision, preflight, reanalyse
 from distal.driver.resolve import actor_job, resolve, resolved_autos, with_recorded
 from distal.driver.session import Session, acquire_lease, open_session
@@ -48,7 +48,7 @@ STAGE = "score"
 
 
 def score_directory(
-    config: ForeignConfig,
+    config: ScoreConfig,
     display: Display | None = None,
     *,
     watch: bool = False,
@@ -105,7 +105,7 @@ def score_directory(
     if select:
         chosen = reanalyse.select_run(
             Path(config.run),
-            budget=config.score.budget,
+            budget=config.budget,
             how=config.select,
             pool=Path(config.pool.path),
             display=display,
@@ -113,9 +113,9 @@ def score_directory(
         result |= {
             name: chosen[name] for name in ("measure", "selection", "n_selected", "tie_share", "selection_sha256")
         }
-        if chosen["n_selected"] < config.score.budget:  # as many are eligible: it is the cap on groups
+        if chosen["n_selected"] < config.budget:  # as many are eligible: it is the cap on groups
             most = config.select.max_per_group
-            display.say(short_of(config.score.budget, chosen["n_selected"], most))
+            display.say(short_of(config.budget, chosen["n_selected"], most))
     return result
 
 
@@ -130,7 +130,7 @@ class _Inputs:
         reported: checkpoints that the display has named as repeated.
     """
 
-    config: ForeignConfig
+    config: ScoreConfig
     pool: Pool
     directory: Run
     display: Display
@@ -150,7 +150,7 @@ class _Inputs:
         """What to leave out, if anything."""
         if self.config.score.eliminate != "exact":
             return None
-        return Elimination(self.cycle.elimination, self.config.score.budget)
+        return Elimination(self.cycle.elimination, self.config.budget)
 
     @property
     def n_known(self) -> int:
@@ -250,7 +250,7 @@ class _Inputs:
                 self.display.say(f"{name} is left out: it has the weights of {earlier}")
 
 
-def _inputs(config: ForeignConfig, pool: Pool, directory: Run, lease: Lease, display: Display, watch: bool) -> _Inputs:
+def _inputs(config: ScoreConfig, pool: Pool, directory: Run, lease: Lease, display: Display, watch: bool) -> _Inputs:
     """Check configuration, pool and run directory, and look at the checkpoints."""
     excluded = _excluded(config, pool, display)
     if directory.identity is not None:
@@ -262,8 +262,8 @@ def _inputs(config: ForeignConfig, pool: Pool, directory: Run, lease: Lease, dis
     unlabeled = Eligibility.of(pool, config.pool.limit, config.seed)
     eligible = unlabeled.without(Ledger(excluded, np.zeros_like(excluded)))
     n_candidates = eligible.count()
-    if config.score.budget > n_candidates:
-        raise UserError(f"score.budget: {config.score.budget} is more than the {n_candidates} candidates; lower it")
+    if config.budget > n_candidates:
+        raise UserError(f"score.budget: {config.budget} is more than the {n_candidates} candidates; lower it")
     checkpoints = ForeignCheckpoints(
         directory.cycle(0).foreign,
         Path(config.checkpoints.path),
@@ -295,12 +295,12 @@ def _resolved(inputs: _Inputs, session: Session) -> _Inputs:
     return replace(inputs, config=config)
 
 
-def _identity_keys(config: ForeignConfig, pool: Pool, excluded: NDArray[np.int64]) -> JsonObject:
+def _identity_keys(config: ScoreConfig, pool: Pool, excluded: NDArray[np.int64]) -> JsonObject:
     """What must stay the same: everything that decides the assignments."""
     free = () if config.score.eliminate == "exact" else ("select.", "score.budget")
     keys = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in config.decisive().items()
+        for name, value in config.result_keys().items()
         if not any(name.startswith(prefix) for prefix in free)
     }
     return {
@@ -310,7 +310,7 @@ def _identity_keys(config: ForeignConfig, pool: Pool, excluded: NDArray[np.int64
     }
 
 
-def _excluded(config: ForeignConfig, pool: Pool, display: Display) -> NDArray[np.int64]:
+def _excluded(config: ScoreConfig, pool: Pool, display: Display) -> NDArray[np.int64]:
     """`sample_index` of the samples that are labelled already, ascending."""
     if config.pool.exclude is None:
         return np.empty(0, np.int64)
@@ -478,7 +478,7 @@ def _check_precision(inputs: _Inputs, session: Session, n_blocks: int) -> JsonOb
     job = replace(inputs.actor_job(other.path), precision="fp32", recorded_from=n_rows - 1)
     refs = AllPublished(inputs.checkpoints.refs)
     _pass(inputs, session, job, other, refs, "score in fp32", elimination=False)
-    report = precision.compare(main, other, blocks, n_rows, inputs.config.score.budget)
+    report = precision.compare(main, other, blocks, n_rows, inputs.config.budget)
     inputs.display.say(
         f"bf16 against fp32 on {report['images']:,} images: {report['label_agreement']:.2%} of the "
         f"labels agree, rank correlation of dispersion {report['dispersion_spearman']:.4f}, "
@@ -490,7 +490,7 @@ def _check_precision(inputs: _Inputs, session: Session, n_blocks: int) -> JsonOb
 class _Watched:
     """A directory that is being filled: a producer for the scoring loop."""
 
-    def __init__(self, checkpoints: ForeignCheckpoints, config: ForeignConfig, display: Display) -> None:
+    def __init__(self, checkpoints: ForeignCheckpoints, config: ScoreConfig, display: Display) -> None:
         self._checkpoints, self._config, self._display = checkpoints, config.checkpoints, display
         self._looked = -np.inf
         self._grew = time.monotonic()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distal import plugins
 from distal.artifacts.checkpoints import ANY_SIZE, Unreadable, deserialize, oddity
-from distal.config import Architecture, ChannelStats, ForeignModel, ModelConfig
+from distal.config import Architecture, ChannelStats, FolderModel, ModelSection
 from distal.errors import ModelError, one_line
 from distal.hashing import seed_for
 from distal.pool import Pool
@@ -39,18 +39,17 @@ class ModelSpec:
         mean, std: per channel of the pool, of pixels scaled to [0, 1].
     """
 
-    config: ModelConfig | ForeignModel
+    config: ModelSection | FolderModel
     n_classes: int
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, config: ModelConfig | ForeignModel, pool: Pool) -> Self:
+    def of(cls, config: ModelSection | FolderModel, pool: Pool) -> Self:
         """The network for the images of a pool, and its classes unless the configuration says how many there are."""
-        if isinstance(config, ForeignModel):
-            n_classes = config.num_classes
-        else:
+        n_classes = config.num_classes
+        if n_classes is None:
             assert pool.classes is not None
             n_classes = len(pool.classes)
         return cls(config, n_classes, pool.image_shape, pool.mean, pool.std)
@@ -292,7 +291,7 @@ def _shrink_stem(net: nn.Module, name: str) -> None:
     net.conv1, net.maxpool = conv, nn.Identity()
 
 
-def _weights(config: ModelConfig | ForeignModel) -> StateDict:
+def _weights(config: ModelSection | FolderModel) -> StateDict:
     """Read pretrained weights from a file, or from torchvision's collection."""
     assert config.weights is not None
     path = Path(config.weights)

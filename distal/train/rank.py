@@ -25,7 +25,7 @@ from torch.utils.data import DistributedSampler
 
 from distal.artifacts import checkpoints
 from distal.artifacts.ledger import Ledger
-from distal.config import TrainConfig
+from distal.config import TrainSection
 from distal.errors import Damage, Diverged, Superseded
 from distal.hashing import mix64, seed_for
 from distal.model.augment import crop_flip
@@ -57,7 +57,7 @@ class TrainJob:
     folder: Path
     labels: tuple[Path, ...]
     model: ModelSpec
-    config: TrainConfig
+    config: TrainSection
     seed: int
     cycle: int
     threads: int
@@ -279,7 +279,7 @@ def batches(n: int, batch_size: int, rank: int, world_size: int, seed: int) -> l
     return np.split(positions, borders)
 
 
-def learning_rate(config: TrainConfig, epoch: int) -> float:
+def learning_rate(config: TrainSection, epoch: int) -> float:
     """The learning rate of an epoch, counted from 1: a pure function, so a resumed run needs no history."""
     if config.schedule == "cosine":
         return config.lr * (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.errors import Damage, ModelError
 from distal.model.spec import ModelSpec, seeded_build
 from distal.pool import Pool
@@ -18,7 +18,7 @@ from distal.train.folder import ForeignCheckpoints
 from tests.helpers import write_checkpoints
 from tests.hostile import checkpoints as corpus
 
-SPEC = ModelSpec(ModelConfig(), 4, (1, 12, 12), (0.5,), (0.5,))
+SPEC = ModelSpec(ModelSection(), 4, (1, 12, 12), (0.5,), (0.5,))
 STATE = seeded_build(SPEC, 0, 0).state_dict()
 MOST_BYTES = 2**28  # that a file may add to what the process has
 

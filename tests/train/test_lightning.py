@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distal.artifacts import checkpoints
 from distal.artifacts.runs import Run
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.errors import ModelError
 from distal.model.spec import ModelSpec
 from distal.storage import remove_tree
@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own, about workers and loggers
 
-SPEC = ModelSpec(ModelConfig(), 4, (1, 8, 8), (0.5,), (0.5,))
+SPEC = ModelSpec(ModelSection(), 4, (1, 8, 8), (0.5,), (0.5,))
 EPOCHS = 5
 
 
