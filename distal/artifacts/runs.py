@@ -40,7 +40,7 @@ from distal.artifacts.selection import Selection
 from distal.config import Config, Root, ScoreConfig, from_record
 from distal.errors import Damage, RunConflict, Superseded, one_line
 from distal.hashing import digest
-from distal.records import JsonObject
+from distal.records import JsonObject, Result
 
 EXPECTED, ATTEMPTS = "expected.json", "attempts"
 CYCLE = re.compile(r"\d{3,}", re.ASCII)
@@ -330,6 +330,40 @@ class Cycle(Staged):
         return selection
 
 
+@dataclass(frozen=True)
+class CycleSummary(Result):
+    """The figures of a cycle that has selected.
+
+    Attributes:
+        n_labeled, n_val, n_paid, test, val, undefined: see `Cycle.evaluation`.
+        seconds: of each stage.
+        images_scored: predictions.
+        left_out: predictions that elimination saved.
+        tie_share: of the batch, the share that a tie-break decided.
+    """
+
+    cycle: int
+    n_labeled: int | None
+    n_val: int | None
+    n_paid: int | None
+    test: dict[str, float | None] | None
+    val: dict[str, float | None] | None
+    undefined: dict[str, str]
+    seconds: dict[str, float]
+    images_scored: int
+    left_out: int
+    n_selected: int
+    tie_share: float
+    selection_sha256: str
+
+
+@dataclass(frozen=True)
+class RunSummary(Result):
+    """`summary.json`: the cycles that have selected."""
+
+    cycles: tuple[CycleSummary, ...]
+
+
 class Run:
     """A run directory.
 
@@ -483,15 +517,16 @@ class Run:
         """What is labelled at the start of cycle `before`."""
         return Ledger.read(self.label_files(before))
 
-    def summary(self) -> JsonObject:
-        """What each cycle with a selection came to, from the markers."""
+    def summary(self) -> RunSummary:
+        """The figures of each cycle with a selection, from the markers."""
         needed = ("train", "score", "select")
-        return {"cycles": [_summarize(cycle) for cycle in self.begun_cycles() if all(map(cycle.marker, needed))]}
+        done = [cycle for cycle in self.begun_cycles() if all(map(cycle.marker, needed))]
+        return RunSummary(tuple(map(_summarize, done)))
 
-    def write_summary(self) -> JsonObject:
+    def write_summary(self) -> RunSummary:
         """Write `summary.json` and return it."""
         summary = self.summary()
-        storage.write_json(self.path / "summary.json", summary)
+        storage.write_json(self.path / "summary.json", summary.to_record())
         return summary
 
     def event(self, name: str, **values: Any) -> JsonObject:
@@ -521,18 +556,18 @@ class Run:
                     yield json.loads(line)
 
 
-def _summarize(cycle: Cycle) -> JsonObject:
+def _summarize(cycle: Cycle) -> CycleSummary:
     markers = {stage: cycle.marker(stage) or {} for stage in STAGES}
-    return {
-        "cycle": cycle.index,
+    return CycleSummary(
+        cycle=cycle.index,
         **cycle.evaluation(),
-        "seconds": {stage: marker["seconds"] for stage, marker in markers.items() if marker},
-        "images_scored": markers["score"]["images_scored"],
-        "left_out": markers["score"]["left_out"],
-        "n_selected": markers["select"]["n_selected"],
-        "tie_share": markers["select"]["tie_share"],
-        "selection_sha256": markers["select"]["selection_sha256"],
-    }
+        seconds={stage: marker["seconds"] for stage, marker in markers.items() if marker},
+        images_scored=markers["score"]["images_scored"],
+        left_out=markers["score"]["left_out"],
+        n_selected=markers["select"]["n_selected"],
+        tie_share=markers["select"]["tie_share"],
+        selection_sha256=markers["select"]["selection_sha256"],
+    )
 
 
 def _short(value: object) -> str:

@@ -21,6 +21,11 @@ from distal.records import Result
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from distal.driver.reanalyse import ReduceResult, SelectResult
+    from distal.driver.run import RunResult
+    from distal.driver.score_folder import ScoreResult
+    from distal.driver.submit import SubmitResult
+    from distal.labels.waiting import WaitingResult
     from distal.records import JsonObject, Window
 
 app = typer.Typer(
@@ -93,7 +98,7 @@ def run(
     from distal.cli.terminal import JsonLines, Terminal
     from distal.config import load
 
-    def work() -> dict[str, Any]:
+    def work() -> RunResult | WaitingResult:
         loaded = load(config, [*(overrides or []), *(["eval.allow_overlap=true"] if allow_overlap else [])])
         cluster.secure(loaded.ray.address)
         with JsonLines() if log_json else Terminal() as display:
@@ -130,7 +135,7 @@ def score(
     from distal.cli.terminal import JsonLines, Terminal
     from distal.config import ScoreConfig, load
 
-    def work() -> dict[str, Any]:
+    def work() -> ScoreResult:
         if expect_accuracy is not None and check is None:
             raise ConfigError("--expect-accuracy needs --check FILE")
         extra = [f"pool.exclude={exclude}"] if exclude else []
@@ -170,7 +175,7 @@ def submit(
 
     commands: dict[str, str] = {}
 
-    def work() -> dict[str, Any]:
+    def work() -> SubmitResult:
         loaded = load_portable(config, overrides or [])
         if watch and loaded.command != "score":
             raise UserError(f"--watch: {config} is for `distal {loaded.command}`; leave it out")
@@ -179,9 +184,9 @@ def submit(
 
             submitted = jobs.submit(loaded, address, ["--watch"] if watch else [])
             if not wait:
-                return submitted.record()
+                return submitted
             commands.update(submitted.commands)
-            terminal.say(submit_table(submitted.record()))
+            terminal.say(submit_table(submitted))
             return jobs.follow(submitted, terminal.say)
 
     def if_stopped() -> str:
@@ -226,7 +231,7 @@ def reduce(
     from distal.cli.tables import reduce_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> ReduceResult:
         with Terminal() as terminal:
             from distal.driver.reanalyse import reduce_run
 
@@ -262,7 +267,7 @@ def select(
     from distal.cli.tables import select_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> SelectResult:
         with Terminal() as terminal:
             from distal.driver.reanalyse import select_run
 

@@ -19,6 +19,7 @@ from distal.driver.training import Training, checkpoints_of, reuse_earlier_rows
 from distal.errors import ConfigError, ModelError
 from distal.hashing import digest
 from distal.labels.oracle import label_from_pool
+from distal.labels.waiting import WaitingResult
 from distal.records import JsonObject, Progress
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
@@ -224,7 +225,7 @@ def _select(context: RunContext, cycle: Cycle, expected: str | None) -> Selectio
     )
 
 
-def label_cycle(context: RunContext, cycle: Cycle) -> JsonObject | None:
+def label_cycle(context: RunContext, cycle: Cycle) -> WaitingResult | None:
     """Collect the labels of the batch; returns what people still have to label, if anything."""
     if context.config.label.oracle == "files":
         asked = _ask(context, cycle)
@@ -246,7 +247,7 @@ def label_cycle(context: RunContext, cycle: Cycle) -> JsonObject | None:
     return None
 
 
-def _ask(context: RunContext, cycle: Cycle) -> JsonObject | None:
+def _ask(context: RunContext, cycle: Cycle) -> WaitingResult | None:
     """Ask people to label the batch of a cycle; returns what they still have to label, if anything."""
     if cycle.marker("label") is not None or cycle.labels.exists():
         return None
@@ -257,8 +258,8 @@ def _ask(context: RunContext, cycle: Cycle) -> JsonObject | None:
     if waiting.collect(context.directory):
         return None
     report = waiting.report(context.directory)
-    figures = {"asked": report["asked"], "answered": report["answered"]}
-    context.session.event("waiting", cycle=cycle.index, **figures)
+    session = context.session
+    session.event("waiting", cycle=cycle.index, asked=report.asked, answered=report.answered)
     return report
 
 

@@ -12,11 +12,11 @@ from distal.artifacts.ledger import LABELS_PER_RANK, Ledger, too_few, write_labe
 from distal.driver.context import RunContext
 from distal.errors import ConfigError
 from distal.labels.oracle import choose_at_random, choose_initial, label_from_pool
+from distal.labels.waiting import WaitingResult
 from distal.pool.sample_files import find, read_labels, require_readable
-from distal.records import JsonObject
 
 
-def label_first_set(context: RunContext) -> JsonObject | None:
+def label_first_set(context: RunContext) -> WaitingResult | None:
     """Choose and label the samples to start from, unless that is done.
 
     Returns:
@@ -37,7 +37,7 @@ def label_first_set(context: RunContext) -> JsonObject | None:
     return None
 
 
-def _ask(context: RunContext, n: int) -> JsonObject | None:
+def _ask(context: RunContext, n: int) -> WaitingResult | None:
     directory = context.directory
     if not directory.initial_selection.exists():
         chosen = _enough(context, choose_at_random(context.unlabeled, n, context.config.seed))

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from distal.acquire.topk import Candidates, TopK
 from distal.artifacts.assignments import Assignments
-from distal.records import Block, JsonObject
+from distal.records import Block, Result
 from distal.reduce.measures import Votes, dispersion
+
+
+@dataclass(frozen=True)
+class PrecisionResult(Result):
+    """What another precision changes.
+
+    Attributes:
+        blocks, images: that were compared.
+        label_agreement: the share of assignments that are the same.
+        dispersion_spearman: rank correlation of the dispersion of the samples.
+        selection_overlap: the share of the batch that is the same.
+    """
+
+    blocks: int
+    images: int
+    label_agreement: float
+    dispersion_spearman: float
+    selection_overlap: float
 
 
 def spread(blocks: list[Block], n: int) -> list[Block]:
@@ -18,7 +38,7 @@ def spread(blocks: list[Block], n: int) -> list[Block]:
     return [blocks[i] for i in sorted({int(place) for place in places})]
 
 
-def compare(main: Assignments, other: Assignments, blocks: list[Block], n_rows: int, budget: int) -> JsonObject:
+def compare(main: Assignments, other: Assignments, blocks: list[Block], n_rows: int, budget: int) -> PrecisionResult:
     """What another precision changes on some blocks. Cells that elimination left out are not compared."""
     rows, agreeing, compared = range(n_rows), 0, 0
     dispersions: list[list[NDArray[np.float64]]] = [[], []]
@@ -34,13 +54,13 @@ def compare(main: Assignments, other: Assignments, blocks: list[Block], n_rows: 
     share = max(1, round(budget * len(first) / sum(int(main.eligible(b.start, b.stop).sum()) for b in main.blocks)))
     batches = [_top(scores, share) for scores in (first, second)]
     same_rank = bool(np.array_equal(first, second))
-    return {
-        "blocks": len(blocks),
-        "images": len(first),
-        "label_agreement": agreeing / max(1, compared),
-        "dispersion_spearman": 1.0 if same_rank else float(spearmanr(first, second).statistic),
-        "selection_overlap": len(batches[0] & batches[1]) / share,
-    }
+    return PrecisionResult(
+        blocks=len(blocks),
+        images=len(first),
+        label_agreement=agreeing / max(1, compared),
+        dispersion_spearman=1.0 if same_rank else float(spearmanr(first, second).statistic),
+        selection_overlap=len(batches[0] & batches[1]) / share,
+    )
 
 
 def _top(scores: NDArray[np.float64], k: int) -> set[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -22,12 +23,61 @@ from distal.errors import ConfigError, Damage, RunConflict, UserError
 from distal.hashing import digest
 from distal.pool import Pool
 from distal.progress import Display, Silent
-from distal.records import JsonObject, Progress, Window
+from distal.records import JsonObject, Progress, Result, Window
 from distal.reduce.measures import FROM_RECORDED, FROM_VOTES
 from distal.reduce.stream import Mapper, Reduction, in_threads, reduce
 from distal.storage import be_durable
 
 WHOLE = Window()
+
+
+@dataclass(frozen=True)
+class MeasureResult(Result):
+    """A measure of a cycle that has been computed.
+
+    Attributes:
+        window: as in its name; empty for all checkpoints.
+        checkpoints: how many it was computed from.
+        scores: the folder with the array.
+        seconds: that the computation took, whenever that was.
+    """
+
+    measure: str
+    window: str
+    checkpoints: int
+    scores: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ReduceResult(Result):
+    """The measures that `distal reduce` computed, or found."""
+
+    state: str
+    run: Path
+    cycle: int
+    analyses: tuple[MeasureResult, ...]
+
+
+@dataclass(frozen=True)
+class SelectResult(Result):
+    """The selection that `distal select` made, or found.
+
+    Attributes:
+        window: as in the name of the measure; empty for all checkpoints.
+        selection: the file.
+        tie_share: the share of the batch that a tie-break decided.
+    """
+
+    state: str
+    run: Path
+    cycle: int
+    measure: str
+    window: str
+    selection: Path
+    n_selected: int
+    tie_share: float
+    selection_sha256: str
 
 
 def reduce_run(
@@ -40,14 +90,14 @@ def reduce_run(
     pool: Path | None = None,
     ray_address: str | None = None,
     display: Display | None = None,
-) -> JsonObject:
+) -> ReduceResult:
     """Compute measures of a cycle that has been scored.
 
     Args:
         path: the run directory.
         cycle: by default the last one that has been scored.
         measures: by default the one that the run selects by.
-        annotate: keep each sample's most frequent classes, too.
+        annotate: keep each sample's most frequent classes too.
         pool: where the pool of the run is now, if it has moved.
         ray_address: of a cluster whose nodes share the work; None: the threads of this process.
 
@@ -56,14 +106,14 @@ def reduce_run(
         Damage: a chunk is missing or does not decode.
     """
     display = display or Silent()
-    scored = Scored(path, cycle, pool)
+    scored = ScoredCycle(path, cycle, pool)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
-        done = [
+        analyses = [
             scored.reduce(*_named(measure, window), annotate=annotate, mapper=mapper, display=display)
             for measure in measures or (scored.config.select.measure,)
         ]
-    return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, "analyses": done}
+    return ReduceResult("complete", scored.directory.path, scored.cycle.index, tuple(analyses))
 
 
 def select_run(
@@ -78,7 +128,7 @@ def select_run(
     pool: Path | None = None,
     ray_address: str | None = None,
     display: Display | None = None,
-) -> JsonObject:
+) -> SelectResult:
     """Choose the `budget` samples with the largest scores; they are computed first if need be.
 
     Arguments as for `reduce_run`; `how` is by default that of the run.
@@ -86,14 +136,13 @@ def select_run(
     Raises like `reduce_run`, and UserError when there are fewer samples than the budget.
     """
     display = display or Silent()
-    scored = Scored(path, cycle, pool)
+    scored = ScoredCycle(path, cycle, pool)
     how = how or scored.config.select
     name, window = _named(measure or how.measure, window)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
         scored.reduce(name, window, annotate=annotate, mapper=mapper, display=display)
-    chosen = scored.select(name, window, budget, how)
-    return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, **chosen}
+    return scored.select(name, window, budget, how)
 
 
 def _named(measure: str, window: Window) -> tuple[str, Window]:
@@ -114,7 +163,7 @@ def _connection(address: str | None) -> AbstractContextManager[None]:
     return cluster.connect(address)
 
 
-class Scored:
+class ScoredCycle:
     """A cycle whose assignments are complete."""
 
     def __init__(self, path: Path, cycle: int | None, pool: Path | None) -> None:
@@ -154,7 +203,9 @@ class Scored:
         self.reduce(measure, window, annotate=False, mapper=in_threads, display=display)
         return self._analysis(measure, window).scores
 
-    def reduce(self, measure: str, window: Window, *, annotate: bool, mapper: Mapper, display: Display) -> JsonObject:
+    def reduce(
+        self, measure: str, window: Window, *, annotate: bool, mapper: Mapper, display: Display
+    ) -> MeasureResult:
         """Compute one measure, unless that is done."""
         rows = self._rows(measure, window)
         analysis = self._analysis(measure, window)
@@ -184,15 +235,10 @@ class Scored:
             )
             outputs = {"rows": len(rows), "samples": self.pool.n_samples, "annotated": annotate}
             marker = analysis.complete("reduce", made_from, outputs, time.monotonic() - started)
-        return {
-            "measure": measure,
-            "window": str(window),
-            "checkpoints": len(rows),
-            "scores": str(analysis.scores / measure),
-            "seconds": marker["seconds"],
-        }
+        scores = analysis.scores / measure
+        return MeasureResult(measure, str(window), len(rows), scores, marker["seconds"])
 
-    def select(self, measure: str, window: Window, budget: int, how: SelectSection) -> JsonObject:
+    def select(self, measure: str, window: Window, budget: int, how: SelectSection) -> SelectResult:
         """Choose from a measure that has been computed, unless that is done.
 
         Args:
@@ -241,14 +287,17 @@ class Scored:
             marker = analysis.complete(stage, made_from, outputs, time.monotonic() - started)
         elif Selection.read(dest).sha256 != marker["selection_sha256"]:
             raise Damage(f"{dest}: not the selection that was made; remove {analysis.folder} to make it again")
-        return {
-            "measure": measure,
-            "window": str(window),
-            "selection": str(dest),
-            "n_selected": marker["n_selected"],
-            "tie_share": marker["tie_share"],
-            "selection_sha256": marker["selection_sha256"],
-        }
+        return SelectResult(
+            state="complete",
+            run=self.directory.path,
+            cycle=self.cycle.index,
+            measure=measure,
+            window=str(window),
+            selection=dest,
+            n_selected=marker["n_selected"],
+            tie_share=marker["tie_share"],
+            selection_sha256=marker["selection_sha256"],
+        )
 
     @property
     def augmented(self) -> bool:

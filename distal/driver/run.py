@@ -9,12 +9,13 @@ import os
 import platform
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 from distal import __version__, cluster
 from distal.artifacts.lease import Lease
-from distal.artifacts.runs import Run
+from distal.artifacts.runs import CycleSummary, Run
 from distal.config import Config, check_unchanged
 from distal.driver import checks, preflight
 from distal.driver.context import RunContext, asked_of_people, begun_config
@@ -24,21 +25,29 @@ from distal.driver.first_set import label_first_set
 from distal.driver.resolve import resolve, resolved_autos, with_recorded
 from distal.driver.session import acquire_lease, open_session
 from distal.driver.training import start_training
-from distal.labels.waiting import Waiting
+from distal.labels.waiting import Waiting, WaitingResult
 from distal.pool import Pool
 from distal.pool.eligibility import Eligibility
 from distal.pool.images import MANIFEST
 from distal.progress import Display, Silent
-from distal.records import JsonObject
+from distal.records import Result
 from distal.storage import be_durable
 
 
-def run(config: Config, display: Display | None = None) -> JsonObject:
+@dataclass(frozen=True)
+class RunResult(Result):
+    """The summary of a run that is complete."""
+
+    state: str
+    run: Path
+    cycles: tuple[CycleSummary, ...]
+
+
+def run(config: Config, display: Display | None = None) -> RunResult | WaitingResult:
     """Run the whole loop; called again, it continues where it stopped.
 
     Returns:
-        `{"state": "complete", "run": ..., "cycles": [...]}`: the summary of the run; or, when people are to label a
-        batch, `{"state": "waiting_for_labels", ...}`, see `Waiting.report`.
+        The summary of the run; or, when people are to label a batch, that batch.
 
     Raises:
         UserError: the configuration, the pool and the run directory do not fit together.
@@ -54,10 +63,10 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
         asked = _continue(directory, config, display)
         if asked is not None:
             return asked
-    return {"state": "complete", "run": str(directory.path), **directory.write_summary()}
+    return RunResult("complete", directory.path, directory.write_summary().cycles)
 
 
-def _continue(directory: Run, config: Config, display: Display) -> JsonObject | None:
+def _continue(directory: Run, config: Config, display: Display) -> WaitingResult | None:
     """Check everything, and go through the loop; returns what people are to label, if anything."""
     with ExitStack() as stack:
         connect = cache(partial(stack.enter_context, cluster.connect(config.ray.address)))
@@ -111,7 +120,7 @@ def _begin(
     return RunContext(session, config, pool, held_out, unlabeled)
 
 
-def _loop(context: RunContext) -> JsonObject | None:
+def _loop(context: RunContext) -> WaitingResult | None:
     """The first set, then every cycle in turn; stages that are complete are skipped.
 
     Returns:
@@ -138,7 +147,7 @@ def _loop(context: RunContext) -> JsonObject | None:
     return None
 
 
-def _still_asked(directory: Run, config: Config, pool: Pool) -> JsonObject | None:
+def _still_asked(directory: Run, config: Config, pool: Pool) -> WaitingResult | None:
     """What people have not answered yet, from storage alone; None when there is something to do."""
     waiting = Waiting.read(directory) if directory.identity else None
     if waiting is None or waiting.remade(directory) is not None:
@@ -146,7 +155,7 @@ def _still_asked(directory: Run, config: Config, pool: Pool) -> JsonObject | Non
     if waiting != asked_of_people(config, pool, waiting.cycle, waiting.selection):
         return None
     report = waiting.report(directory)
-    return None if report["ready"] else report
+    return None if report.ready else report
 
 
 def _is_complete(directory: Run, config: Config) -> bool:

@@ -24,6 +24,7 @@ from distal.artifacts.runs import Cycle, Run
 from distal.artifacts.selection import short_of
 from distal.config import ScoreConfig
 from distal.driver import checks, precision, preflight, reanalyse
+from distal.driver.precision import PrecisionResult
 from distal.driver.resolve import actor_job, resolve, resolved_autos, with_recorded
 from distal.driver.session import Session, acquire_lease, open_session
 from distal.errors import ConfigError, ModelError, UserError
@@ -33,7 +34,7 @@ from distal.pool import Pool
 from distal.pool.eligibility import Eligibility
 from distal.pool.sample_files import find, read_ids, read_labels, require_readable
 from distal.progress import Display, Silent
-from distal.records import CheckpointRef, JsonObject, Progress, Window
+from distal.records import OPTIONAL, CheckpointRef, JsonObject, Progress, Result, Window
 from distal.reduce.measures import FROM_VOTES
 from distal.score.actor import peak_rss_bytes
 from distal.score.job import ActorJob, AllPublished, Elimination, Producer, Scored
@@ -47,6 +48,45 @@ POLL_S = 0.1
 STAGE = "score"
 
 
+@dataclass(frozen=True)
+class ScoreResult(Result):
+    """The figures of `distal score`.
+
+    Attributes:
+        run: the run directory.
+        images_scored, images_left_out: predictions that were made, and that elimination saved.
+        seconds: from the first hand-out to the last commit.
+        bookkeeping_seconds: of those, the seconds that the driver was busy.
+        startup_s: from the start to the first hand-out.
+        peak_rss_bytes: of the driver, and the largest of an actor.
+        known_accuracy: at each checkpoint, on the known samples of `--check`.
+        accuracy: of the last checkpoint, where the pool has labels.
+        measure, selection, n_selected, tie_share, selection_sha256: of the batch, if one was selected.
+    """
+
+    state: str
+    run: Path
+    checkpoints: int
+    images_scored: int
+    images_left_out: int
+    seconds: float
+    bookkeeping_seconds: float
+    images_per_s: float | None
+    startup_s: float
+    hand_outs: int
+    peak_rss_bytes: dict[str, int]
+    precision: str
+    batch_size: int
+    known_accuracy: list[float] | None = field(default=None, metadata=OPTIONAL)
+    accuracy: float | None = field(default=None, metadata=OPTIONAL)
+    precision_check: PrecisionResult | None = field(default=None, metadata=OPTIONAL)
+    measure: str | None = field(default=None, metadata=OPTIONAL)
+    selection: Path | None = field(default=None, metadata=OPTIONAL)
+    n_selected: int | None = field(default=None, metadata=OPTIONAL)
+    tie_share: float | None = field(default=None, metadata=OPTIONAL)
+    selection_sha256: str | None = field(default=None, metadata=OPTIONAL)
+
+
 def score_directory(
     config: ScoreConfig,
     display: Display | None = None,
@@ -56,7 +96,7 @@ def score_directory(
     check: Path | None = None,
     expect_accuracy: float | None = None,
     check_precision: int | None = None,
-) -> JsonObject:
+) -> ScoreResult:
     """Score a pool at every checkpoint of a directory; called again, it does what is missing.
 
     Args:
@@ -67,9 +107,6 @@ def score_directory(
         expect_accuracy: refuse to go on when the last checkpoint is right less often than that, in [0, 1].
         check_precision: blocks to score in fp32, too, to report what bf16 changes.
 
-    Returns:
-        `{"state": "complete", "run": ..., "images_scored": ..., "seconds": ..., "selection": ..., ...}`.
-
     Raises:
         UserError: configuration, pool, checkpoints and run directory do not fit together.
         DistalError: a stage failed; what was committed stays, and the same call continues.
@@ -79,8 +116,8 @@ def score_directory(
     display = display or Silent()
     if config.score.eliminate == "exact" and watch and config.checkpoints.expect is None:
         raise ConfigError("score.eliminate: exact needs to know how many checkpoints will come; set checkpoints.expect")
-    known: JsonObject = {}
-    compared: JsonObject = {}
+    known: list[float] | None = None
+    compared: PrecisionResult | None = None
     with ExitStack() as stack:
         connect = cache(partial(stack.enter_context, cluster.connect(config.ray.address)))
         pool = checks.open_pool(config, connect, display)
@@ -93,15 +130,19 @@ def score_directory(
             session = stack.enter_context(open_session(inputs.config, pool, directory, lease, display))
             inputs = _resolved(inputs, session)
             if check is not None:
-                known = {"known_accuracy": _check_known(inputs, session, check, expect_accuracy)}
+                known = _check_known(inputs, session, check, expect_accuracy)
             directory.sweep()
             inputs.begin()
             if not inputs.is_complete():
                 _score(inputs, session)
             if check_precision is not None:
-                compared = {"precision_check": _check_precision(inputs, session, check_precision)}
-        result = {"state": "complete", "run": config.run, **inputs.figures(), **known}
-        result |= _accuracy(inputs) | compared
+                compared = _check_precision(inputs, session, check_precision)
+        result = replace(
+            inputs.result(),
+            known_accuracy=known,
+            accuracy=_accuracy(inputs),
+            precision_check=compared,
+        )
     if select:
         chosen = reanalyse.select_run(
             Path(config.run),
@@ -110,12 +151,17 @@ def score_directory(
             pool=Path(config.pool.path),
             display=display,
         )
-        result |= {
-            name: chosen[name] for name in ("measure", "selection", "n_selected", "tie_share", "selection_sha256")
-        }
-        if chosen["n_selected"] < config.budget:  # as many are eligible: it is the cap on groups
+        result = replace(
+            result,
+            measure=chosen.measure,
+            selection=chosen.selection,
+            n_selected=chosen.n_selected,
+            tie_share=chosen.tie_share,
+            selection_sha256=chosen.selection_sha256,
+        )
+        if chosen.n_selected < config.budget:  # as many are eligible: it is the cap on groups
             most = config.select.max_per_group
-            display.say(short_of(config.budget, chosen["n_selected"], most))
+            display.say(short_of(config.budget, chosen.n_selected, most))
     return result
 
 
@@ -189,23 +235,25 @@ class _Inputs:
             return _Watched(self.checkpoints, self.config, self.display)
         return AllPublished(self.checkpoints.refs)
 
-    def figures(self) -> JsonObject:
+    def result(self) -> ScoreResult:
         """The figures of the scoring, which is complete."""
         marker = self.cycle.marker(STAGE)
         assert marker is not None
-        return {
-            "checkpoints": marker["n_rows"],
-            "images_scored": marker["images_scored"],
-            "images_left_out": marker["left_out"],
-            "seconds": marker["scoring_seconds"],
-            "bookkeeping_seconds": marker["driver_seconds"],
-            "images_per_s": marker["images_per_s"],
-            "startup_s": marker["startup_s"],
-            "hand_outs": marker["hand_outs"],
-            "peak_rss_bytes": marker["peak_rss_bytes"],
-            "precision": self.config.score.precision,
-            "batch_size": self.config.score.batch_size,
-        }
+        return ScoreResult(
+            state="complete",
+            run=self.directory.path,
+            checkpoints=marker["n_rows"],
+            images_scored=marker["images_scored"],
+            images_left_out=marker["left_out"],
+            seconds=marker["scoring_seconds"],
+            bookkeeping_seconds=marker["driver_seconds"],
+            images_per_s=marker["images_per_s"],
+            startup_s=marker["startup_s"],
+            hand_outs=marker["hand_outs"],
+            peak_rss_bytes=marker["peak_rss_bytes"],
+            precision=self.config.score.precision,
+            batch_size=int(self.config.score.batch_size),
+        )
 
     def refuse_too_few(self) -> None:
         """Raise ModelError when the checkpoints do not suffice for a score."""
@@ -433,11 +481,11 @@ def _figures(scored: Scored) -> JsonObject:
     }
 
 
-def _accuracy(inputs: _Inputs) -> JsonObject:
+def _accuracy(inputs: _Inputs) -> float | None:
     """How often the last checkpoint is right, where the pool has labels."""
     pool, n_classes = inputs.pool, inputs.config.model.num_classes
     if pool.classes is None or len(pool.classes) != n_classes or inputs.elimination is not None:
-        return {}
+        return None
     assignments = Assignments.open(inputs.cycle.assignments)
     right = total = 0
     for block in assignments.blocks:
@@ -447,17 +495,17 @@ def _accuracy(inputs: _Inputs) -> JsonObject:
         right += int((last == labels)[known].sum())
         total += int(known.sum())
     if not total:
-        return {}
+        return None
     accuracy = right / total
     inputs.display.say(f"the last checkpoint is right on {accuracy:.4f} of the {total:,} samples whose label is known")
     if accuracy < 1.5 / n_classes:
         inputs.display.say(
             f"warning: that is near chance (1 in {n_classes}); check model.normalize and the order of the classes"
         )
-    return {"accuracy": accuracy}
+    return accuracy
 
 
-def _check_precision(inputs: _Inputs, session: Session, n_blocks: int) -> JsonObject:
+def _check_precision(inputs: _Inputs, session: Session, n_blocks: int) -> PrecisionResult:
     """Score some blocks in fp32, too, and compare."""
     if inputs.config.score.precision == "fp32":
         raise ConfigError("--check-precision: score.precision is fp32 already")
@@ -480,9 +528,9 @@ def _check_precision(inputs: _Inputs, session: Session, n_blocks: int) -> JsonOb
     _pass(inputs, session, job, other, refs, "score in fp32", elimination=False)
     report = precision.compare(main, other, blocks, n_rows, inputs.config.budget)
     inputs.display.say(
-        f"bf16 against fp32 on {report['images']:,} images: {report['label_agreement']:.2%} of the "
-        f"labels agree, rank correlation of dispersion {report['dispersion_spearman']:.4f}, "
-        f"{report['selection_overlap']:.1%} of the batch is the same"
+        f"bf16 against fp32 on {report.images:,} images: {report.label_agreement:.2%} of the "
+        f"labels agree, rank correlation of dispersion {report.dispersion_spearman:.4f}, "
+        f"{report.selection_overlap:.1%} of the batch is the same"
     )
     return report
 

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import yaml
 from distal.cluster import knock
 from distal.config import Config, ScoreConfig
 from distal.errors import ConfigError, DistalError, RunConflict, UserError, one_line
-from distal.records import JsonObject
+from distal.records import OPTIONAL, Result
 
 CONFIG = "distal.yaml"
 REACH = (
@@ -41,29 +41,29 @@ POLL_S = 0.5
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """A job that the cluster has taken.
+class SubmitResult(Result):
+    """A job that the cluster has accepted.
 
     Attributes:
+        state: submitted, or, once it has ended, succeeded, failed or stopped.
         job: its submission id.
         address: of the dashboard.
         run: the run directory.
         config_sha256: of the keys that can change a bit of the answer.
-        commands: what shows its state (`status`), follows what it prints (`logs`), and ends it (`stop`).
+        commands: to show its state (`status`), to follow its output (`logs`), and to end it (`stop`).
+        exit_code: of the job, once it has ended.
     """
 
+    state: str
     job: str
     address: str
     run: str
     config_sha256: str
     commands: dict[str, str]
-
-    def record(self, state: str = "submitted", **more: Any) -> JsonObject:
-        """What `distal submit` tells."""
-        return {"state": state, **asdict(self), **more}
+    exit_code: int | None = field(default=None, metadata=OPTIONAL)
 
 
-def submit(config: Config | ScoreConfig, address: str, options: Sequence[str] = ()) -> Submitted:
+def submit(config: Config | ScoreConfig, address: str, options: Sequence[str] = ()) -> SubmitResult:
     """Have a cluster run the command that this configuration is for: `distal run`, `score` or `compare`.
 
     The job takes no slot: it waits while others work, so without resources of its own it always fits, and Ray puts it
@@ -96,7 +96,8 @@ def submit(config: Config | ScoreConfig, address: str, options: Sequence[str] = 
             metadata=metadata,
             entrypoint_num_cpus=0,
         )
-    return Submitted(job_id, address, **metadata, commands=_commands(job_id, address))
+    commands = _commands(job_id, address)
+    return SubmitResult("submitted", job_id, address, metadata["run"], metadata["config_sha256"], commands)
 
 
 @contextmanager
@@ -110,11 +111,11 @@ def _written(files: Mapping[str, bytes]) -> Iterator[str]:
         yield folder
 
 
-def follow(submitted: Submitted, say: Callable[[str], None]) -> JsonObject:
-    """Pass on what a job prints until it has ended.
+def follow(submitted: SubmitResult, say: Callable[[str], None]) -> SubmitResult:
+    """Pass on the output of a job until it has ended.
 
     Returns:
-        `Submitted.record` with the state succeeded, failed or stopped, and the job's `exit_code`.
+        The result with the state and the exit code of the job.
 
     Raises:
         DistalError: the connection was lost, which the job does not need.
@@ -141,7 +142,7 @@ def follow(submitted: Submitted, say: Callable[[str], None]) -> JsonObject:
         code = {"succeeded": 0, "stopped": STOPPED}.get(state, DistalError.exit_code)
         if state == "failed":
             say(f"{submitted.job}: {info.message}")
-    return submitted.record(state, exit_code=code)
+    return replace(submitted, state=state, exit_code=code)
 
 
 def shipped(config: Config | ScoreConfig, folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ it; `import_labels` keeps the answers; the next `distal run` settles them and go
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,40 @@ from distal.labels.formats import Format, Said, read_said, unsure_word, write_ba
 from distal.pool import Pool
 from distal.pool.images import write_png
 from distal.pool.sample_files import find, label_reader, require_readable
-from distal.records import JsonObject
+from distal.records import JsonObject, Result
 from distal.storage import read_json, write_json
 
 SHOWN = 5  # of many mistakes
+
+
+@dataclass(frozen=True)
+class WaitingResult(Result):
+    """A batch that people are to label.
+
+    Attributes:
+        state: waiting_for_labels.
+        cycle: the cycle that selected it; -1 for the samples to start from.
+        selection: the file with the batch.
+        needed: answers after which the run goes on.
+        asked, answered: samples of the batch, and those that are settled; None after a repair that took
+            the batch away.
+        ready: whether the run can go on.
+        short: why the labels do not suffice for the first training, once enough is answered.
+        conflicts: samples on which annotators disagree.
+        next: what to do, in one line.
+    """
+
+    state: str
+    run: Path
+    cycle: int
+    selection: Path
+    needed: int
+    asked: int | None
+    answered: int | None
+    ready: bool
+    short: str | None
+    conflicts: list[str]
+    next: str
 
 
 @dataclass(frozen=True)
@@ -115,32 +145,34 @@ class Waiting:
         """Whether the run can go on."""
         return self.n_answered(settled) >= self.needed and self.short(settled) is None
 
-    def report(self, run: Run) -> JsonObject:
-        """What `distal run` says while it waits; `ready` when it can go on.
-
-        When a repair took away a batch, the counts are None, and `next` says so.
-        """
-        told: JsonObject = {
-            "state": "waiting_for_labels",
-            "run": str(run.path),
-            "cycle": self.cycle,
-            "selection": str(self.selection),
-            "needed": self.needed,
-        }
+    def report(self, run: Run) -> WaitingResult:
+        """What `distal run` reports while the run waits."""
         remade = self.remade(run)
+        export = f"distal labels export {run.path} --format csv --out batch.csv"
+        result = WaitingResult(
+            state="waiting_for_labels",
+            run=run.path,
+            cycle=self.cycle,
+            selection=self.selection,
+            needed=self.needed,
+            asked=None,
+            answered=None,
+            ready=False,
+            short=None,
+            conflicts=[],
+            next=remade or f"{export}, then distal labels import",
+        )
         if remade is not None:
-            unknown: JsonObject = {"asked": None, "answered": None, "ready": False, "short": None, "conflicts": []}
-            return {**told, **unknown, "next": remade}
+            return result
         settled = self.settled(run)
-        return {
-            **told,
-            "asked": len(Selection.read(self.selection)),
-            "answered": self.n_answered(settled),
-            "ready": self.ready(settled),
-            "short": self.short(settled),
-            "conflicts": settled.conflicts,
-            "next": f"distal labels export {run.path} --format csv --out batch.csv, then distal labels import",
-        }
+        return replace(
+            result,
+            asked=len(Selection.read(self.selection)),
+            answered=self.n_answered(settled),
+            ready=self.ready(settled),
+            short=self.short(settled),
+            conflicts=settled.conflicts,
+        )
 
     def collect(self, run: Run) -> bool:
         """Write the labels of the batch, when enough of it is answered; returns whether it is.

@@ -37,7 +37,7 @@ def status(path: Path) -> JsonObject:
         "run": str(run.path),
         "state": "complete" if run.is_complete(n_cycles) else _state(driver, waits=waits),
         "driver": driver,
-        "waiting": waiting.report(run) if waiting else None,
+        "waiting": waiting.report(run).to_record() if waiting else None,
         "cycles": [_cycle(cycle, last=cycle.index + 1 >= n_cycles) for cycle in begun],
     }
 

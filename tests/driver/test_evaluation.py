@@ -17,6 +17,7 @@ from distal.artifacts.runs import Run
 from distal.cli.app import app
 from distal.cli.tables import status_table, summary_table
 from distal.driver import run as driver
+from distal.driver.run import RunResult
 from distal.errors import PoolError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
@@ -99,7 +100,7 @@ def test_that_it_goes_on_is_said_once(
     (run / "cycles/000/select.json").unlink()
     again = Said()
     result = driver.run(small_config(run, pool, test_pool, *keys), again)
-    assert result["state"] == "complete"
+    assert result.state == "complete"
     assert "as well" not in "".join(again.lines)
 
 
@@ -151,7 +152,9 @@ def test_validation_labels_are_paid_for(evaluated: tuple[Path, Result], capsys: 
     assert (told["n_labeled"], told["n_val"], told["n_paid"]) == (24, N_VAL, 24 + N_VAL)
     assert len(Run.open(run).ledger(before=0)) == 24
     assert status(run)["cycles"][0].items() >= {"n_labeled": 24, "n_val": N_VAL, "n_paid": 24 + N_VAL}.items()
-    closing, present = summary_table(result), status_table(status(run))
+    closed = RunResult("complete", run, Run.open(run).summary().cycles)
+    assert closed.to_record() == result
+    closing, present = summary_table(closed), status_table(status(run))
     assert [column.header for column in closing.columns][1:4] == ["labelled", "paid", "accuracy"]
     assert [list(column.cells) for column in closing.columns][2] == ["46"]
     assert "val.auroc: no image has the label 'line'" in str(closing.caption)

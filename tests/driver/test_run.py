@@ -195,8 +195,8 @@ def test_what_a_run_is_and_what_its_autos_came_to(finished: Path, pool: Pool, te
 def test_again_is_complete_and_touches_nothing(finished: Path, pool: Pool, test_pool: Pool) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     result = driver.run(small_config(finished, pool, test_pool))
-    assert result["state"] == "complete"
-    assert len(result["cycles"]) == 2
+    assert result.state == "complete"
+    assert len(result.cycles) == 2
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} <= {finished / "summary.json"}
 
@@ -244,7 +244,7 @@ def test_a_begun_cycle_keeps_its_configuration(finished: Path, pool: Pool, test_
     with pytest.raises(RunConflict, match=r"train.lr: 0.05 -> 0.1: cycle 1 has begun .* may apply from cycle 2"):
         driver.run(small_config(cut_off, pool, test_pool, "train.lr=0.1"))
     result = driver.run(small_config(cut_off, pool, test_pool, "score.actors=2", "score.cache_gb=0.5"))
-    assert hashes(result) == hashes(json.loads((finished / "summary.json").read_text()))
+    assert hashes(result.to_record()) == hashes(json.loads((finished / "summary.json").read_text()))
 
 
 def test_a_changed_input_of_a_complete_stage_is_noticed(
@@ -308,7 +308,7 @@ def test_a_flipped_bit_in_an_unfinished_stage_is_scored_again(
     flip_a_bit(cycle / "assignments.zarr/assignments/c/1/2")
     display = Lines()
     result = driver.run(small_config(copy, pool, test_pool), display)
-    assert hashes(result) == hashes(json.loads((finished / "summary.json").read_text()))
+    assert hashes(result.to_record()) == hashes(json.loads((finished / "summary.json").read_text()))
     (line,) = [line for line in display.lines if "damaged block" in line]
     assert "assignments: row 1, block 2 does not decode" in line
     both = [zarr.open(run / "cycles/001/assignments.zarr")["assignments"][:] for run in (copy, finished)]
@@ -341,18 +341,18 @@ def test_a_run_may_grow_with_other_settings(finished: Path, pool: Pool, test_poo
     display = Lines()
     result = driver.run(small_config(longer, pool, test_pool, *overrides), display)
     left = N_READABLE - INITIAL - 2 * BUDGET
-    assert hashes(result)[:2] == hashes(json.loads((finished / "summary.json").read_text()))
+    assert hashes(result.to_record())[:2] == hashes(json.loads((finished / "summary.json").read_text()))
     assert (longer / "cycles/001/labels.parquet").exists()
-    assert result["cycles"][2]["n_labeled"] == INITIAL + 2 * BUDGET
-    assert result["cycles"][2]["images_scored"] == left  # for margin the last checkpoint is enough
-    assert result["cycles"][2]["n_selected"] == left  # a short cycle takes what is left, and says so
+    assert result.cycles[2].n_labeled == INITIAL + 2 * BUDGET
+    assert result.cycles[2].images_scored == left  # for margin the last checkpoint is enough
+    assert result.cycles[2].n_selected == left  # a short cycle takes what is left, and says so
     assert any(f"{left} eligible images are left, fewer than the budget of 1000" in line for line in display.lines)
     assert json.loads((longer / "cycles/002/train.json").read_text())["inputs"]["warm_from"]
 
     display.lines.clear()
     result = driver.run(small_config(longer, pool, test_pool, *overrides, "loop.cycles=4"), display)
     assert any("every eligible image is labelled: the loop ends before cycle 3" in line for line in display.lines)
-    assert len(result["cycles"]) == 3
+    assert len(result.cycles) == 3
     assert status(longer)["state"] == "complete"
     display.lines.clear()
     driver.run(small_config(longer, pool, test_pool, *overrides, "loop.cycles=4"), display)

@@ -330,19 +330,17 @@ class TestARun:
         self.said(run, pool, *((sample, "", "ann") for sample in SAMPLES))
         waiting = waiting_of(run)
         report = waiting.report(run)
-        assert (report["answered"], report["ready"]) == (3, False)
-        assert report["short"] == (
-            "0 labelled samples of 0 classes; training needs at least 2 (2 per rank) of 2 classes"
-        )
+        assert (report.answered, report.ready) == (3, False)
+        assert report.short == ("0 labelled samples of 0 classes; training needs at least 2 (2 per rank) of 2 classes")
         assert not waiting.collect(run)
         assert not run.initial.exists()
         assert export_labels(run.path, tmp_path / "again.csv")["samples"] == 3
         self.said(run, pool, (0, "circle", "ann"), (1, "circle", "ann"))
-        assert "2 labelled samples of 1 classes" in waiting.report(run)["short"]
+        assert "2 labelled samples of 1 classes" in waiting.report(run).short
         assert export_labels(run.path, tmp_path / "again.csv")["samples"] == 1
         (tmp_path / "b.csv").write_text(f"sample_id,label\n{pool.samples(9, 10)['sample_id'][0].as_py()},cross\n")
         assert import_labels(run.path, tmp_path / "b.csv", allow_unasked=True)["answered"] == 3
-        assert waiting.report(run)["ready"]
+        assert waiting.report(run).ready
         assert waiting.collect(run)
         assert self.labels(run) == {0: "circle", 1: "circle", 9: "cross"}
 

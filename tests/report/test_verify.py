@@ -439,7 +439,7 @@ def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) 
     write_checkpoints(tmp_path / "ck", pool, range(8))
     config = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "score.eliminate=exact", "score.budget=4")
     first = score_directory(config)
-    assert first["images_left_out"] > 0
+    assert first.images_left_out > 0
     assert verify(tmp_path / "run")["state"] == "sound"
     whole = content(tmp_path / "run")
     damages: list[Callable[[], object]] = [
@@ -451,7 +451,7 @@ def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) 
         damage()
         assert len(verify(tmp_path / "run")["damage"]) == 1
         assert repair(tmp_path / "run")["state"] == "repaired"
-        assert score_directory(config)["selection_sha256"] == first["selection_sha256"]
+        assert score_directory(config).selection_sha256 == first.selection_sha256
         assert content(tmp_path / "run") == whole
         assert verify(tmp_path / "run")["state"] == "sound"
     record = tmp_path / "run/cycles/000/checkpoints.json"
