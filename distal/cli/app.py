@@ -561,7 +561,7 @@ def pool_build(
         with Terminal() as terminal:
             from distal.pool.build import build
             from distal.pool.sources import Columns
-            from distal.records import Progress
+            from distal.progress import counter
 
             columns = Columns(image_column, id_column, label_column, class_column, group_column)
             with cluster.connect(ray_address):
@@ -572,9 +572,7 @@ def pool_build(
                     size=shape,
                     channels=channels,
                     follow_symlinks=follow_symlinks,
-                    on_progress=lambda done, total: terminal.progress(
-                        Progress(-1, "packing", images_scored=done, images=total)
-                    ),
+                    on_progress=counter(terminal.progress, "packing"),
                 )
         return pool.describe()
 

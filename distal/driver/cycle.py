@@ -20,6 +20,7 @@ from distal.errors import ConfigError, ModelError
 from distal.hashing import digest
 from distal.labels.oracle import label_from_pool
 from distal.labels.waiting import WaitingResult
+from distal.progress import counter
 from distal.records import JsonObject, Progress
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
@@ -150,9 +151,9 @@ def _score_rows(context: RunContext, cycle: Cycle, training: Training, assignmen
 def _follow(context: RunContext, cycle: Cycle, training: Training) -> None:
     """Show how far training is while there is nothing to score."""
     n_epochs = len(begun_config(cycle).train.checkpoint_epochs)
+    show = counter(context.session.progress, "train", cycle.index)
     while not training.finished():
-        n_published = len(training.published())
-        context.session.progress(Progress(cycle.index, "train", images_scored=n_published, images=n_epochs))
+        show(len(training.published()), n_epochs)
         time.sleep(POLL_S)
 
 
@@ -160,9 +161,7 @@ def reduce_cycle(context: RunContext, cycle: Cycle) -> None:
     """Reduce the assignments to a score per sample and measure."""
     config = begun_config(cycle)
     n_rows = len(scored_epochs(config))
-
-    def show(done: int, total: int) -> None:
-        context.session.progress(Progress(cycle.index, "reduce", images_scored=done, images=total))
+    show = counter(context.session.progress, "reduce", cycle.index)
 
     def work() -> JsonObject:
         reduction = Reduction(

@@ -1,6 +1,6 @@
 """Reduce and select again from stored assignments: another measure, window or budget, without any inference.
 
-What comes out lies under `analyses/<measure><window>`; the record of the cycle itself is never overwritten.
+Results lie under `analyses/<measure><window>`; the record of the cycle itself is never overwritten.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from distal.config import Config, ScoreConfig, SelectSection, check_measure
 from distal.errors import ConfigError, Damage, RunConflict, UserError
 from distal.hashing import digest
 from distal.pool import Pool
-from distal.progress import Display, Silent
-from distal.records import JsonObject, Progress, Result, Window
+from distal.progress import Display, Silent, counter
+from distal.records import JsonObject, Result, Window
 from distal.reduce.measures import FROM_RECORDED, FROM_VOTES
 from distal.reduce.stream import Mapper, Reduction, in_threads, reduce
 from distal.storage import be_durable
@@ -198,7 +198,7 @@ class ScoredCycle:
         return Assignments.open(self.cycle.assignments)
 
     def scores_of(self, name: str, display: Display) -> Path:
-        """Where the scores of a measure are, computed if need be; its window is part of its name."""
+        """The folder of the scores of a measure, computed if need be; its window is part of its name."""
         measure, window = _named(name, WHOLE)
         self.reduce(measure, window, annotate=False, mapper=in_threads, display=display)
         return self._analysis(measure, window).scores
@@ -224,14 +224,11 @@ class ScoredCycle:
                 seed=self.config.seed,
                 cycle=self.cycle.index,
             )
-            title = f"reduce {measure}{window}"
             reduce(
                 reduction,
                 analysis.scores,
                 mapper=mapper,
-                on_progress=lambda done, total: display.progress(
-                    Progress(self.cycle.index, title, images_scored=done, images=total)
-                ),
+                on_progress=counter(display.progress, f"reduce {measure}{window}", self.cycle.index),
             )
             outputs = {"rows": len(rows), "samples": self.pool.n_samples, "annotated": annotate}
             marker = analysis.complete("reduce", made_from, outputs, time.monotonic() - started)
@@ -242,7 +239,7 @@ class ScoredCycle:
         """Choose from a measure that has been computed, unless that is done.
 
         Args:
-            how: what else decides the batch: the tie-break, the kind of batch and the cap on groups.
+            how: the tie-break, the kind of batch and the cap on groups.
         """
         analysis = self._analysis(measure, window)
         reduced = analysis.marker("reduce")
@@ -301,7 +298,7 @@ class ScoredCycle:
 
     @property
     def augmented(self) -> bool:
-        """Whether what was predicted are images as training sees them."""
+        """Whether images were scored as training augments them."""
         return self.config.augments
 
     @property
@@ -321,7 +318,7 @@ class ScoredCycle:
         return self.cycle.analysis(f"{measure}{grown}{window}")
 
     def _rows(self, measure: str, window: Window) -> list[int]:
-        """The rows of a window; refuses what cannot be computed."""
+        """The rows of a window; raises ConfigError when the measure cannot be computed from them."""
         try:
             check_measure(measure, window)
         except ValueError as error:

@@ -175,6 +175,6 @@ def _is_complete(directory: Run, config: Config) -> bool:
     last = directory.begun_cycles()[: config.loop.cycles][-1]
     begun = begun_config(last)
     classes = checks.named_classes(config) or begun.pool.classes
-    # A change that would never be used is refused, too.
+    # A change that would never be used is refused too.
     check_unchanged(begun, config.with_values({"pool.classes": classes}), last.index)
     return True

@@ -1,7 +1,7 @@
 """`distal submit`: a run as a job of a Ray cluster, through the cluster's dashboard.
 
-What is sent is the resolved configuration and the user's own modules, and nothing else: pool and run stay where every
-node sees them. A job has no state that counts. Submitted again, a run goes on from its directory, as always.
+Only the configuration and the user's own modules are sent: pool and run stay where every node sees them. A
+job has no state of its own: submitted again, a run resumes from its directory, as always.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _client(address: str) -> Iterator[Any]:
     from ray.job_submission import JobSubmissionClient
 
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # Ray tells of every package that it uploads
+    logging.disable(logging.WARNING)  # Ray reports every package that it uploads
     try:
         try:
             with _without(OVERRIDING):
@@ -251,9 +251,9 @@ def _client(address: str) -> Iterator[Any]:
             "and dashboard_agent.log on its head say why"
         ) from error
     except AuthenticationError as error:
-        told = "refuses this token" if "authentication failed" in str(error).lower() else "asks for a token"
+        reason = "refuses this token" if "authentication failed" in str(error).lower() else "asks for a token"
         raise UserError(
-            f"--address: {address} {told}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token "
+            f"--address: {address} {reason}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token "
             "to what `ray get-auth-token` prints on the head"
         ) from None
     finally:
@@ -271,7 +271,7 @@ def _without(names: Sequence[str]) -> Iterator[None]:
 
 
 def _commands(job: str, address: str) -> dict[str, str]:
-    """What to type for a job: where an address is given, Ray looks for a token only when it is told to."""
+    """What to type for a job. With an address, Ray looks for a token only in the mode `token`."""
     mode = f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} "
     options: Mapping[str, str] = {"status": "", "logs": "--follow ", "stop": ""}
     return {verb: f"{mode}ray job {verb} --address {address} {option}{job}".strip() for verb, option in options.items()}

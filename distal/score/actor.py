@@ -61,7 +61,7 @@ class _Piece:
         return len(self.positions)
 
     def of(self, flags: NDArray[np.bool_]) -> _Piece:
-        """Those that are flagged; `flags` are for the whole block."""
+        """The flagged images; `flags` are for the whole block."""
         kept = flags[self.positions]
         return self if kept.all() else self._take(kept)
 
@@ -105,16 +105,16 @@ class Scorer:
         self._pieces: dict[int, list[_Piece]] = {}
         self._room = cache_bytes
         self._predictors: OrderedDict[str, Predictor] = OrderedDict()
-        self._ever: tuple[Predictor, ...] = ()  # the same, for a thread that may look while they change places
+        self._ever: tuple[Predictor, ...] = ()  # all of them, for the watching thread: the dictionary may change
 
     def __repr__(self) -> str:
         return f"Scorer({self._name})"
 
     def ready(self, job: ActorJob) -> dict[str, str]:
-        """Be ready to score a job: what it needs is opened, and written beside.
+        """Open everything that a job needs, and try to write beside its assignments.
 
         Returns:
-            What this actor's predictions depend on besides weights and images.
+            The fingerprint: what this actor's predictions depend on besides weights and images.
 
         Raises:
             Exception: pool, network or assignments cannot be used on this node; a network raises what its code does.
@@ -133,7 +133,7 @@ class Scorer:
         return cluster.this_process()
 
     def choose(self, job: ActorJob, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
-        """What `auto` comes to on this actor: the precision, and the batch size for blocks of `n_images`."""
+        """Resolve an `auto` on this actor: the precision, and the batch size for blocks of `n_images`."""
         device = torch.device(job.device)
         chosen: Precision = "fp32" if precision == "fp32" else "bf16" if precision == "bf16" else best_precision(device)
         if isinstance(batch_size, int):
@@ -156,7 +156,7 @@ class Scorer:
         names: Collection[str],
         begun: Mapping[str, str] | None,
     ) -> dict[str, NDArray[np.float32]]:
-        """What a checkpoint gives for some samples: "probabilities", (n, C), and "embeddings", (n, d).
+        """The outputs of a checkpoint for some samples: "probabilities", (n, C), and "embeddings", (n, d).
 
         Raises:
             Unfit: this actor has another fingerprint than `begun`.
@@ -251,12 +251,12 @@ class Scorer:
         return self._assignments.has(row, block, recorded=bool(self._recorded(row)))
 
     def _recorded(self, row: int) -> tuple[str, ...]:
-        """The arrays that are kept at a row."""
+        """The names of the arrays that are recorded at a row."""
         assert self._job is not None
         return self._assignments.recorded if row >= self._job.recorded_from else ()
 
     def _commit(self, row: int, block: Block, scored: NDArray[np.bool_], found: dict[str, list[Any]]) -> None:
-        """Write one block of one row: what was predicted where scored, UNASSIGNED and NaN elsewhere."""
+        """Write one block of one row: predictions where scored, UNASSIGNED and NaN elsewhere."""
         labels = np.full(len(block), unassigned(self._assignments.dtype), self._assignments.dtype)
         if found["labels"]:
             labels[scored] = np.concatenate(found["labels"])
@@ -270,7 +270,7 @@ class Scorer:
         self._meter.add(metrics.WRITTEN_BYTES, n_bytes)
 
     def _take_up(self, job: ActorJob) -> None:
-        """Be ready for a job, which may be the one before."""
+        """Switch to a job, unless it is the one before."""
         torch.set_num_threads(self._threads)  # a setting of the thread, and Ray may use another one
         if job != self._job:
             self._begin(job)
@@ -316,8 +316,8 @@ class Scorer:
     def _pieces_of(self, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_Piece]:
         """The eligible images of a block, in index order, in pieces of a chunk.
 
-        They are kept decoded while the budget lasts. When it is spent nothing is thrown out: blocks come round in
-        turns, so the one used longest ago is the one needed next. Then a piece at a time is in memory.
+        They are kept decoded while the budget lasts. Then nothing is evicted: blocks come round in turns, so
+        the one used longest ago is needed next. Further blocks are in memory one piece at a time.
         """
         assert self._job is not None
         if block.index in self._pieces:
@@ -377,7 +377,7 @@ def _batched(pieces: Iterator[_Piece], scored: NDArray[np.bool_], batch_size: in
 def _ahead(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, float, float]]:
     """The same pieces, each read and decoded in a thread while the one before it is predicted.
 
-    With each come the seconds that reading it took, and those that were waited for it.
+    Yields each with the seconds that reading it took, and the seconds of waiting for it.
     """
 
     def read() -> tuple[_Piece | None, float]:
@@ -397,7 +397,7 @@ def _ahead(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, float, float]]:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had."""
+    """The peak memory of this process."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
@@ -411,5 +411,5 @@ def _pieces(pool: Pool, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_
         stop = min(start + pool.chunk_size, block.stop)
         flags = eligible[start - block.start : stop - block.start]
         if flags.any():
-            images = pool.read(start, stop).transpose(0, 2, 3, 1)[flags]  # a copy: the others are let go
+            images = pool.read(start, stop).transpose(0, 2, 3, 1)[flags]  # a copy: the chunk is freed
             yield _Piece(start - block.start + np.flatnonzero(flags), images.transpose(0, 3, 1, 2))

@@ -38,8 +38,8 @@ class Fleet:
         prefix: makes the actors' names unique in the cluster.
         options: Ray options of an actor, such as the resources it takes.
         asked: `score.actors`, None for auto.
-        slots: counts the CPU slots, or GPUs, that there are or may come to be, without those of some nodes. When nodes
-            are lost the actors that they had wait for others to come.
+        slots: counts the CPU slots, or GPUs, that exist or may be added, without those of some nodes. When nodes
+            are lost, their actors wait for new ones.
         cache_bytes, threads: see `Scorer`.
         stuck_after: seconds without a finished batch, or without an answer, after which an actor that has work is
             replaced; see `hanging` and `without_a_word`.
@@ -83,10 +83,10 @@ class Fleet:
         return f"a scoring actor, which needs {needs}"
 
     def look_around(self) -> None:
-        """Count the slots again, and learn which actors have found room."""
+        """Count the slots again, and note which actors have found room."""
         self.slots = max(self.slots, self._count())
         for ref in answered(self._placing):
-            with suppress(RayError):  # it died: what else it is asked says so
+            with suppress(RayError):  # it died: its other calls raise
                 self._placed(ref)
 
     def _count(self) -> int:
@@ -100,7 +100,7 @@ class Fleet:
         return list(self._placing.values())
 
     def without_room(self) -> str | None:
-        """What to say when no actor has found room for a minute, once a minute."""
+        """A line to report, once a minute, while no actor has found room for a minute."""
         now = time.monotonic()
         if self.processes or not self.actors:
             self._without_room_since = None
@@ -113,14 +113,14 @@ class Fleet:
 
     @property
     def watch_s(self) -> float:
-        """Seconds between two looks at what the actors do."""
+        """Seconds between two looks at the actors."""
         return min(LOOK_S, self.stuck_after / 4)
 
     def without_a_word(self) -> dict[int, str]:
-        """The actors that have not said for too long which process they are, and what to report of each.
+        """The actors that have not answered since they were started, for too long, with the reason to report.
 
-        Such an actor waits for room, or stopped before it could answer. Which of the two cannot be seen: it is to be
-        dropped, and asked for again.
+        Such an actor waits for room, or stopped before it could answer: nobody can see which. The caller drops it,
+        and starts another one.
         """
         limit, now = max(self.stuck_after, WAITS_S), time.monotonic()
         waits = {actor: now - self._grown_at[actor] for actor in self._placing.values()}
@@ -131,7 +131,7 @@ class Fleet:
         }
 
     def hanging(self, busy: Collection[int]) -> dict[int, str]:
-        """The actors that have work and give no sign of life, and what to report of each.
+        """The actors that have work and give no sign of life, with the reason to report.
 
         Args:
             busy: the actors that have work; those that are not placed yet are left to `without_a_word`.
@@ -139,7 +139,7 @@ class Fleet:
         now = time.monotonic()
         for ref in answered(self._asked):
             actor = self._asked.pop(ref)
-            with suppress(RayError):  # it died: so did its work, which says so
+            with suppress(RayError):  # it died: so did its work, which raises
                 sign = ray.get(ref)
                 if actor in self._heard and sign != self._heard[actor][0]:
                     self._heard[actor] = sign, now
@@ -153,7 +153,7 @@ class Fleet:
         return found
 
     def heard(self, actor: int) -> None:
-        """An actor finished some work, which is a sign of life also where it had no batch to predict."""
+        """Note that an actor finished some work: a sign of life even without a batch to predict."""
         self._heard.pop(actor, None)
 
     def _placed(self, ref: Any) -> None:
@@ -176,7 +176,7 @@ class Fleet:
         while len(self.actors) < n:
             name = f"{self._prefix}-{self._next}"
             actor = ray.remote(concurrency_groups={WATCH: 1})(Scorer).options(name=name, namespace="distal", **options)
-            # The number of one that has gone is used again: series that are never written to are kept all the same.
+            # The number of an actor that is gone is used again: Prometheus keeps a series for ever.
             self._shards[self._next] = next(n for n in itertools.count() if n not in self._shards.values())
             self.actors[self._next] = actor.remote(name, *self._arguments, self._shards[self._next])
             self._placing[self.actors[self._next].process.remote()] = self._next
@@ -290,7 +290,7 @@ class Fleet:
     def send_away(self, actor: int) -> None:
         """Stop an actor, and start none on its node again.
 
-        The caller stops those that wait for room, too: they could find it there.
+        The caller stops those that wait for room too: they could find it there.
         """
         self.look_around()
         if actor in self.processes:
@@ -299,7 +299,7 @@ class Fleet:
         self.slots = self._count()
 
     def drop(self, actor: int) -> None:
-        """Stop one actor, and free its slot, also when it does not listen to Ray any more."""
+        """Stop one actor and free its slot, even when it no longer responds to Ray."""
         ray.kill(self.actors.pop(actor))
         del self._shards[actor], self._grown_at[actor]
         self._asked = {ref: asked for ref, asked in self._asked.items() if asked != actor}
@@ -310,5 +310,5 @@ class Fleet:
 
 
 def answered(refs: dict[Any, int]) -> list[Any]:
-    """Those of some calls that have been answered."""
+    """The calls that have been answered."""
     return ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []

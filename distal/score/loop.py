@@ -87,12 +87,12 @@ class ScoringPass:
 
     def run(self) -> Scored:
         """Score until every block is committed at every row."""
-        # Training takes its slots first; it has not got them while actors of the cycle before sit there.
+        # Training takes its slots first: actors of the cycle before may still hold them.
         self.fleet.shrink(self._allowed())
         for actor in self.fleet.actors:
             self._greet(actor)
         polled = watched = -np.inf
-        self._look_for_checkpoints()  # also when nothing is left to score: the figures are of all checkpoints
+        self._look_for_checkpoints()  # even when nothing is left to score: the figures are of all checkpoints
         while not self.plan.finished:
             if time.monotonic() - polled >= POLL_S:
                 polled = time.monotonic()
@@ -124,14 +124,14 @@ class ScoringPass:
         self.hand_outs += len(task.rows)
 
     def _decide(self) -> None:
-        """Every block has counted its votes: leave out what can no longer be selected, and go on."""
+        """Every block has counted its votes: leave out samples that can no longer be selected, and go on."""
         assert self.elimination is not None
         row = self.plan.next_barrier
         assert row is not None
         histograms = [self.histograms[block] for block in range(len(self.blocks))]
         decided = decide(row, histograms, self.elimination.budget)
-        # On disk before anything is handed out that depends on it. What another driver decided before stays: it is the
-        # same, as it was decided from the same assignments.
+        # On disk before any task that depends on it is handed out. The decision of an earlier driver stays: it is
+        # the same, made from the same assignments.
         path = barrier_path(self.elimination.record, row)
         create_json(path, decided.to_record())
         self.barriers.append(Barrier.from_record(read_json(path, required=BARRIER)))
@@ -147,7 +147,7 @@ class ScoringPass:
         return self.barriers[passed - 1].remaining[block] if passed else self.eligible[block]
 
     def _n_images(self) -> int:
-        """Predictions in the whole array, as far as is decided now."""
+        """Predictions in the whole array, after the decisions so far."""
         rows = range(max(len(self.refs), self.job.n_expected or 0))
         return sum(self._n_scored(row) for row in rows)
 
@@ -168,13 +168,13 @@ class ScoringPass:
         )
 
     def _allowed(self) -> int:
-        """Actors that there may be now."""
+        """The largest number of actors at present."""
         return actors_allowed(self.fleet.asked, self.fleet.slots, self.job.producer.slots_held())
 
     def _look_for_checkpoints(self) -> None:
         if self.all_published:
             return  # one that comes later belongs to another pass
-        finished = self.job.producer.finished()  # asked first: what is missing afterwards will never come
+        finished = self.job.producer.finished()  # first: a checkpoint that is missing after it will never come
         for ref in self.job.producer.published():
             row = ref.index - self.job.for_actors.first_index
             if 0 <= row < self.assignments.n_rows and row not in self.refs:
@@ -244,7 +244,7 @@ class ScoringPass:
         self.recent.append((self.last_commit, result.n_predicted))
 
     def _limit_hand_outs(self) -> None:
-        """What an actor has in hand is lost with it: no more than about `HAND_OUT_S` seconds of work."""
+        """Limit what is lost with an actor to about `HAND_OUT_S` seconds of work."""
         assert self.first_hand_out is not None
         busy_s = max(time.monotonic() - self.first_hand_out, POLL_S) * max(
             1, len(self.fleet.actors) - len(self.joining)
@@ -265,7 +265,7 @@ class ScoringPass:
             self._lost(actor, reason)
 
     def _shrink(self) -> None:
-        """Give slots back that are needed elsewhere; the youngest actors go, and what they had in hand waits again."""
+        """Give back slots that are needed elsewhere: the youngest actors stop, and their tasks wait again."""
         for actor in list(self.fleet.actors)[self._allowed() :]:
             if self._forget(actor):
                 self.plan.actor_left(actor)
@@ -279,7 +279,7 @@ class ScoringPass:
         return joined
 
     def _lost(self, actor: int, reason: str) -> None:
-        """An actor died, or is stuck; what it had in hand is done again."""
+        """Replace an actor that died or is stuck; its tasks are done again."""
         in_hand = sum(len(task.rows) for task in self.working.values() if task.actor == actor)
         self.retried += in_hand
         self.job.owner.on_event("actor_lost", actor=actor, reason=reason, blocks_in_hand=in_hand)
@@ -287,7 +287,7 @@ class ScoringPass:
             self.plan.actor_lost(actor)
             return
         if actor < self.started_before_failure:
-            return  # it went with others, such as those of its node
+            return  # lost together with others, such as those of its node
         self.started_before_failure = self.fleet.n_started
         self.failed_starts += 1
         if self.failed_starts == MAX_FAILED:
@@ -309,7 +309,7 @@ class ScoringPass:
         now = time.monotonic()
         while self.recent and self.recent[0][0] < now - RATE_WINDOW_S:
             self.recent.popleft()
-        # What the oldest commit brought was predicted before the window began.
+        # The images of the oldest commit were predicted before the window began.
         since, n_before = self.recent[0] if self.recent else (now, 0)
         rate = (sum(n for _, n in self.recent) - n_before) / max(now - since, POLL_S)
         newest = self.refs[max(self.refs)] if self.refs else None
@@ -334,7 +334,7 @@ class ScoringPass:
 
 
 def read_barriers(record: Path, rows: Sequence[int]) -> list[Barrier]:
-    """What has been decided so far at some rows, in order, up to the first at which nothing was."""
+    """The decisions at some rows, in order, up to the first row without one."""
     barriers = []
     with suppress(FileNotFoundError):
         for row in rows:
@@ -343,5 +343,5 @@ def read_barriers(record: Path, rows: Sequence[int]) -> list[Barrier]:
 
 
 def barrier_path(record: Path, row: int) -> Path:
-    """Where it is kept what was decided before a row: a file of its own, created exclusively."""
+    """The file with the decision before a row, which is created exclusively."""
     return record / f"{row:05d}.json"

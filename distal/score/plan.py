@@ -31,8 +31,8 @@ class Task:
     Attributes:
         block: the block to score.
         rows: checkpoint indices to score it at, ascending; none when only votes are to be counted.
-        barrier: the row before which they are scored, None when there is none: what was decided there applies to them.
-        count: whether to count the votes before the next barrier, once these rows are scored.
+        barrier: the last barrier before these rows, whose decision applies to them; None: there is none.
+        count: the next barrier, when the votes before it are to be counted once these rows are scored; else None.
     """
 
     actor: int
@@ -149,14 +149,14 @@ class Plan:
         return self.next_barrier is not None and len(self._counted) == len(self._waiting)
 
     def pass_barrier(self) -> None:
-        """It is decided: the rows up to the next barrier may be handed out."""
+        """The barrier is decided: rows up to the next one may be handed out."""
         self._passed += 1
         self._counted.clear()
         for block in range(len(self._waiting)):
             self._enqueue(block)
 
     def published(self, row: int) -> None:
-        """A checkpoint can be scored; saying so twice changes nothing."""
+        """A checkpoint can be scored; a second call changes nothing."""
         if row in self._published:
             return
         self._published.add(row)
@@ -177,7 +177,7 @@ class Plan:
         self._in_hand[actor] = []
 
     def actor_left(self, actor: int) -> list[Task]:
-        """An actor was sent away; what it had in hand waits again, and is returned."""
+        """An actor was sent away; its tasks wait again, and are returned."""
         self._owner = {block: owner for block, owner in self._owner.items() if owner != actor}
         for block in self._queues.pop(actor, ()):
             self._enqueue(block)
@@ -188,7 +188,7 @@ class Plan:
         return in_hand
 
     def actor_lost(self, actor: int) -> None:
-        """An actor has died; what it had in hand waits again.
+        """An actor has died; its tasks wait again.
 
         Raises:
             BlockFailed: the block it was working on has been lost too often.
@@ -224,7 +224,7 @@ class Plan:
         self._count_failure(task.block, reason)
 
     def next_tasks(self) -> list[Task]:
-        """Everything that can be handed out now; the plan takes it as handed out."""
+        """Everything that can be handed out now; the plan counts it as handed out."""
         handed_out: list[Task] = []
         with_room = [(actor, in_hand) for actor, in_hand in self._in_hand.items() if len(in_hand) < IN_FLIGHT]
         for depth in range(IN_FLIGHT):  # one each before a second one
@@ -314,7 +314,7 @@ class Plan:
         return None
 
     def _in_turn(self, actor: int) -> Iterator[int | None]:
-        """Whose blocks an actor may take: its own, no one's, and those of the actor that has most of them to take."""
+        """The owners whose blocks an actor may take: itself, nobody, and the actor with most of them left."""
         yield actor
         yield None
         queues = {owner: queue for owner, queue in self._queues.items() if owner is not None}
