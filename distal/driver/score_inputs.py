@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal.artifacts.assignments import Assignments, dtype_for
-from distal.artifacts.checkpoints import KEEP_ALL, LIGHTNING
+from distal.artifacts.checkpoints import KEEP_ALL
 from distal.artifacts.lease import Lease
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Cycle, Run
@@ -22,6 +22,7 @@ from distal.driver.session import Session
 from distal.errors import ModelError, UserError
 from distal.hashing import digest
 from distal.model.spec import ModelSpec
+from distal.model.weights import LIGHTNING, Location
 from distal.pool import Pool
 from distal.pool.eligibility import Eligibility
 from distal.pool.sample_files import find, read_ids
@@ -29,7 +30,7 @@ from distal.progress import Display
 from distal.records import CheckpointRef, JsonObject, Progress, Window
 from distal.reduce.measures import FROM_VOTES
 from distal.score.job import ActorJob, AllPublished, Elimination, Producer, Scored
-from distal.train.folder import ForeignCheckpoints, Layout, matching, versions
+from distal.train.folder import FolderCheckpoints, matching, versions
 
 LOOK_S = 1.0
 STAGE = "score"
@@ -51,7 +52,7 @@ class ScoreInputs:
     directory: Run
     display: Display
     watch: bool
-    checkpoints: ForeignCheckpoints
+    checkpoints: FolderCheckpoints
     excluded: NDArray[np.int64]
     eligible: Eligibility
     reported: set[str] = field(default_factory=set)
@@ -184,12 +185,12 @@ def look_at_inputs(
     n_candidates = eligible.count()
     if config.budget > n_candidates:
         raise UserError(f"score.budget: {config.budget} is more than the {n_candidates} candidates; lower it")
-    checkpoints = ForeignCheckpoints(
+    checkpoints = FolderCheckpoints(
         directory.cycle(0).foreign,
         Path(config.checkpoints.path),
         config.checkpoints.pattern,
         spec.build(pretrained=False).state_dict(),
-        Layout(config.checkpoints.key, config.checkpoints.strip_prefix),
+        Location(config.checkpoints.key, config.checkpoints.strip_prefix),
         lease.require,
     )
     inputs = ScoreInputs(config, pool, directory, display, watch, checkpoints, excluded, eligible)
@@ -247,7 +248,7 @@ def _excluded(config: ScoreConfig, pool: Pool, display: Display) -> NDArray[np.i
 class WatchedFolder:
     """A directory that is being filled: a producer for the scoring loop."""
 
-    def __init__(self, checkpoints: ForeignCheckpoints, config: ScoreConfig, display: Display) -> None:
+    def __init__(self, checkpoints: FolderCheckpoints, config: ScoreConfig, display: Display) -> None:
         self._checkpoints, self._config, self._display = checkpoints, config.checkpoints, display
         self._looked = -np.inf
         self._grew = time.monotonic()

@@ -525,66 +525,99 @@ CHECKPOINTS = _of(
     ("checkpoints: weights that have changed", "if sha256(data) != checkpoint.sha256:", "if False:"),
     (
         "checkpoints: a folder is a commit",
-        "return sorted(index for index in indices if is_committed(folder, index))",
-        "return sorted(indices)",
+        "return [index for index in Numbered(folder, digits=4).numbers() if is_committed(folder, index)]",
+        "return Numbered(folder, digits=4).numbers()",
     ),
-    (
-        "checkpoints: strides are part of the weights",
-        "return value.detach().cpu().contiguous()",
-        "return value.detach().cpu()",
-    ),
-    ("checkpoints: code is loaded", "weights_only=True", "weights_only=False"),
     ("checkpoints: the queue is complete early", "set(range(self._n)) -", "set(range(self._n - 1)) -"),
     ("checkpoints: one that is late is missed at once", "> VISIBLE_S:", ">= 0:"),
 )
 
-STORAGE = _of(
-    "storage.py",
-    "test_storage.py",
-    ("storage: the last creator wins", "os.link(temporary, path)", "os.replace(temporary, path)"),
+WEIGHTS = _of(
+    "model/weights.py",
+    "model/test_weights.py",
     (
-        "storage: a write in place",
-        "        temporary.write_bytes(data)\n        _replace(temporary, path)",
-        "        path.write_bytes(data)",
+        "weights: strides are part of the weights",
+        "return value.detach().cpu().contiguous()",
+        "return value.detach().cpu()",
     ),
-    ("storage: a record that has changed", "if seal != found:", "if False:"),
-    (
-        "storage: another format",
-        "if found != FORMAT:\n        raise _unknown(path, found)\n    try",
-        "if False:\n        raise _unknown(path, found)\n    try",
-    ),
-    ("storage: sealed bytes that have changed", "if sealed[:64] != sha256(data).encode():", "if False:"),
-    ("storage: a table that has changed", "    check_parquet(path)\n    with", "    with"),
-    ("storage: half of a table is hashed", "((0, place), (place + 64, size))", "((0, place),)"),
-    ("storage: temporary files have names", ' if not name.startswith("."))', ")"),
-    (
-        "storage: names in any order",
-        "return sorted(name for name in os.listdir(folder)",
-        "return list(name for name in reversed(sorted(os.listdir(folder)))",
-    ),
-    ("storage: young files are swept", "_last_change(path) >= older_than:", "_last_change(path) <= older_than:"),
-    (
-        "storage: files that are no leftovers are swept",
-        " for name in names if name.endswith(TEMPORARY))",
-        " for name in names)",
-    ),
-    (
-        "storage: the name before the bytes",
-        "    if is_durable():\n        _flush(temporary)\n    temporary.replace(path)\n",
-        "    temporary.replace(path)\n",
-    ),
-    (
-        "storage: created before its bytes are there",
-        "        if is_durable():\n            _flush(temporary)\n        try:",
-        "        try:",
-    ),
-    ("storage: a quota is no full disk", "{errno.ENOSPC, errno.EDQUOT}", "{errno.ENOSPC}"),
-    (
-        "storage: a failed write leaves its file",
-        "            with suppress(FileNotFoundError):\n                temporary.unlink()\n\n\n@contextmanager\ndef parquet",
-        "            pass\n\n\n@contextmanager\ndef parquet",
-    ),
+    ("weights: code is loaded", "weights_only=True", "weights_only=False"),
 )
+
+STORAGE = [
+    *_of(
+        "storage/files.py",
+        "test_storage.py",
+        ("storage: the last creator wins", "os.link(temporary, path)", "os.replace(temporary, path)"),
+        (
+            "storage: a write in place",
+            "        temporary.write_bytes(data)\n        replace(temporary, path)",
+            "        path.write_bytes(data)",
+        ),
+        (
+            "storage: the name before the bytes",
+            "    if is_durable():\n        fsync(temporary)\n    temporary.replace(path)\n",
+            "    temporary.replace(path)\n",
+        ),
+        (
+            "storage: created before its bytes are there",
+            "        if is_durable():\n            fsync(temporary)\n        try:",
+            "        try:",
+        ),
+        ("storage: a quota is no full disk", "{errno.ENOSPC, errno.EDQUOT}", "{errno.ENOSPC}"),
+        (
+            "storage: a failed write leaves its file",
+            "            with suppress(FileNotFoundError):\n                temporary.unlink()\n",
+            "            pass\n",
+        ),
+    ),
+    *_of(
+        "storage/sealed.py",
+        "test_storage.py",
+        ("storage: a record that has changed", "if seal != found:", "if False:"),
+        (
+            "storage: another format",
+            "if found != FORMAT:\n        raise unknown_format(path, found)\n    try",
+            "if False:\n        raise unknown_format(path, found)\n    try",
+        ),
+        ("storage: sealed bytes that have changed", "if sealed[:64] != sha256(data).encode():", "if False:"),
+    ),
+    *_of(
+        "storage/parquet.py",
+        "test_storage.py",
+        ("storage: a table that has changed", "    check_parquet(path)\n    with", "    with"),
+        ("storage: half of a table is hashed", "((0, place), (place + len(_NO_SEAL), size))", "((0, place),)"),
+    ),
+    *_of(
+        "storage/numbered.py",
+        "artifacts/test_runs.py driver/test_writers.py",
+        (
+            "numbered: the content is made before the number is chosen",
+            "            last = self.last()\n            made = content(last)\n",
+            "            made = content(self.last())\n            last = self.last()\n",
+        ),
+        (
+            "numbered: a number that was taken meanwhile is used",
+            "if create(self.path(number), made):",
+            "if create(self.path(number), made) or True:",
+        ),
+    ),
+    *_of(
+        "storage/folders.py",
+        "test_storage.py",
+        ("storage: temporary files have names", ' if not name.startswith("."))', ")"),
+        (
+            "storage: names in any order",
+            "return sorted(name for name in os.listdir(folder)",
+            "return list(name for name in reversed(sorted(os.listdir(folder)))",
+        ),
+        ("storage: young files are swept", "_last_change(path) >= older_than:", "_last_change(path) <= older_than:"),
+        (
+            "storage: files that are no leftovers are swept",
+            " for name in names if name.endswith(_TEMPORARY))",
+            " for name in names)",
+        ),
+    ),
+]
 
 ARRAYS = _of(
     "artifacts/arrays.py",
@@ -794,23 +827,9 @@ RUNS = _of(
     "artifacts/runs.py",
     "artifacts/test_runs.py driver/test_writers.py",
     (
-        "runs: the lease is looked at before the number is chosen",
-        "            last = max(self._attempts(), default=None)\n"
-        "            number = 0 if last is None else last + 1\n"
-        "            still_ours()\n",
-        "            still_ours()\n"
-        "            last = max(self._attempts(), default=None)\n"
-        "            number = 0 if last is None else last + 1\n",
-    ),
-    (
-        "runs: the last one that makes an attempt wins",
-        'if storage.create_json(self._attempt_path(number), {"assignments": own}):',
-        'if not storage.write_json(self._attempt_path(number), {"assignments": own}):',
-    ),
-    (
         "runs: a start after scoring begins anew",
-        'number if self.marker("score") is None else self._assignments_of(last)',
-        "number",
+        'if self.marker("score") is None:\n                return {"assignments"',
+        'if True:\n                return {"assignments"',
     ),
     (
         "runs: what was left out outlives its assignments",
@@ -834,7 +853,7 @@ LEASE = _of(
         "if create_json(self._path(number + 1), asdict(self._me)):",
         "if not write_json(self._path(number + 1), asdict(self._me)):",
     ),
-    ("lease: a number that was given before", "if max(self._numbers()) == number + 1:", "if True:"),
+    ("lease: a number that was given before", "if _leases(self._run).last() == number + 1:", "if True:"),
     (
         "lease: a driver does not look",
         "                if number > self.number:\n                    self._successor = holder\n                    return\n",
@@ -911,8 +930,8 @@ OTHERS = (
         ),
         (
             "train: the checkpoint before the state",
-            "            write_sealed(self.job.state_path, checkpoints.serialize(state))\n            self._commit(epoch, loss)\n",
-            "            self._commit(epoch, loss)\n            write_sealed(self.job.state_path, checkpoints.serialize(state))\n",
+            "            write_sealed(self.job.state_path, serialize(state))\n            self._commit(epoch, loss)\n",
+            "            self._commit(epoch, loss)\n            write_sealed(self.job.state_path, serialize(state))\n",
         ),
         (
             "train: an attempt that is superseded saves",
@@ -956,6 +975,7 @@ MUTANTS = [
     *ELIGIBILITY,
     *HASHING,
     *CHECKPOINTS,
+    *WEIGHTS,
     *STORAGE,
     *ARRAYS,
     *ASSIGNMENTS,
