@@ -26,7 +26,7 @@ from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
 from distal.score.job import Elimination, Scored
 
-POLL_S = 0.2
+_POLL_S = 0.2
 
 
 def begin_cycle(context: RunContext, cycle: Cycle) -> bool:
@@ -154,7 +154,7 @@ def _follow(context: RunContext, cycle: Cycle, training: Training) -> None:
     show = counter(context.session.progress, "train", cycle.index)
     while not training.finished():
         show(len(training.published()), n_epochs)
-        time.sleep(POLL_S)
+        time.sleep(_POLL_S)
 
 
 def reduce_cycle(context: RunContext, cycle: Cycle) -> None:

@@ -23,10 +23,10 @@ from distal.pool.images import MANIFEST
 from distal.progress import Display
 from distal.storage import require_writable, write_bytes
 
-PACKAGES = ("torch", "ray", "zarr", "numpy")
-NEEDED = ("model.weights", "checkpoints.path")  # what is read by the nodes, beside the pools
-FIRST_NODE_S = 600.0
-WAIT_S = 120.0
+_PACKAGES = ("torch", "ray", "zarr", "numpy")
+_NEEDED = ("model.weights", "checkpoints.path")  # what is read by the nodes, beside the pools
+_FIRST_NODE_S = 600.0
+_WAIT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,16 @@ def check(config: Root, run: Path, pools: Sequence[Pool], display: Display) -> N
         UserError: naming the nodes that cannot take part; the display has shown before, in a line each, what they lack.
     """
     if not cluster.is_own(config.ray.address):
-        cluster.wait_for_node(config.device, FIRST_NODE_S, display.say)
+        cluster.wait_for_node(config.device, _FIRST_NODE_S, display.say)
     if cluster.is_alone():
         return
     display.say("asking every node for the pool, the run directory and its versions")
     places = config.places()
     mark = run / f".preflight-{uuid.uuid4().hex}.tmp"
-    wanted = Wanted(tuple(pools), mark, {key: places[key] for key in NEEDED if key in places}, config.functions())
+    wanted = Wanted(tuple(pools), mark, {key: places[key] for key in _NEEDED if key in places}, config.functions())
     write_bytes(mark, b"")
     try:
-        answers = cluster.on_each_node(partial(look, wanted), WAIT_S)
+        answers = cluster.on_each_node(partial(look, wanted), _WAIT_S)
     finally:
         mark.unlink(missing_ok=True)
     lacking = verdict(versions(), answers)
@@ -121,7 +121,7 @@ def look(wanted: Wanted) -> Found:
 
 def versions() -> dict[str, str]:
     """The versions of this process."""
-    packages = {name: metadata.version(name).partition("+")[0] for name in PACKAGES}
+    packages = {name: metadata.version(name).partition("+")[0] for name in _PACKAGES}
     return {"Python": platform.python_version(), "distal": __version__, **packages}
 
 

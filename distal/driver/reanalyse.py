@@ -28,7 +28,7 @@ from distal.reduce.measures import FROM_RECORDED, FROM_VOTES
 from distal.reduce.stream import Mapper, Reduction, in_threads, reduce
 from distal.storage import be_durable
 
-WHOLE = Window()
+_WHOLE = Window()
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def reduce_run(
     *,
     cycle: int | None = None,
     measures: tuple[str, ...] = (),
-    window: Window = WHOLE,
+    window: Window = _WHOLE,
     annotate: bool = False,
     pool: Path | None = None,
     ray_address: str | None = None,
@@ -122,7 +122,7 @@ def select_run(
     budget: int,
     measure: str | None = None,
     cycle: int | None = None,
-    window: Window = WHOLE,
+    window: Window = _WHOLE,
     how: SelectSection | None = None,
     annotate: bool = False,
     pool: Path | None = None,
@@ -151,9 +151,9 @@ def _named(measure: str, window: Window) -> tuple[str, Window]:
         name, own = Window.of_name(measure)
     except ValueError as error:
         raise ConfigError(f"--measure: {measure}: {error}") from None
-    if own != WHOLE and window != WHOLE:
+    if own != _WHOLE and window != _WHOLE:
         raise ConfigError(f"--measure: {measure} has a window already; leave out --last, --from and --every")
-    return name, window if own == WHOLE else own
+    return name, window if own == _WHOLE else own
 
 
 def _connection(address: str | None) -> AbstractContextManager[None]:
@@ -199,7 +199,7 @@ class ScoredCycle:
 
     def scores_of(self, name: str, display: Display) -> Path:
         """The folder of the scores of a measure, computed if need be; its window is part of its name."""
-        measure, window = _named(name, WHOLE)
+        measure, window = _named(name, _WHOLE)
         self.reduce(measure, window, annotate=False, mapper=in_threads, display=display)
         return self._analysis(measure, window).scores
 
@@ -323,7 +323,7 @@ class ScoredCycle:
             check_measure(measure, window)
         except ValueError as error:
             raise ConfigError(f"--measure: {error}") from None
-        if self.config.score.eliminate == "exact" and (measure != "dispersion" or window != WHOLE):
+        if self.config.score.eliminate == "exact" and (measure != "dispersion" or window != _WHOLE):
             raise ConfigError(
                 f"--measure: {measure}{window}: the samples that could not be selected by dispersion were left out "
                 "(score.eliminate: exact), so only dispersion over all checkpoints can be computed; score again with "

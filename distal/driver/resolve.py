@@ -18,17 +18,17 @@ from distal.records import JsonObject, auto_block_size
 from distal.score.fleet import Fleet
 from distal.score.job import ActorJob, Owner
 
-AnyConfig = TypeVar("AnyConfig", Config, ScoreConfig)
+_AnyConfig = TypeVar("_AnyConfig", Config, ScoreConfig)
 
-TRIED = {"score.precision": "fp32", "score.batch_size": 1}  # stands in while the two are tried
+_TRIED = {"score.precision": "fp32", "score.batch_size": 1}  # stands in while the two are tried
 
 
-def with_recorded(config: AnyConfig, directory: Run) -> AnyConfig:
+def with_recorded(config: _AnyConfig, directory: Run) -> _AnyConfig:
     """The configuration with the values that were recorded when the run began, if it has begun."""
     return _with(config, directory.identity["constants"] if directory.identity else {})
 
 
-def resolve(config: AnyConfig, pool: Pool, slots: Slots, fleet: Fleet, owner: Owner, n_labeled: int) -> AnyConfig:
+def resolve(config: _AnyConfig, pool: Pool, slots: Slots, fleet: Fleet, owner: Owner, n_labeled: int) -> _AnyConfig:
     """The configuration with a value in the place of every `auto` that can change a bit of the answer.
 
     Device, block size and threads follow from the cluster and the pool; precision and batch size are
@@ -44,7 +44,7 @@ def resolve(config: AnyConfig, pool: Pool, slots: Slots, fleet: Fleet, owner: Ow
     config = _with(config, _of_cluster(config, pool, slots))
     precision, batch_size = config.score.precision, config.score.batch_size
     if "auto" in (precision, batch_size):
-        job = actor_job(config.with_values(TRIED), pool, pool, Path(config.run))
+        job = actor_job(config.with_values(_TRIED), pool, pool, Path(config.run))
         n_images = _eligible_per_block(config, pool, n_labeled)
         precision, batch_size = fleet.choose(job, precision, batch_size, n_images, owner)
     return _with(config, {"score.precision": precision, "score.batch_size": batch_size})
@@ -78,7 +78,7 @@ def actor_job(config: Config | ScoreConfig, pool: Pool, images: Pool, assignment
     )
 
 
-def _with(config: AnyConfig, values: JsonObject) -> AnyConfig:
+def _with(config: _AnyConfig, values: JsonObject) -> _AnyConfig:
     return config.with_values({key: values[key] for key in config.autos() if key in values})
 
 

@@ -31,9 +31,9 @@ from distal.score.actor import peak_rss_bytes
 from distal.score.job import AllPublished, Scored
 from distal.storage import be_durable
 
-SPARE_ROWS = 1000  # for checkpoints that are not there yet; a row that never comes costs nothing
-FEW_CHECKPOINTS = 5
-POLL_S = 0.1
+_SPARE_ROWS = 1000  # for checkpoints that are not there yet; a row that never comes costs nothing
+_FEW_CHECKPOINTS = 5
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -131,26 +131,23 @@ def score_directory(
             accuracy=_accuracy(inputs),
             precision_check=compared,
         )
-    if select:
-        chosen = reanalyse.select_run(
-            Path(config.run),
-            budget=config.budget,
-            how=config.select,
-            pool=Path(config.pool.path),
-            display=display,
-        )
-        result = replace(
-            result,
-            measure=chosen.measure,
-            selection=chosen.selection,
-            n_selected=chosen.n_selected,
-            tie_share=chosen.tie_share,
-            selection_sha256=chosen.selection_sha256,
-        )
-        if chosen.n_selected < config.budget:  # as many are eligible: it is the cap on groups
-            most = config.select.max_per_group
-            display.say(short_of(config.budget, chosen.n_selected, most))
-    return result
+    return _with_selection(result, config, display) if select else result
+
+
+def _with_selection(result: ScoreResult, config: ScoreConfig, display: Display) -> ScoreResult:
+    """Reduce and select, and add the selection to the result."""
+    budget, pool = config.budget, Path(config.pool.path)
+    chosen = reanalyse.select_run(result.run, budget=budget, how=config.select, pool=pool, display=display)
+    if chosen.n_selected < budget:  # as many are eligible: it is the cap on groups
+        display.say(short_of(budget, chosen.n_selected, config.select.max_per_group))
+    return replace(
+        result,
+        measure=chosen.measure,
+        selection=chosen.selection,
+        n_selected=chosen.n_selected,
+        tie_share=chosen.tie_share,
+        selection_sha256=chosen.selection_sha256,
+    )
 
 
 def _check_known(inputs: ScoreInputs, session: Session, file: Path, expected: float | None) -> list[float]:
@@ -165,7 +162,7 @@ def _check_known(inputs: ScoreInputs, session: Session, file: Path, expected: fl
     if inputs.watch:
         watched = WatchedFolder(inputs.checkpoints, inputs.config, inputs.display)
         while not inputs.checkpoints.refs and not watched.finished():
-            time.sleep(POLL_S)
+            time.sleep(_POLL_S)
     for ref in inputs.checkpoints.refs:
         predicted = session.fleet.predict(job, indices.tolist(), ref, session.owner())
         accuracies.append(float((predicted == np.array(labels)).mean()))
@@ -195,7 +192,7 @@ def _score(inputs: ScoreInputs, session: Session) -> None:
         refs = AllPublished(inputs.checkpoints.refs)
         again = inputs.score(session, job, assignments, refs, "score: recorded arrays", exact)
         scored = scored.then(again)
-    if scored.n_rows < FEW_CHECKPOINTS:
+    if scored.n_rows < _FEW_CHECKPOINTS:
         inputs.display.say(f"warning: {scored.n_rows} checkpoints only; with so few, most samples have the same score")
     seconds = time.monotonic() - started
     inputs.cycle.complete(STAGE, inputs.made_from(), _figures(scored), seconds)
@@ -206,7 +203,7 @@ def _assignments(inputs: ScoreInputs, session: Session) -> Assignments:
     exact = inputs.elimination is not None
     assignments = Assignments.take_up(
         inputs.cycle.assignments,
-        n_rows=n_known if exact else n_known + SPARE_ROWS,
+        n_rows=n_known if exact else n_known + _SPARE_ROWS,
         n_samples=inputs.pool.n_samples,
         block_size=int(config.pool.block_size),
         n_classes=config.model.num_classes,

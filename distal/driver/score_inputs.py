@@ -32,7 +32,7 @@ from distal.reduce.measures import FROM_VOTES
 from distal.score.job import ActorJob, AllPublished, Elimination, Producer, Scored
 from distal.train.folder import FolderCheckpoints, matching, versions
 
-LOOK_S = 1.0
+_LOOK_S = 1.0
 STAGE = "score"
 
 
@@ -266,7 +266,7 @@ class WatchedFolder:
 
     def _look(self) -> bool:
         now = time.monotonic()
-        if now - self._looked < LOOK_S:
+        if now - self._looked < _LOOK_S:
             return False
         self._looked = now
         self._checkpoints.look(patient=True)

@@ -25,7 +25,7 @@ from distal.score.fleet import Fleet
 from distal.score.job import ActorJob, Elimination, Owner, Producer, Scored, ScoringJob
 from distal.score.loop import score
 
-SCORER_THREADS = 1
+_SCORER_THREADS = 1
 
 
 def acquire_lease(directory: Run, display: Display) -> Lease:
@@ -34,7 +34,7 @@ def acquire_lease(directory: Run, display: Display) -> Lease:
     return Lease(directory.path, directory.attempt, display.say)
 
 
-def start_fleet(config: Root, slots: Slots, name: str) -> Fleet:
+def _start_fleet(config: Root, slots: Slots, name: str) -> Fleet:
     """The scoring actors, none of which starts before there is work.
 
     Where nodes only score, as many actors are started as `score.actors` says: an autoscaler brings nodes
@@ -52,11 +52,11 @@ def start_fleet(config: Root, slots: Slots, name: str) -> Fleet:
     gpu = {"num_gpus": 1} if slots.device == "cuda" else {}
     return Fleet(
         name,
-        {"num_cpus": SCORER_THREADS, **gpu, "label_selector": slots.selectors["score"]},
+        {"num_cpus": _SCORER_THREADS, **gpu, "label_selector": slots.selectors["score"]},
         asked=asked,
         slots=present if asked is None or slots.shared else hoped_for,
         cache_bytes=int(config.score.cache_gb * 2**30),
-        threads=SCORER_THREADS,
+        threads=_SCORER_THREADS,
         stuck_after=config.score.stuck_after,
     )
 
@@ -72,7 +72,7 @@ def open_session(config: Root, pool: Pool, directory: Run, lease: Lease, display
     with Meter(directory.path.name) as meter:
         meter.set(metrics.QUARANTINED, pool.n_unreadable)
         slots = cluster.find_slots(config.device)
-        fleet = start_fleet(config, slots, f"scorer-{directory.attempt}")
+        fleet = _start_fleet(config, slots, f"scorer-{directory.attempt}")
         try:
             mixed = config.score.mixed_hardware == "allow"
             yield Session(directory, lease, display, meter, slots, fleet, mixed)

@@ -31,13 +31,13 @@ from distal.errors import ConfigError, DistalError, RunConflict, UserError, one_
 from distal.records import OPTIONAL, Result
 
 CONFIG = "distal.yaml"
-REACH = (
+_REACH = (
     "give the port of the dashboard, on the head or through a tunnel: `ssh -L 8265:127.0.0.1:8265 HEAD`, or `kubectl "
     "port-forward service/NAME-head-svc 8265`, and http://127.0.0.1:8265"
 )
-OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # what Ray's client takes in place of the address it is given
-STOPPED = 143  # a job is stopped by SIGTERM
-POLL_S = 0.5
+_OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # what Ray's client takes in place of the address it is given
+_STOPPED = 143  # a job is stopped by SIGTERM
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def follow(submitted: SubmitResult, say: Callable[[str], None]) -> SubmitResult:
         try:
             asyncio.run(tail())
             while not (info := client.get_job_info(submitted.job)).status.is_terminal():
-                time.sleep(POLL_S)
+                time.sleep(_POLL_S)
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             raise DistalError(
                 f"the connection to {submitted.address} was lost ({one_line(error)}); the job goes on "
@@ -139,7 +139,7 @@ def follow(submitted: SubmitResult, say: Callable[[str], None]) -> SubmitResult:
     state = info.status.value.lower()
     code = info.driver_exit_code
     if code is None:
-        code = {"succeeded": 0, "stopped": STOPPED}.get(state, DistalError.exit_code)
+        code = {"succeeded": 0, "stopped": _STOPPED}.get(state, DistalError.exit_code)
         if state == "failed":
             say(f"{submitted.job}: {info.message}")
     return replace(submitted, state=state, exit_code=code)
@@ -221,7 +221,7 @@ def _checked(address: str) -> str:
 
 
 def _nobody(address: str, error: Exception) -> UserError:
-    return UserError(f"--address: no dashboard of a Ray cluster at {address} ({one_line(error)}); {REACH}")
+    return UserError(f"--address: no dashboard of a Ray cluster at {address} ({one_line(error)}); {_REACH}")
 
 
 @contextmanager
@@ -240,7 +240,7 @@ def _client(address: str) -> Iterator[Any]:
     logging.disable(logging.WARNING)  # Ray reports every package that it uploads
     try:
         try:
-            with _without(OVERRIDING):
+            with _without(_OVERRIDING):
                 client = JobSubmissionClient(address)
         except (OSError, RuntimeError, ValueError) as error:
             raise _nobody(address, error) from error

@@ -28,7 +28,7 @@ from distal.train.command import run_command
 from distal.train.launch import Ranks, abandon, train
 from distal.train.rank import TrainJob
 
-POLL_S = 0.1
+_POLL_S = 0.1
 
 
 def start_training(context: RunContext, cycle: Cycle) -> Training:
@@ -49,21 +49,7 @@ def start_training(context: RunContext, cycle: Cycle) -> Training:
         "weights": _file_sha256(config.model.weights),
         "warm_from": warm_from.sha256 if warm_from else "",
     }
-    max_failures = context.config.train.max_failures  # may change at any time
-    job = TrainJob(
-        pool=context.pool.path,
-        pool_sha256=context.pool.content_sha256,
-        folder=cycle.folder,
-        labels=label_files,
-        model=ModelSpec.of(config.model, context.pool),
-        config=config.train.model_copy(update={"max_failures": max_failures}),
-        seed=config.seed,
-        cycle=cycle.index,
-        threads=int(config.train.threads),
-        warm_from=warm_from,
-        inputs=digest(made_from),
-        attempt=context.directory.attempt,
-    )
+    job = _train_job(context, cycle, label_files, warm_from, digest(made_from))
     ranks = _ranks(context.config, session.slots)
     trained = cycle.marker("train") is not None
     published_to = _published_to(context, cycle)
@@ -72,12 +58,11 @@ def start_training(context: RunContext, cycle: Cycle) -> Training:
         fits.set()
 
     def work(starve: Callable[[], None]) -> JsonObject:
-        require = session.lease.require
-        if config.train.command is None:
+        require, command = session.lease.require, config.train.command
+        if command is None:
             on_event = partial(_on_event, context, cycle, starve)
             train(job, ranks, given_up=given_up, still_ours=require, on_event=on_event)
         else:
-            command = config.train.command
             run_command(command, job, context.pool, published_to, given_up, fits, require)
         return {
             "n_labeled": len(ledger),
@@ -98,6 +83,31 @@ def start_training(context: RunContext, cycle: Cycle) -> Training:
     )
     training.start(at_once=trained)
     return training
+
+
+def _train_job(
+    context: RunContext,
+    cycle: Cycle,
+    label_files: tuple[Path, ...],
+    warm_from: CheckpointRef | None,
+    inputs: str,
+) -> TrainJob:
+    config = begun_config(cycle)
+    max_failures = context.config.train.max_failures  # may change at any time
+    return TrainJob(
+        pool=context.pool.path,
+        pool_sha256=context.pool.content_sha256,
+        folder=cycle.folder,
+        labels=label_files,
+        model=ModelSpec.of(config.model, context.pool),
+        config=config.train.model_copy(update={"max_failures": max_failures}),
+        seed=config.seed,
+        cycle=cycle.index,
+        threads=int(config.train.threads),
+        warm_from=warm_from,
+        inputs=inputs,
+        attempt=context.directory.attempt,
+    )
 
 
 def _ranks(config: Config, slots: Slots) -> Ranks:
@@ -219,7 +229,7 @@ class Training:
     def wait(self) -> None:
         """Return when training is done; raises the error it ended with."""
         while not self.finished():
-            time.sleep(POLL_S)  # in slices: one long wait would not let a signal through
+            time.sleep(_POLL_S)  # in slices: one long wait would not let a signal through
 
 
 def reuse_earlier_rows(

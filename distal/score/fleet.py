@@ -27,8 +27,8 @@ LOOK_S = 5.0
 STUCK_S = cluster.STUCK_S
 WAITS_S = 60.0
 MAX_FAILED = 3
-OUTPUT_BATCHES = 8
-NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
+_OUTPUT_BATCHES = 8
+_NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
 
 
 class Fleet:
@@ -171,7 +171,7 @@ class Fleet:
         started = []
         options = dict(self._options)
         if self._avoided:
-            others = {NODE_ID: f"!in({','.join(sorted(self._avoided))})"}
+            others = {_NODE_ID: f"!in({','.join(sorted(self._avoided))})"}
             options["label_selector"] = (options.get("label_selector") or {}) | others
         while len(self.actors) < n:
             name = f"{self._prefix}-{self._next}"
@@ -215,7 +215,7 @@ class Fleet:
         Raises:
             Unfit: no actor has it.
         """
-        size = OUTPUT_BATCHES * job.batch_size
+        size = _OUTPUT_BATCHES * job.batch_size
         pieces = [indices[start : start + size].tolist() for start in range(0, len(indices), size)]
         parts = self._call("outputs", [(job, piece, ref, names, begun) for piece in pieces], owner)
         return {name: np.concatenate([part[name] for part in parts]) for name in names}

@@ -28,7 +28,7 @@ from distal.storage import create_json, read_json
 POLL_S = 0.2
 RATE_WINDOW_S = 5.0
 HAND_OUT_S = 120.0
-BARRIER = ("row", "theta", "remaining")
+_BARRIER = ("row", "theta", "remaining")
 
 
 def score(job: ScoringJob, fleet: Fleet) -> Scored:
@@ -134,7 +134,7 @@ class ScoringPass:
         # the same, made from the same assignments.
         path = barrier_path(self.elimination.record, row)
         create_json(path, decided.to_record())
-        self.barriers.append(Barrier.from_record(read_json(path, required=BARRIER)))
+        self.barriers.append(Barrier.from_record(read_json(path, required=_BARRIER)))
         self.totals.append(sum(self.barriers[-1].remaining))
         self.histograms.clear()
         self.plan.pass_barrier()
@@ -338,7 +338,7 @@ def read_barriers(record: Path, rows: Sequence[int]) -> list[Barrier]:
     barriers = []
     with suppress(FileNotFoundError):
         for row in rows:
-            barriers.append(Barrier.from_record(read_json(barrier_path(record, row), required=BARRIER)))
+            barriers.append(Barrier.from_record(read_json(barrier_path(record, row), required=_BARRIER)))
     return barriers
 
 
