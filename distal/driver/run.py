@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,19 @@ from distal import __version__, cluster
 from distal.acquire.batch import listed_batch, random_batch, select
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import PROBABILITIES, Assignments
+from distal.artifacts.cycles import Cycle
 from distal.artifacts.ledger import LABELS_PER_RANK, Ledger, too_few, write_labels
-from distal.artifacts.runs import Cycle, Run
+from distal.artifacts.runs import Run
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection, short_of
+from distal.artifacts.stages import (
+    EvaluationOutputs,
+    LabelOutputs,
+    ReduceOutputs,
+    ScoreOutputs,
+    SelectOutputs,
+    TrainOutputs,
+)
 from distal.cluster import metrics
 from distal.config import Config, check_unchanged
 from distal.config.needs import scored_epochs
@@ -37,14 +46,14 @@ from distal.errors import ConfigError, Damage, ModelError, RunConflict
 from distal.hashing import digest
 from distal.labels import answers
 from distal.labels.oracle import choose_at_random, choose_initial, label_from_pool
-from distal.labels.waiting import Waiting
+from distal.labels.waiting import Waiting, WaitingResult
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
 from distal.pool.eligibility import Eligibility
 from distal.pool.images import MANIFEST, OK
 from distal.pool.sample_files import find, read_labels, require_readable
 from distal.progress import Display, Silent
-from distal.records import CheckpointRef, JsonObject, Progress, auto_block_size
+from distal.records import CheckpointRef, JsonObject, Progress, Result, Stage, auto_block_size
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
 from distal.score.evaluate import evaluate
@@ -70,7 +79,7 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
     be_durable(config.durable)
     display = display or Silent()
     directory = Run(Path(config.run))
-    waiting: JsonObject | None = None
+    waiting: WaitingResult | None = None
     if _is_complete(directory, config):
         display.say(f"{directory.path}: complete")
     else:
@@ -81,7 +90,7 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
             checks.check(config, pool, held_out)
             waiting = _still_waiting(directory, config, pool)
             if waiting is not None:
-                return waiting
+                return waiting.to_record()
             if directory.identity is None:  # it keeps the content of the pools, so once is enough
                 if held_out:
                     connect()
@@ -95,11 +104,11 @@ def run(config: Config, display: Display | None = None) -> JsonObject:
             waiting = _Driver(config, attempt, pool, held_out).run()
     if waiting is not None:
         directory.write_summary()
-        return waiting
-    return {"state": "complete", "run": str(directory.path), **directory.write_summary()}
+        return waiting.to_record()
+    return {"state": "complete", "run": str(directory.path), **directory.write_summary().to_record()}
 
 
-def _still_waiting(directory: Run, config: Config, pool: Pool) -> JsonObject | None:
+def _still_waiting(directory: Run, config: Config, pool: Pool) -> WaitingResult | None:
     """What people have not answered yet, told from storage alone; None when there is something to do."""
     waiting = Waiting.read(directory) if directory.identity else None
     if waiting is None or waiting.remade(directory) is not None:
@@ -107,7 +116,7 @@ def _still_waiting(directory: Run, config: Config, pool: Pool) -> JsonObject | N
     if waiting != _waiting(config, pool, waiting.cycle, waiting.selection):
         return None
     report = waiting.report(directory)
-    return None if report["ready"] else report
+    return None if report.ready else report
 
 
 def _waiting(config: Config, pool: Pool, cycle: int, selection: Path) -> Waiting:
@@ -126,7 +135,7 @@ def _is_complete(directory: Run, config: Config) -> bool:
         return False
     if not directory.initial.exists():  # after a repair; it comes out the same, or training says that it did not
         return False
-    config = checks.resolved(config, directory.identity["constants"])
+    config = checks.resolved(config, directory.identity.constants)
     fixed = config.identity_keys()
     folder = Path(config.pool.path)
     if (folder / MANIFEST).exists():  # a finished run does not need its pool
@@ -166,7 +175,7 @@ class _Driver:
         self.config = attempt.hire(self.config, n_labeled)
         directory.begin(fixed, attempt.constants)
 
-    def run(self) -> JsonObject | None:
+    def run(self) -> WaitingResult | None:
         """Every cycle in turn; stages that are complete are skipped. Returns what people are to label, if anything."""
         self.attempt.event(
             "attempt",
@@ -201,7 +210,7 @@ class _Driver:
             self.attempt.scorers.shrink(0)
         return None
 
-    def _initial(self) -> JsonObject | None:
+    def _initial(self) -> WaitingResult | None:
         """Choose and label the samples to start from; returns what people are to label first, if any."""
         initial, seed = self.config.loop.initial, self.config.seed
         if isinstance(initial, str):
@@ -261,7 +270,7 @@ class _Driver:
         ordered = [ids[i] for i in order]
         write_labels(self.directory.initial, indices[order], ordered, np.array(labels)[order], file.name)
 
-    def _ask(self, cycle: Cycle) -> JsonObject | None:
+    def _ask(self, cycle: Cycle) -> WaitingResult | None:
         """Have people label the batch of a cycle; returns what they still have to, if anything."""
         waiting = _waiting(self.config, self.pool, cycle.index, cycle.selection)
 
@@ -270,7 +279,7 @@ class _Driver:
             waiting.write(self.directory)
             if not waiting.collect(self.directory):  # the one look at the answers: an import may come at any time
                 report = waiting.report(self.directory)
-                self.attempt.event("waiting", cycle=cycle.index, asked=report["asked"], answered=report["answered"])
+                self.attempt.event("waiting", cycle=cycle.index, asked=report.asked, answered=report.answered)
                 return report
 
         def made_from() -> dict[str, str]:
@@ -281,7 +290,7 @@ class _Driver:
 
     def _begin(self, cycle: Cycle) -> bool:
         """Fix the configuration of a cycle; False when no eligible image is left for it."""
-        if cycle.config is not None:
+        if cycle.begun:
             return True
         n_eligible, budget = self._eligible(cycle).count(), self.config.loop.budget
         if not n_eligible:
@@ -343,19 +352,19 @@ class _Driver:
             if name == "training_waits":
                 training.starve()
 
-        def work() -> JsonObject:
+        def work() -> TrainOutputs:
             if config.train.command is None:
                 train(job, self.ranks, given_up=given_up, still_ours=self.attempt.lease.require, on_event=on_event)
             else:
                 require = self.attempt.lease.require
                 run_command(config.train.command, job, self.pool, published_to, given_up, fits, require)
-            return {
-                "n_labeled": len(ledger),
-                "n_imports": n_imports,
-                "device": self.slots.device,
-                "world_size": self.ranks.workers,
-                "deterministic": self.slots.device == "cpu",  # a GPU may lack such a kernel; see `be_deterministic`
-            }
+            return TrainOutputs(
+                n_labeled=len(ledger),
+                n_imports=n_imports,
+                device=self.slots.device,
+                world_size=self.ranks.workers,
+                deterministic=self.slots.device == "cpu",  # see `be_deterministic`
+            )
 
         training = _Training(
             stage=partial(self._stage, cycle, "train", lambda: made_from, work),
@@ -387,7 +396,7 @@ class _Driver:
         config = _begun(cycle)
         n_rows = len(scored_epochs(config))
 
-        def work() -> JsonObject:
+        def work() -> ScoreOutputs:
             recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
             assignments = self._assignments(
                 cycle,
@@ -423,13 +432,13 @@ class _Driver:
             else:
                 self._follow(cycle, training)
                 scored, n_eligible = Scored(images=0, n_rows=0), self._eligible(cycle).count()
-            return {
-                "images_scored": scored.images,
-                "left_out": scored.left_out,
-                "n_eligible": n_eligible,
-                "n_rows": n_rows,
-                "fingerprint": assignments.fingerprint,
-            }
+            return ScoreOutputs(
+                n_rows=n_rows,
+                n_eligible=n_eligible,
+                images_scored=scored.images,
+                left_out=scored.left_out,
+                fingerprint=assignments.fingerprint,
+            )
 
         def made_from() -> dict[str, str]:
             training.wait()
@@ -457,14 +466,14 @@ class _Driver:
         config = _begun(cycle)
         last = len(config.train.checkpoint_epochs) - 1
 
-        def work() -> JsonObject:
-            came_to: JsonObject = {"n_test": 0, "n_val": 0, "test": None, "val": None, "undefined": {}}
+        def work() -> EvaluationOutputs:
+            outputs = EvaluationOutputs()
             for name, pool in self.held_out.items():
                 labels, assignments = self._predict(cycle, name, pool, last)
                 values, undefined = evaluate(config.eval.metrics, labels, *_predictions(assignments), self._classes)
-                came_to |= {f"n_{name}": len(labels), name: values}
-                came_to["undefined"] |= {f"{name}.{metric}": reason for metric, reason in undefined.items()}
-            return came_to
+                reasons = {f"{name}.{metric}": reason for metric, reason in undefined.items()}
+                outputs = outputs.with_images(name, len(labels), values, reasons)
+            return outputs
 
         def made_from() -> dict[str, str]:
             if not self.held_out:
@@ -476,7 +485,7 @@ class _Driver:
             }
 
         self._stage(cycle, "test", made_from, work)
-        if (accuracy := (cycle.evaluation()["test"] or {}).get("accuracy")) is not None:
+        if (accuracy := (cycle.evaluation().test or {}).get("accuracy")) is not None:
             self.attempt.meter.set(metrics.TEST_ACCURACY, accuracy)
 
     def _predict(self, cycle: Cycle, name: str, pool: Pool, index: int) -> tuple[NDArray[np.int64], Assignments]:
@@ -502,7 +511,7 @@ class _Driver:
         config = _begun(cycle)
         n_rows = len(scored_epochs(config))
 
-        def work() -> JsonObject:
+        def work() -> ReduceOutputs:
             reduction = Reduction(
                 Assignments.open(cycle.assignments),
                 self.pool,
@@ -519,23 +528,19 @@ class _Driver:
                     Progress(cycle.index, "reduce", images_scored=done, images=total)
                 ),
             )
-            return {"measures": list(scores.measures)}
+            return ReduceOutputs(measures=tuple(scores.measures))
 
         self._stage(cycle, "reduce", partial(_after, cycle, "score"), work)
 
     def _select(self, cycle: Cycle) -> None:
         config = _begun(cycle)
 
-        def work() -> JsonObject:
+        def work() -> SelectOutputs:
             selection = self._choose(cycle, cycle.expected("select", made_from(), labelled=cycle.labels.exists()))
             most, budget = config.select.max_per_group, config.loop.budget
             if most is not None and len(selection) < budget:
                 self.display.say(short_of(budget, len(selection), most))
-            return {
-                "n_selected": len(selection),
-                "tie_share": round(selection.tie_share, 6),
-                "selection_sha256": selection.sha256,
-            }
+            return SelectOutputs.of(selection)
 
         def made_from() -> dict[str, str]:
             return {**_after(cycle, "reduce"), "config": config.digest("seed", "select.", "loop.budget")}
@@ -564,10 +569,10 @@ class _Driver:
         )
 
     def _label(self, cycle: Cycle) -> None:
-        def work() -> JsonObject:
+        def work() -> LabelOutputs:
             chosen = cycle.chosen()
             label_from_pool(self.pool, chosen.indices, cycle.labels)
-            return {"n_answered": len(chosen)}
+            return LabelOutputs(n_answered=len(chosen))
 
         def made_from() -> dict[str, str]:
             return {"selection": cycle.chosen().sha256, "labels": Ledger.read([cycle.labels]).sha256}
@@ -575,15 +580,15 @@ class _Driver:
         self._stage(cycle, "label", made_from, work)
 
     def _stage(
-        self, cycle: Cycle, stage: str, made_from: Callable[[], dict[str, str]], work: Callable[[], JsonObject]
+        self, cycle: Cycle, stage: Stage, made_from: Callable[[], dict[str, str]], work: Callable[[], Result]
     ) -> None:
         """Run a stage unless it is complete, and log that it has been."""
         self.attempt.lease.require()
-        complete = cycle.marker(stage) is not None
+        complete = cycle.is_complete(stage)
         marker = cycle.run_stage(stage, made_from, work)
         self.attempt.meter.progressed()
         if not complete:
-            self.attempt.event("stage", cycle=cycle.index, stage=stage, seconds=marker["seconds"])
+            self.attempt.event("stage", cycle=cycle.index, stage=stage, seconds=marker.seconds)
 
     def _assignments(
         self,
@@ -624,7 +629,7 @@ class _Driver:
 
     def _eligible(self, cycle: Cycle) -> Eligibility:
         eligible = self.unlabeled.without(self.directory.ledger(before=cycle.index))
-        subpool = (cycle.config or self.config).select.subpool
+        subpool = (cycle.config if cycle.begun else self.config).select.subpool
         return eligible if subpool is None else eligible.within(subpool, cycle.index)
 
     def _check_changes(self) -> None:
@@ -667,9 +672,9 @@ class _Driver:
             )
 
     def _check_warm_start(self, cycle: Cycle) -> None:
-        before = self.directory.cycle(cycle.index - 1).config if cycle.index else None
-        if not isinstance(before, Config) or self.config.train.init != "warm":
+        if not cycle.index or self.config.train.init != "warm":
             return
+        before = _begun(self.directory.cycle(cycle.index - 1))
         if before.pool.classes != self.config.pool.classes:
             raise ModelError(
                 "train.init: warm continues with the network of the cycle before, which has fewer classes; set "
@@ -813,10 +818,10 @@ class _Reusing:
             self._earlier = []
 
 
-def _came_back(labels: Path) -> JsonObject:
+def _came_back(labels: Path) -> LabelOutputs:
     """The numbers of a label file, late answers to earlier batches included."""
     ledger = Ledger.read([labels])
-    return {"n_answered": len(ledger) + len(ledger.declined), "n_labeled": len(ledger)}
+    return LabelOutputs(n_answered=len(ledger) + len(ledger.declined), n_labeled=len(ledger))
 
 
 def _elimination(cycle: Cycle) -> Elimination | None:
@@ -848,7 +853,7 @@ def _predictions(assignments: Assignments) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def _begun(cycle: Cycle) -> Config:
-    assert isinstance(cycle.config, Config), f"cycle {cycle.index} has not begun"
+    assert isinstance(cycle.config, Config)
     return cycle.config
 
 
@@ -856,11 +861,11 @@ def _checkpoints(cycle: Cycle) -> list[CheckpointRef]:
     return [checkpoints.read(cycle.checkpoints, index) for index in checkpoints.committed(cycle.checkpoints)]
 
 
-def _after(cycle: Cycle, stage: str) -> dict[str, str]:
+def _after(cycle: Cycle, stage: Literal["score", "reduce"]) -> dict[str, str]:
     """The input of a stage that reads nothing but what another one wrote."""
     marker = cycle.marker(stage)
     assert marker is not None, f"{stage} is not complete"
-    return {stage: marker["inputs_sha256"]}
+    return {stage: marker.inputs_sha256}
 
 
 def _file_sha256(weights: str | None) -> str:

@@ -20,9 +20,11 @@ from distal import cluster
 from distal.acquire.topk import Candidates, TopK
 from distal.artifacts.assignments import Assignments, dtype_for
 from distal.artifacts.checkpoints import KEEP_ALL, LIGHTNING
+from distal.artifacts.cycles import Cycle
 from distal.artifacts.ledger import Ledger
-from distal.artifacts.runs import Cycle, Run
+from distal.artifacts.runs import Run
 from distal.artifacts.selection import short_of
+from distal.artifacts.stages import FolderScoreOutputs
 from distal.config import ScoreConfig
 from distal.driver import checks, preflight, reanalyse
 from distal.driver.session import Attempt, begin
@@ -156,7 +158,7 @@ class _Scoring:
     def is_complete(self) -> bool:
         """Whether every checkpoint that is there is scored."""
         marker = self.cycle.marker("score")
-        return marker is not None and marker["inputs"] == self._made_from() and not self.watch
+        return marker is not None and marker.inputs == self._made_from() and not self.watch
 
     def prepare(self) -> None:
         """What needs Ray: slots, and what each `auto` comes to. Nothing is written yet."""
@@ -165,7 +167,7 @@ class _Scoring:
     def begin(self) -> None:
         """From here on it is fixed what the run is."""
         self.directory.begin(self._fixed(), self.attempt.constants)
-        if self.cycle.config is None:
+        if not self.cycle.begun:
             self.cycle.begin(self.config)
         self.checkpoints.keep()
 
@@ -198,7 +200,7 @@ class _Scoring:
 
     def score(self) -> JsonObject:
         """Fill the assignments, unless that is done for all checkpoints that are there."""
-        marker = self.cycle.marker("score")
+        marker = self.cycle.scored_folder
         if marker is None or not self.is_complete():
             started = time.monotonic()
             assignments = self._assignments()
@@ -218,13 +220,17 @@ class _Scoring:
                     f"warning: {done.n_rows} checkpoints only; with so few, most samples have the same score"
                 )
             marker = self.cycle.complete("score", self._made_from(), _figures(done), time.monotonic() - started)
+        outputs = marker.outputs
         return {
-            "checkpoints": marker["n_rows"],
-            "images_scored": marker["images_scored"],
-            "images_left_out": marker["left_out"],
-            "seconds": marker["scoring_seconds"],
-            "bookkeeping_seconds": marker["driver_seconds"],
-            **{name: marker[name] for name in ("images_per_s", "startup_s", "hand_outs", "peak_rss_bytes")},
+            "checkpoints": outputs.n_rows,
+            "images_scored": outputs.images_scored,
+            "images_left_out": outputs.left_out,
+            "seconds": outputs.scoring_seconds,
+            "bookkeeping_seconds": outputs.driver_seconds,
+            "images_per_s": outputs.images_per_s,
+            "startup_s": outputs.startup_s,
+            "hand_outs": outputs.hand_outs,
+            "peak_rss_bytes": outputs.peak_rss_bytes,
             "precision": self.config.score.precision,
             "batch_size": self.config.score.batch_size,
         }
@@ -447,19 +453,19 @@ class _Watched:
         return 0
 
 
-def _figures(done: Scored) -> JsonObject:
-    return {
-        "n_rows": done.n_rows,
-        "n_eligible": (done.images + done.left_out) // max(1, done.n_rows),
-        "images_scored": done.images,
-        "left_out": done.left_out,
-        "images_per_s": round(done.images_predicted / done.seconds, 1) if done.seconds else None,
-        "scoring_seconds": round(done.seconds, 3),
-        "driver_seconds": round(done.driver_s, 3),
-        "hand_outs": done.hand_outs,
-        "startup_s": round(done.startup_s, 3),
-        "peak_rss_bytes": {"driver": peak_rss_bytes(), "actor": done.actor_rss_bytes},
-    }
+def _figures(done: Scored) -> FolderScoreOutputs:
+    return FolderScoreOutputs(
+        n_rows=done.n_rows,
+        n_eligible=(done.images + done.left_out) // max(1, done.n_rows),
+        images_scored=done.images,
+        left_out=done.left_out,
+        images_per_s=round(done.images_predicted / done.seconds, 1) if done.seconds else None,
+        scoring_seconds=round(done.seconds, 3),
+        driver_seconds=round(done.driver_s, 3),
+        hand_outs=done.hand_outs,
+        startup_s=round(done.startup_s, 3),
+        peak_rss_bytes={"driver": peak_rss_bytes(), "actor": done.actor_rss_bytes},
+    )
 
 
 def _compare(main: Assignments, other: Assignments, blocks: list[Block], n_rows: int, budget: int) -> JsonObject:

@@ -53,7 +53,7 @@ class Attempt:
         self.directory, self.display, self.lease = directory, display, lease
         self.meter = Meter(directory.path.name)  # a context, which is entered when there is a cluster
         self.meter.set(metrics.QUARANTINED, pool.n_unreadable)
-        self.constants: JsonObject = directory.identity["constants"] if directory.identity else {}
+        self.constants: JsonObject = directory.identity.constants if directory.identity else {}
         self._begun = bool(self.constants)
         self._pool = pool
 

@@ -123,11 +123,11 @@ def test_elimination_in_a_run_selects_the_same(run: Path, pool: Pool, tmp_path: 
     """The whole loop: the first cycle selects the same samples, so the second one trains on the same."""
     config = small_config(tmp_path / "run", pool, None, f"train.epochs={ROWS}", "score.eliminate=exact")
     summary = driver.run(config)["cycles"]
-    plain = Run.open(run).summary()["cycles"]
-    assert [cycle["selection_sha256"] for cycle in summary] == [cycle["selection_sha256"] for cycle in plain]
+    plain = Run.open(run).summary().cycles
+    assert [cycle["selection_sha256"] for cycle in summary] == [cycle.selection_sha256 for cycle in plain]
     for mine, full in zip(summary, plain, strict=True):
-        assert mine["images_scored"] + mine["left_out"] == full["images_scored"]
-    assert full["left_out"] == 0
+        assert mine["images_scored"] + mine["left_out"] == full.images_scored
+    assert full.left_out == 0
     assert select_run(tmp_path / "run", budget=16)["n_selected"] == 16
     with pytest.raises(UserError, match="--budget: 17: samples that could not be among the first 16 were left out"):
         select_run(tmp_path / "run", budget=17)

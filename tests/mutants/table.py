@@ -790,11 +790,11 @@ PROCESSES = _of(
     ),
 )
 
-RUNS = _of(
-    "artifacts/runs.py",
+CYCLES = _of(
+    "artifacts/cycles.py",
     "artifacts/test_runs.py driver/test_writers.py",
     (
-        "runs: the lease is looked at before the number is chosen",
+        "cycles: the lease is looked at before the number is chosen",
         "            last = max(self._attempts(), default=None)\n"
         "            number = 0 if last is None else last + 1\n"
         "            still_ours()\n",
@@ -803,17 +803,17 @@ RUNS = _of(
         "            number = 0 if last is None else last + 1\n",
     ),
     (
-        "runs: the last one that makes an attempt wins",
+        "cycles: the last one that makes an attempt wins",
         'if storage.create_json(self._attempt_path(number), {"assignments": own}):',
         'if not storage.write_json(self._attempt_path(number), {"assignments": own}):',
     ),
     (
-        "runs: a start after scoring begins anew",
+        "cycles: a start after scoring begins anew",
         'number if self.marker("score") is None else self._assignments_of(last)',
         "number",
     ),
     (
-        "runs: what was left out outlives its assignments",
+        "cycles: what was left out outlives its assignments",
         'self.assignments.with_name(f"{self.assignments.name}.elimination")',
         'self.folder / self.assignments.stem.replace("assignments", "elimination")',
     ),
@@ -962,7 +962,7 @@ MUTANTS = [
     *LEDGER,
     *ANSWERS,
     *PROCESSES,
-    *RUNS,
+    *CYCLES,
     *LEASE,
     *OTHERS,
 ]
