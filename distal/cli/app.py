@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from distal.driver.run import RunResult
     from distal.driver.score_folder import ScoreResult
     from distal.driver.submit import SubmitResult
-    from distal.labels.waiting import WaitingResult
+    from distal.labels.waiting import ExportResult, ImportResult, WaitingResult
     from distal.records import JsonObject, Window
+    from distal.report.explain import DiffResult, ExplainResult
+    from distal.report.repair import PoolRepair, RunRepair
+    from distal.report.status import Status
+    from distal.report.tensorboard import TensorboardResult
+    from distal.report.verify import VerifyResult
 
 app = typer.Typer(
     name="distal",
@@ -318,7 +323,7 @@ def status(
     from distal.report.status import status as status_of
     from distal.report.status import watch as watch_run
 
-    def work() -> dict[str, Any]:
+    def work() -> Status:
         if not watch:
             return status_of(run_directory)
         with WatchScreen() as screen:
@@ -335,12 +340,12 @@ def tensorboard(
 ) -> None:
     """Write what a run has measured so far for TensorBoard: losses, accuracies, seconds, faults."""
 
-    def work() -> dict[str, Any]:
+    def work() -> TensorboardResult:
         from distal.report.tensorboard import export
 
         return export(run_directory, out)
 
-    _answer(work, as_json, lambda result: f"{result['scalars']} values; next: tensorboard --logdir {result['out']}")
+    _answer(work, as_json, lambda result: f"{result.scalars} values; next: tensorboard --logdir {result.out}")
 
 
 @app.command()
@@ -353,7 +358,7 @@ def explain(
     """Tell what every checkpoint said of a sample, and why it was chosen or not."""
     from distal.cli.tables import explain_table
 
-    def work() -> dict[str, Any]:
+    def work() -> ExplainResult:
         from distal.report.explain import explain as explain_sample
 
         return explain_sample(run_directory, sample_id, pool=pool)
@@ -371,7 +376,7 @@ def diff(
     """Tell what the selections of two runs share, and which decisive keys differ."""
     from distal.cli.tables import diff_table
 
-    def work() -> dict[str, Any]:
+    def work() -> DiffResult:
         from distal.report.explain import diff as diff_runs
 
         return diff_runs(first, second, cycle=cycle)
@@ -442,7 +447,7 @@ def verify(path: RunOrPool, as_json: Json = False) -> None:
     from distal.cli.tables import verify_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> VerifyResult:
         with Terminal() as terminal:
             from distal.report.verify import verify as verify_all
             from distal.storage import local_path
@@ -458,9 +463,9 @@ def repair(path: RunOrPool, as_json: Json = False) -> None:
     from distal.cli.tables import repair_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> RunRepair | PoolRepair:
         with Terminal() as terminal:
-            from distal.report.verify import repair as repair_all
+            from distal.report.repair import repair as repair_all
             from distal.storage import local_path
 
             return repair_all(local_path(path, "RUN|POOL"), terminal)
@@ -485,7 +490,7 @@ def labels_export(
     """Write what is still to be labelled of the batch that a run waits for."""
     from distal.cli.tables import export_table
 
-    def work() -> dict[str, Any]:
+    def work() -> ExportResult:
         from distal.labels.waiting import export_labels
 
         if url_map is not None and "=" not in url_map:
@@ -518,7 +523,7 @@ def labels_import(
     """Keep the answers of annotators. Importing a file again changes nothing. The next `distal run` uses them."""
     from distal.cli.tables import import_table
 
-    def work() -> dict[str, Any]:
+    def work() -> ImportResult:
         from distal.labels.waiting import import_labels
 
         return import_labels(run_directory, file, annotator=annotator, allow_unasked=allow_unasked)

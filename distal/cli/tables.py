@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -17,46 +17,51 @@ if TYPE_CHECKING:
     from distal.driver.run import RunResult
     from distal.driver.score_folder import ScoreResult
     from distal.driver.submit import SubmitResult
-    from distal.labels.waiting import WaitingResult
+    from distal.labels.waiting import ExportResult, ImportResult, WaitingResult
+    from distal.report.explain import DiffResult, ExplainResult
+    from distal.report.repair import PoolRepair, RunRepair
+    from distal.report.status import Look, Status
+    from distal.report.verify import VerifyResult
 
 
-def watch_table(look: JsonObject, faults: Iterable[str]) -> Table:
-    """A look at a run, and what went wrong last."""
-    counts = ", ".join(f"{name.replace('_', ' ')} ({n})" for name, n in look["faults"].items())
-    table = _facts({"run": look["run"], "state": run_state(look), "stage": watched_stage(look), **watched(look)})
+def watch_table(look: Look, faults: Iterable[str]) -> Table:
+    """A look at a run, with its last faults."""
+    counts = ", ".join(f"{name.replace('_', ' ')} ({n})" for name, n in look.faults.items())
+    facts = {"run": look.run, "state": run_state(look), "stage": watched_stage(look)}
+    table = _facts({**facts, **watched(look)})
     table.add_row("faults", counts or "none")
     for line in faults:
         table.add_row("", Text(line))
     return table
 
 
-def run_state(told: JsonObject) -> str:
-    """The state of a run; of one that nobody drives any more with who did."""
-    if told["state"] != "stopped":
-        return str(told["state"])
-    driver = told["driver"]
-    since = timedelta(seconds=round(driver["silent_s"]))
-    return f"stopped (process {driver['pid']} on {driver['host']}, no sign of life for {since})"
+def run_state(status: Status | Look) -> str:
+    """The state of a run; when its driver has stopped, with that process."""
+    driver = status.driver
+    if status.state != "stopped" or driver is None:
+        return status.state
+    since = timedelta(seconds=round(driver.silent_s))
+    return f"stopped (process {driver.pid} on {driver.host}, no sign of life for {since})"
 
 
-def watched_stage(look: JsonObject) -> str:
-    """The stage that a run is in, and its cycle."""
-    return str(look["stage"]) if look["cycle"] is None else f"cycle {look['cycle']}  {look['stage']}"
+def watched_stage(look: Look) -> str:
+    """The stage at work, and its cycle."""
+    return look.stage if look.cycle is None else f"cycle {look.cycle}  {look.stage}"
 
 
-def watched(look: JsonObject) -> dict[str, str]:
+def watched(look: Look) -> dict[str, str]:
     """How far a stage is: name and text of each figure."""
-    if look["cycle"] is None:
+    if look.cycle is None:
         return {}
-    told = {
-        "checkpoints": f"{look['scored']} scored of {look['published']} published of {look['checkpoints']} checkpoints",
-        "blocks": f"{look['blocks_scored']:,}/{look['blocks']:,} blocks",
-        "images": f"{look['images_scored']:,}/{look['images']:,} images",
+    figures = {
+        "checkpoints": f"{look.scored} scored of {look.published} published of {look.checkpoints} checkpoints",
+        "blocks": f"{look.blocks_scored:,}/{look.blocks:,} blocks",
+        "images": f"{look.images_scored:,}/{look.images:,} images",
     }
-    if look["images_per_s"]:
-        told["rate"] = f"{look['images_per_s']:,.0f} images/s"
-        told["left"] = f"{timedelta(seconds=round(look['seconds_left']))} left"
-    return told
+    if look.images_per_s:
+        figures["rate"] = f"{look.images_per_s:,.0f} images/s"
+        figures["left"] = f"{timedelta(seconds=round(look.seconds_left or 0))} left"
+    return figures
 
 
 def run_table(result: RunResult | WaitingResult) -> Table | str:
@@ -83,28 +88,26 @@ def waiting_table(waiting: WaitingResult) -> str:
     )
 
 
-def export_table(result: JsonObject) -> Table:
-    """What was written for annotators."""
-    return _facts(
-        {name: result[name] for name in ("samples", "format", "images") if result[name]}
-        | {f"file {number}": path for number, path in enumerate(result["files"], start=1)}
-    )
+def export_table(result: ExportResult) -> Table:
+    """The files for annotators."""
+    facts: dict[str, object] = {"samples": result.samples, "format": result.format, "images": result.images}
+    files = {f"file {number}": path for number, path in enumerate(result.files, start=1)}
+    return _facts({name: value for name, value in facts.items() if value} | files)
 
 
-def import_table(result: JsonObject) -> str:
-    """What was kept of a file of annotators."""
-    conflicts = result["conflicts"]
-    disagreed = f"; annotators disagree on {', '.join(conflicts[:5])}" if conflicts else ""
-    changed, late = result["changed"], result["too_late"]
+def import_table(result: ImportResult) -> str:
+    """The answers that were kept."""
+    disagreed = f"; annotators disagree on {', '.join(result.conflicts[:5])}" if result.conflicts else ""
     notes = ""
-    if changed:
-        notes = f"\nchanged by the annotator who answered before: {', '.join(changed[:5])}"
+    if result.changed:
+        notes = f"\nchanged by the annotator who answered before: {', '.join(result.changed[:5])}"
         notes += "; import the file of another person with --annotator NAME"
-    if late:
-        notes += f"\ntoo late (a trained cycle uses another label), stored and not used: {', '.join(late[:5])}"
+    if result.too_late:
+        late = ", ".join(result.too_late[:5])
+        notes += f"\ntoo late (a trained cycle uses another label), stored and not used: {late}"
     return (
-        f"{result['answers']} answers, {result['new']} new; {result['answered']} of the batch are settled, "
-        f"{result['needed']} needed{disagreed}{notes}"
+        f"{result.answers} answers, {result.new} new; {result.answered} of the batch are settled, "
+        f"{result.needed} needed{disagreed}{notes}"
     )
 
 
@@ -113,7 +116,7 @@ def summary_table(summary: RunResult) -> Table:
     cycles = summary.cycles
     stages = list(dict.fromkeys(stage for cycle in cycles for stage in cycle.seconds))
     validated = any(cycle.n_val for cycle in cycles)
-    evaluated = _evaluated([vars(cycle) for cycle in cycles])
+    evaluated = _evaluated([(cycle.test, cycle.val) for cycle in cycles])
     notes = [f"{', '.join(stages)}: seconds. ties: share of the batch that a tie-break decided."]
     if validated:
         notes.append("labelled: what the network was trained on. paid: these and the labels to validate on.")
@@ -152,42 +155,46 @@ def submit_table(result: SubmitResult) -> str:
     return f"{result.job}: {result.state} ({result.run}){commands}"
 
 
-def status_table(status: JsonObject) -> Table:
+def status_table(status: Status) -> Table:
     """How far each cycle is."""
-    cycles = status["cycles"]
+    cycles = status.cycles
     table = Table(
-        title=f"{status['run']}: {run_state(status)}",
+        title=f"{status.run}: {run_state(status)}",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=0,
         show_edge=False,
     )
-    paid = ["paid"] if any(cycle["n_val"] for cycle in cycles) else []
-    evaluated = _evaluated(cycles)
+    paid = ["paid"] if any(cycle.n_val for cycle in cycles) else []
+    evaluated = _evaluated([(cycle.test, cycle.val) for cycle in cycles])
     figures = [f"{name} {metric}" for name, metric in evaluated]
     for heading in ("cycle", "complete", "next", "checkpoints", "blocks scored", "labelled", *paid, *figures):
         table.add_column(heading)
     for cycle in cycles:
+        values = {"test": cycle.test, "val": cycle.val}
         table.add_row(
-            str(cycle["cycle"]),
-            " ".join(cycle["complete"]) or "-",
-            cycle["next"] or "-",
-            f"{cycle['checkpoints_published']}/{cycle['checkpoints']}",
-            f"{cycle['blocks_scored']:,}/{cycle['blocks']:,}",
-            _count(cycle["n_labeled"]),
-            *(_count(cycle["n_paid"]) for _ in paid),
-            *(_value(cycle[name], metric) for name, metric in evaluated),
+            str(cycle.cycle),
+            " ".join(cycle.complete) or "-",
+            cycle.next or "-",
+            f"{cycle.checkpoints_published}/{cycle.checkpoints}",
+            f"{cycle.blocks_scored:,}/{cycle.blocks:,}",
+            _count(cycle.n_labeled),
+            *(_count(cycle.n_paid) for _ in paid),
+            *(_value(values[name], metric) for name, metric in evaluated),
         )
     return table
 
 
-def _evaluated(cycles: list[JsonObject]) -> list[tuple[str, str]]:
-    """What any of the cycles was evaluated by, in order: ("test", "accuracy"), ..."""
-    found = [(name, metric) for name in ("test", "val") for cycle in cycles for metric in cycle[name] or ()]
-    return list(dict.fromkeys(found))
+def _evaluated(
+    cycles: Iterable[tuple[Mapping[str, object] | None, Mapping[str, object] | None]],
+) -> list[tuple[str, str]]:
+    """The figures of all cycles, of their `test` and `val`, in order: ("test", "accuracy"), ..."""
+    named = [zip(("test", "val"), figures, strict=True) for figures in cycles]
+    pairs = [(name, metric) for each in named for name, values in each for metric in values or ()]
+    return sorted(dict.fromkeys(pairs), key=lambda pair: pair[0] == "val")
 
 
-def _value(values: JsonObject | None, metric: str) -> str:
+def _value(values: Mapping[str, float | None] | None, metric: str) -> str:
     value = (values or {}).get(metric)
     return "-" if value is None else f"{value:.4f}"
 
@@ -268,48 +275,51 @@ def forecast_table(plan: JsonObject) -> Table:
     return _facts(facts)
 
 
-def explain_table(told: JsonObject) -> str:
+def explain_table(result: ExplainResult) -> str:
     """What became of a sample."""
-    lines = [f"{told['sample_id']} (sample {told['sample_index']}, {told['status']}) {told['uri']}"]
-    for cycle in told["cycles"]:
-        timeline = " ".join(label or "-" for label in cycle["labels"])
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in cycle["scores"].items() if value is not None)
-        rank = (
-            f"; rank {cycle['rank']:,} of {cycle['candidates']:,}, {cycle['ties']:,} ties" if cycle.get("rank") else ""
-        )
-        lines += [f"cycle {cycle['cycle']}: {cycle['why']}", f"  {timeline}", f"  {scores}{rank}" if scores else ""]
+    lines = [f"{result.sample_id} (sample {result.sample_index}, {result.status}) {result.uri}"]
+    for cycle in result.cycles:
+        timeline = " ".join(label or "-" for label in cycle.labels)
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in cycle.scores.items() if value is not None)
+        place, rank = cycle.rank, ""
+        if place is not None and place.rank is not None:
+            rank = f"; rank {place.rank:,} of {place.candidates:,}, {place.ties:,} ties"
+        lines += [f"cycle {cycle.cycle}: {cycle.why}", f"  {timeline}", f"  {scores}{rank}" if scores else ""]
     return "\n".join(line for line in lines if line)
 
 
-def diff_table(told: JsonObject) -> str:
+def diff_table(result: DiffResult) -> str:
     """What two selections share."""
-    first, second = told["runs"]
+    first, second = result.selected
     lines = [
-        f"cycle {told['cycle']}: {told['shared']} of {told['selected'][0]} and {told['selected'][1]} are in both "
-        f"(Jaccard {told['jaccard']:.3f})",
-        f"only in {first}: {', '.join(told['only_in_first'][:5])}{' ...' if len(told['only_in_first']) > 5 else ''}",
-        f"only in {second}: {', '.join(told['only_in_second'][:5])}{' ...' if len(told['only_in_second']) > 5 else ''}",
+        f"cycle {result.cycle}: {result.shared} of {first} and {second} are in both (Jaccard {result.jaccard:.3f})"
     ]
-    lines += [f"{key}: {before} -> {after}" for key, (before, after) in told["configuration"].items()]
+    for run, only in zip(result.runs, (result.only_in_first, result.only_in_second), strict=True):
+        lines.append(f"only in {run}: {', '.join(only[:5])}{' ...' if len(only) > 5 else ''}")
+    lines += [f"{key}: {before} -> {after}" for key, (before, after) in result.configuration.items()]
     return "\n".join(lines)
 
 
-def verify_table(result: JsonObject) -> str:
-    """What is not what was written."""
-    lines = [f"damaged: {line}" for line in result["damage"]]
+def verify_table(result: VerifyResult) -> str:
+    """The damage."""
+    lines = [f"damaged: {line}" for line in result.damage]
     n = len(lines)
-    end = f"{n} damaged; `distal repair {result['path']}` deletes what can be made again" if n else "sound"
-    return "\n".join([*lines, f"{result['path']}: {result['files']:,} files read: {end}"])
+    end = f"{n} damaged; `distal repair {result.path}` deletes what can be made again" if n else "sound"
+    return "\n".join([*lines, f"{result.path}: {result.files:,} files read: {end}"])
 
 
-def repair_table(result: JsonObject) -> str:
-    """What was done about it."""
-    lines = [f"deleted: {path}" for path in result.get("deleted", ())]
-    lines += [f"done again by the next run: {stage}" for stage in result.get("redone", ())]
-    lines += [f"mended: {what}" for what in result.get("mended", ())]
-    lines += [f"packed again: {what}" for what in result.get("packed_again", ())]
-    lines += [f"cannot be made again: {line}" for line in result["left"]]
-    lines.append(f"{result['path']}: {result['state']}{'; next: ' if result['next'] else ''}{result['next']}")
+def repair_table(result: RunRepair | PoolRepair) -> str:
+    """What was done about the damage."""
+    from distal.report.repair import RunRepair
+
+    if isinstance(result, RunRepair):
+        lines = [f"deleted: {path}" for path in result.deleted]
+        lines += [f"done again by the next run: {stage}" for stage in result.redone]
+        lines += [f"mended: {line}" for line in result.mended]
+    else:
+        lines = [f"packed again: {line}" for line in result.packed_again]
+    lines += [f"cannot be made again: {line}" for line in result.left]
+    lines.append(f"{result.path}: {result.state}{'; next: ' if result.next else ''}{result.next}")
     return "\n".join(lines)
 
 
@@ -326,7 +336,7 @@ def pool_table(pool: JsonObject) -> Table:
     return _facts(pool)
 
 
-def _facts(facts: JsonObject) -> Table:
+def _facts(facts: Mapping[str, object]) -> Table:
     """A name and a value a line."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -334,7 +344,8 @@ def _facts(facts: JsonObject) -> Table:
     for name, value in facts.items():
         if isinstance(value, dict):
             value = [f"{key} ({count:,})" for key, count in value.items()]
-        table.add_row(name, ", ".join(map(_number, value)) if isinstance(value, list) else _number(value))
+        text = ", ".join(map(_number, value)) if isinstance(value, list) else _number(value)
+        table.add_row(name, text)
     return table
 
 

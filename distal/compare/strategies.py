@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from distal import __version__, cluster
 from distal.artifacts.assignments import begun_path, record_path
-from distal.artifacts.runs import Cycle, CycleSummary, Run
+from distal.artifacts.cycles import Cycle
+from distal.artifacts.runs import CycleSummary, Run
 from distal.compare.results import report
 from distal.config import FIRST, CompareConfig, Config, SelectSection
 from distal.config.needs import recorded, scored_epochs
@@ -156,7 +157,7 @@ def _fork(shared: Run, dest: Path, wanted: Config) -> None:
     values = {f"select.{key}": value for key, value in select.model_dump(by_alias=True).items()}
     Run(dest).cycle(0).begin(begun.with_values({"run": str(dest), "loop.cycles": wanted.loop.cycles, **values}))
     assert shared.identity is not None
-    write_yaml(dest / "run.yaml", {key: shared.identity[key] for key in ("fixed", "constants")})
+    write_yaml(dest / "run.yaml", vars(shared.identity))
 
 
 def _link(source: Path, dest: Path) -> None:
@@ -174,7 +175,7 @@ def _row(config: CompareConfig, seed: int, name: str, cycle: Cycle, summary: Cyc
     assert scored is not None
     assert summary.test is not None
     needed = len(scored_epochs(strategy_config(config, name, seed, Path(config.run))))
-    images = needed * scored["n_eligible"]
+    images = needed * scored.outputs.n_eligible
     # Scoring goes on beside training; without anything to score it only waits for it.
     stages = [max(took["train"], took["score"]) if images else took["train"]]
     stages += [took.get(stage, 0.0) for stage in ("test", "reduce", "select", "label")]

@@ -349,7 +349,7 @@ def check_begun(directory: Run, config: Config, pool: Pool, held_out: Mapping[st
     if not begun:
         return
     last = begun_config(begun[-1])
-    if begun[-1].marker("select") is None:
+    if not begun[-1].is_complete("select"):
         check_unchanged(last, config, begun[-1].index)
     before, now = last.pool.classes, pool.classes
     assert before is not None

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal.artifacts.assignments import Assignments
-from distal.artifacts.runs import Cycle, Run
+from distal.artifacts.cycles import Cycle
+from distal.artifacts.runs import Run
 from distal.artifacts.selection import Selection
 from distal.config import Config
 from distal.driver.resolve import actor_job
@@ -18,7 +19,7 @@ from distal.driver.session import Session
 from distal.labels.waiting import Waiting
 from distal.pool import Pool
 from distal.pool.eligibility import Eligibility
-from distal.records import JsonObject
+from distal.records import Result, Stage
 from distal.score.job import ActorJob
 
 
@@ -53,22 +54,22 @@ class RunContext:
     def stage(
         self,
         cycle: Cycle,
-        stage: str,
+        stage: Stage,
         made_from: Callable[[], dict[str, str]],
-        work: Callable[[], JsonObject],
+        work: Callable[[], Result],
     ) -> None:
         """Run a stage of a cycle unless it is complete, and log its completion; see `Staged.run_stage`."""
         self.session.lease.require()
-        complete = cycle.marker(stage) is not None
+        complete = cycle.is_complete(stage)
         marker = cycle.run_stage(stage, made_from, work)
         self.session.meter.progressed()
         if not complete:
-            self.session.event("stage", cycle=cycle.index, stage=stage, seconds=marker["seconds"])
+            self.session.event("stage", cycle=cycle.index, stage=stage, seconds=marker.seconds)
 
     def eligible(self, cycle: Cycle) -> Eligibility:
         """The samples that a cycle may select."""
         eligible = self.unlabeled.without(self.directory.ledger(before=cycle.index))
-        subpool = (cycle.config or self.config).select.subpool
+        subpool = (cycle.config if cycle.begun else self.config).select.subpool
         return eligible if subpool is None else eligible.within(subpool, cycle.index)
 
     def assignments(
@@ -116,5 +117,5 @@ def asked_of_people(config: Config, pool: Pool, cycle: int, selection: Path) -> 
 
 def begun_config(cycle: Cycle) -> Config:
     """The configuration that a cycle of a run began with."""
-    assert isinstance(cycle.config, Config), f"cycle {cycle.index} has not begun"
+    assert isinstance(cycle.config, Config)
     return cycle.config

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from distal.acquire.batch import listed_batch, select
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
+from distal.artifacts.cycles import Cycle
 from distal.artifacts.ledger import LABELS_PER_RANK, Ledger
-from distal.artifacts.runs import Cycle
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection, short_of
+from distal.artifacts.stages import LabelOutputs, ReduceOutputs, ScoreOutputs, SelectOutputs
 from distal.config.needs import scored_epochs
 from distal.driver.context import RunContext, begun_config
 from distal.driver.training import Training, checkpoints_of, reuse_earlier_rows
@@ -21,7 +23,7 @@ from distal.hashing import digest
 from distal.labels.oracle import label_from_pool
 from distal.labels.waiting import WaitingResult
 from distal.progress import counter
-from distal.records import JsonObject, Progress
+from distal.records import Progress
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
 from distal.score.job import Elimination, Scored
@@ -31,7 +33,7 @@ _POLL_S = 0.2
 
 def begin_cycle(context: RunContext, cycle: Cycle) -> bool:
     """Fix the configuration of a cycle; False when no eligible image is left for it."""
-    if cycle.config is not None:
+    if cycle.begun:
         return True
     session = context.session
     n_eligible, budget = context.eligible(cycle).count(), context.config.loop.budget
@@ -95,7 +97,7 @@ def score_cycle(context: RunContext, cycle: Cycle, training: Training) -> None:
     context.stage(cycle, "score", made_from, lambda: _score(context, cycle, training))
 
 
-def _score(context: RunContext, cycle: Cycle, training: Training) -> JsonObject:
+def _score(context: RunContext, cycle: Cycle, training: Training) -> ScoreOutputs:
     config = begun_config(cycle)
     n_rows = len(scored_epochs(config))
     assignments = context.assignments(
@@ -113,13 +115,13 @@ def _score(context: RunContext, cycle: Cycle, training: Training) -> JsonObject:
     else:
         _follow(context, cycle, training)
         scored, n_eligible = Scored(images=0, n_rows=0), context.eligible(cycle).count()
-    return {
-        "images_scored": scored.images,
-        "left_out": scored.left_out,
-        "n_eligible": n_eligible,
-        "n_rows": n_rows,
-        "fingerprint": assignments.fingerprint,
-    }
+    return ScoreOutputs(
+        n_rows=n_rows,
+        n_eligible=n_eligible,
+        images_scored=scored.images,
+        left_out=scored.left_out,
+        fingerprint=assignments.fingerprint,
+    )
 
 
 def _score_rows(context: RunContext, cycle: Cycle, training: Training, assignments: Assignments) -> Scored:
@@ -163,7 +165,7 @@ def reduce_cycle(context: RunContext, cycle: Cycle) -> None:
     n_rows = len(scored_epochs(config))
     show = counter(context.session.progress, "reduce", cycle.index)
 
-    def work() -> JsonObject:
+    def work() -> ReduceOutputs:
         reduction = Reduction(
             Assignments.open(cycle.assignments),
             context.pool,
@@ -173,7 +175,8 @@ def reduce_cycle(context: RunContext, cycle: Cycle) -> None:
             seed=context.config.seed,
             cycle=cycle.index,
         )
-        return {"measures": list(reduce(reduction, cycle.scores, on_progress=show).measures)}
+        scores = reduce(reduction, cycle.scores, on_progress=show)
+        return ReduceOutputs(measures=tuple(scores.measures))
 
     context.stage(cycle, "reduce", lambda: _made_by(cycle, "score"), work)
 
@@ -186,17 +189,13 @@ def select_cycle(context: RunContext, cycle: Cycle) -> None:
         config_sha256 = config.digest("seed", "select.", "loop.budget")
         return {**_made_by(cycle, "reduce"), "config": config_sha256}
 
-    def work() -> JsonObject:
+    def work() -> SelectOutputs:
         expected = cycle.expected("select", made_from(), labelled=cycle.labels.exists())
         selection = _select(context, cycle, expected)
         most, budget = config.select.max_per_group, config.loop.budget
         if most is not None and len(selection) < budget:
             context.session.display.say(short_of(budget, len(selection), most))
-        return {
-            "n_selected": len(selection),
-            "tie_share": round(selection.tie_share, 6),
-            "selection_sha256": selection.sha256,
-        }
+        return SelectOutputs.of(selection)
 
     context.stage(cycle, "select", made_from, work)
 
@@ -234,13 +233,14 @@ def label_cycle(context: RunContext, cycle: Cycle) -> WaitingResult | None:
     def made_from() -> dict[str, str]:
         return {"selection": cycle.chosen().sha256, "labels": Ledger.read([cycle.labels]).sha256}
 
-    def work() -> JsonObject:
+    def work() -> LabelOutputs:
         if context.config.label.oracle == "files":  # late answers to earlier batches included
             ledger = Ledger.read([cycle.labels])
-            return {"n_answered": len(ledger) + len(ledger.declined), "n_labeled": len(ledger)}
+            n_answered = len(ledger) + len(ledger.declined)
+            return LabelOutputs(n_answered=n_answered, n_labeled=len(ledger))
         chosen = cycle.chosen()
         label_from_pool(context.pool, chosen.indices, cycle.labels)
-        return {"n_answered": len(chosen)}
+        return LabelOutputs(n_answered=len(chosen))
 
     context.stage(cycle, "label", made_from, work)
     return None
@@ -262,8 +262,8 @@ def _ask(context: RunContext, cycle: Cycle) -> WaitingResult | None:
     return report
 
 
-def _made_by(cycle: Cycle, stage: str) -> dict[str, str]:
+def _made_by(cycle: Cycle, stage: Literal["score", "reduce"]) -> dict[str, str]:
     """The input of a stage that reads nothing but the output of another one."""
     marker = cycle.marker(stage)
     assert marker is not None, f"{stage} is not complete"
-    return {stage: marker["inputs_sha256"]}
+    return {stage: marker.inputs_sha256}

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import PROBABILITIES, Assignments
-from distal.artifacts.runs import Cycle
+from distal.artifacts.cycles import Cycle
+from distal.artifacts.stages import EvaluationOutputs
 from distal.cluster import metrics
 from distal.driver.context import RunContext, begun_config
 from distal.pool import Pool
 from distal.pool.images import OK
-from distal.records import JsonObject, Progress, auto_block_size
+from distal.records import Progress, auto_block_size
 from distal.score.evaluate import evaluate
 from distal.score.job import AllPublished
 
@@ -25,15 +26,14 @@ def evaluate_cycle(context: RunContext, cycle: Cycle) -> None:
     config = begun_config(cycle)
     last = len(config.train.checkpoint_epochs) - 1
 
-    def work() -> JsonObject:
-        outputs: JsonObject = {"n_test": 0, "n_val": 0, "test": None, "val": None, "undefined": {}}
+    def work() -> EvaluationOutputs:
+        outputs = EvaluationOutputs()
         for name, pool in context.held_out.items():
             labels, assignments = _predict(context, cycle, name, pool, last)
             predicted, probabilities = _predictions(assignments)
             values, undefined = evaluate(config.eval.metrics, labels, predicted, probabilities, context.classes)
-            outputs |= {f"n_{name}": len(labels), name: values}
             reasons = {f"{name}.{metric}": reason for metric, reason in undefined.items()}
-            outputs["undefined"] |= reasons
+            outputs = outputs.with_images(name, len(labels), values, reasons)
         return outputs
 
     def made_from() -> dict[str, str]:
@@ -47,7 +47,7 @@ def evaluate_cycle(context: RunContext, cycle: Cycle) -> None:
         }
 
     context.stage(cycle, "test", made_from, work)
-    if (accuracy := (cycle.evaluation()["test"] or {}).get("accuracy")) is not None:
+    if (accuracy := (cycle.evaluation().test or {}).get("accuracy")) is not None:
         context.session.meter.set(metrics.TEST_ACCURACY, accuracy)
 
 

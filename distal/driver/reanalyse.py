@@ -15,15 +15,17 @@ from distal import cluster
 from distal.acquire.batch import select
 from distal.acquire.strategy import by_scores
 from distal.artifacts.assignments import Assignments
-from distal.artifacts.runs import Analysis, Cycle, Run
+from distal.artifacts.cycles import Analysis, Cycle
+from distal.artifacts.runs import Run
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
+from distal.artifacts.stages import AnalysisOutputs, Marker, ScoreOutputs, SelectOutputs
 from distal.config import Config, ScoreConfig, SelectSection, check_measure
 from distal.errors import ConfigError, Damage, RunConflict, UserError
 from distal.hashing import digest
 from distal.pool import Pool
 from distal.progress import Display, Silent, counter
-from distal.records import JsonObject, Result, Window
+from distal.records import Result, Window
 from distal.reduce.measures import FROM_RECORDED, FROM_VOTES
 from distal.reduce.stream import Mapper, Reduction, in_threads, reduce
 from distal.storage import be_durable
@@ -180,17 +182,16 @@ class ScoredCycle:
         self.cycle: Cycle = found[-1]
         marker = self.cycle.marker("score")
         assert marker is not None
-        assert self.cycle.config is not None
-        self.marker: JsonObject = marker
+        self.marker: Marker[ScoreOutputs] = marker
         self.config: Config | ScoreConfig = self.cycle.config
-        self.n_rows: int = marker["n_rows"]
+        self.n_rows = marker.outputs.n_rows
         be_durable(self.config.durable)
         self._pool_path = pool or Path(self.config.pool.path)
 
     @cached_property
     def pool(self) -> Pool:
         """The pool of the run."""
-        return Pool.open(self._pool_path).require(self.marker["inputs"]["pool"])
+        return Pool.open(self._pool_path).require(self.marker.inputs["pool"])
 
     @cached_property
     def assignments(self) -> Assignments:
@@ -209,9 +210,9 @@ class ScoredCycle:
         """Compute one measure, unless that is done."""
         rows = self._rows(measure, window)
         analysis = self._analysis(measure, window)
-        made_from = {"score": self.marker["inputs_sha256"], "rows": digest(rows)}
-        marker = analysis.marker("reduce")
-        if marker is None or marker["inputs"] != made_from or annotate > marker["annotated"]:
+        made_from = {"score": self.marker.inputs_sha256, "rows": digest(rows)}
+        marker = analysis.reduced
+        if marker is None or marker.inputs != made_from or annotate > marker.outputs.annotated:
             started = time.monotonic()
             analysis.invalidate("reduce")
             reduction = Reduction(
@@ -230,10 +231,10 @@ class ScoredCycle:
                 mapper=mapper,
                 on_progress=counter(display.progress, f"reduce {measure}{window}", self.cycle.index),
             )
-            outputs = {"rows": len(rows), "samples": self.pool.n_samples, "annotated": annotate}
+            outputs = AnalysisOutputs(rows=len(rows), samples=self.pool.n_samples, annotated=annotate)
             marker = analysis.complete("reduce", made_from, outputs, time.monotonic() - started)
         scores = analysis.scores / measure
-        return MeasureResult(measure, str(window), len(rows), scores, marker["seconds"])
+        return MeasureResult(measure, str(window), len(rows), scores, marker.seconds)
 
     def select(self, measure: str, window: Window, budget: int, how: SelectSection) -> SelectResult:
         """Choose from a measure that has been computed, unless that is done.
@@ -242,9 +243,9 @@ class ScoredCycle:
             how: the tie-break, the kind of batch and the cap on groups.
         """
         analysis = self._analysis(measure, window)
-        reduced = analysis.marker("reduce")
+        reduced = analysis.reduced
         assert reduced is not None
-        n_candidates = self.marker["n_eligible"]
+        n_candidates = self.marker.outputs.n_eligible
         if budget > n_candidates:
             raise UserError(f"--budget: {budget} is more than the {n_candidates} candidates; lower it")
         if self.config.score.eliminate == "exact" and budget > self.budget:
@@ -255,13 +256,13 @@ class ScoredCycle:
             )
         how = by_scores(how, measure)
         made_from = {
-            "reduce": reduced["inputs_sha256"],
+            "reduce": reduced.inputs_sha256,
             "seed": str(self.config.seed),
             "select": digest(how.model_dump(mode="json")),
         }
         stage, dest = f"select-{budget}", analysis.selection(budget)
-        marker = analysis.marker(stage)
-        if marker is None or marker["inputs"] != made_from:
+        marker = analysis.selected(stage)
+        if marker is None or marker.inputs != made_from:
             started = time.monotonic()
             analysis.invalidate(stage)
             selection = select(
@@ -276,13 +277,9 @@ class ScoredCycle:
                 cycle=self.cycle.index,
                 expected=analysis.expected(stage, made_from),
             )
-            outputs = {
-                "n_selected": len(selection),
-                "tie_share": round(selection.tie_share, 6),
-                "selection_sha256": selection.sha256,
-            }
+            outputs = SelectOutputs.of(selection)
             marker = analysis.complete(stage, made_from, outputs, time.monotonic() - started)
-        elif Selection.read(dest).sha256 != marker["selection_sha256"]:
+        elif Selection.read(dest).sha256 != marker.outputs.selection_sha256:
             raise Damage(f"{dest}: not the selection that was made; remove {analysis.folder} to make it again")
         return SelectResult(
             state="complete",
@@ -291,9 +288,9 @@ class ScoredCycle:
             measure=measure,
             window=str(window),
             selection=dest,
-            n_selected=marker["n_selected"],
-            tie_share=marker["tie_share"],
-            selection_sha256=marker["selection_sha256"],
+            n_selected=marker.outputs.n_selected,
+            tie_share=marker.outputs.tie_share,
+            selection_sha256=marker.outputs.selection_sha256,
         )
 
     @property

@@ -25,7 +25,7 @@ _TRIED = {"score.precision": "fp32", "score.batch_size": 1}  # stands in while t
 
 def with_recorded(config: _AnyConfig, directory: Run) -> _AnyConfig:
     """The configuration with the values that were recorded when the run began, if it has begun."""
-    return _with(config, directory.identity["constants"] if directory.identity else {})
+    return _with(config, directory.identity.constants if directory.identity else {})
 
 
 def resolve(config: _AnyConfig, pool: Pool, slots: Slots, fleet: Fleet, owner: Owner, n_labeled: int) -> _AnyConfig:

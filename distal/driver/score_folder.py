@@ -17,6 +17,7 @@ from distal import cluster
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
 from distal.artifacts.selection import short_of
+from distal.artifacts.stages import FolderScoreOutputs
 from distal.config import ScoreConfig
 from distal.driver import checks, preflight, reanalyse
 from distal.driver.precision import PrecisionResult, check_in_fp32
@@ -26,7 +27,7 @@ from distal.driver.session import Session, acquire_lease, open_session
 from distal.errors import ConfigError, UserError
 from distal.pool.sample_files import find, read_labels, require_readable
 from distal.progress import Display, Silent
-from distal.records import OPTIONAL, JsonObject, Result
+from distal.records import OPTIONAL, Result
 from distal.score.actor import peak_rss_bytes
 from distal.score.job import AllPublished, Scored
 from distal.storage import be_durable
@@ -195,7 +196,7 @@ def _score(inputs: ScoreInputs, session: Session) -> None:
     if scored.n_rows < _FEW_CHECKPOINTS:
         inputs.display.say(f"warning: {scored.n_rows} checkpoints only; with so few, most samples have the same score")
     seconds = time.monotonic() - started
-    inputs.cycle.complete(STAGE, inputs.made_from(), _figures(scored), seconds)
+    inputs.cycle.complete(STAGE, inputs.made_from(), _outputs(scored), seconds)
 
 
 def _assignments(inputs: ScoreInputs, session: Session) -> Assignments:
@@ -227,38 +228,39 @@ def _recorded_from(inputs: ScoreInputs) -> int:
 
 def _result(inputs: ScoreInputs) -> ScoreResult:
     """The figures of the scoring, which is complete."""
-    marker = inputs.cycle.marker(STAGE)
+    marker = inputs.cycle.scored_folder
     assert marker is not None
+    outputs = marker.outputs
     return ScoreResult(
         state="complete",
         run=inputs.directory.path,
-        checkpoints=marker["n_rows"],
-        images_scored=marker["images_scored"],
-        images_left_out=marker["left_out"],
-        seconds=marker["scoring_seconds"],
-        bookkeeping_seconds=marker["driver_seconds"],
-        images_per_s=marker["images_per_s"],
-        startup_s=marker["startup_s"],
-        hand_outs=marker["hand_outs"],
-        peak_rss_bytes=marker["peak_rss_bytes"],
+        checkpoints=outputs.n_rows,
+        images_scored=outputs.images_scored,
+        images_left_out=outputs.left_out,
+        seconds=outputs.scoring_seconds,
+        bookkeeping_seconds=outputs.driver_seconds,
+        images_per_s=outputs.images_per_s,
+        startup_s=outputs.startup_s,
+        hand_outs=outputs.hand_outs,
+        peak_rss_bytes=outputs.peak_rss_bytes,
         precision=inputs.config.score.precision,
         batch_size=int(inputs.config.score.batch_size),
     )
 
 
-def _figures(scored: Scored) -> JsonObject:
-    return {
-        "n_rows": scored.n_rows,
-        "n_eligible": (scored.images + scored.left_out) // max(1, scored.n_rows),
-        "images_scored": scored.images,
-        "left_out": scored.left_out,
-        "images_per_s": round(scored.images_predicted / scored.seconds, 1) if scored.seconds else None,
-        "scoring_seconds": round(scored.seconds, 3),
-        "driver_seconds": round(scored.driver_s, 3),
-        "hand_outs": scored.hand_outs,
-        "startup_s": round(scored.startup_s, 3),
-        "peak_rss_bytes": {"driver": peak_rss_bytes(), "actor": scored.actor_rss_bytes},
-    }
+def _outputs(scored: Scored) -> FolderScoreOutputs:
+    return FolderScoreOutputs(
+        n_rows=scored.n_rows,
+        n_eligible=(scored.images + scored.left_out) // max(1, scored.n_rows),
+        images_scored=scored.images,
+        left_out=scored.left_out,
+        images_per_s=round(scored.images_predicted / scored.seconds, 1) if scored.seconds else None,
+        scoring_seconds=round(scored.seconds, 3),
+        driver_seconds=round(scored.driver_s, 3),
+        hand_outs=scored.hand_outs,
+        startup_s=round(scored.startup_s, 3),
+        peak_rss_bytes={"driver": peak_rss_bytes(), "actor": scored.actor_rss_bytes},
+    )
 
 
 def _accuracy(inputs: ScoreInputs) -> float | None:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from distal.artifacts.assignments import Assignments, dtype_for
 from distal.artifacts.checkpoints import KEEP_ALL
+from distal.artifacts.cycles import Cycle
 from distal.artifacts.lease import Lease
 from distal.artifacts.ledger import Ledger
-from distal.artifacts.runs import Cycle, Run
+from distal.artifacts.runs import Run
 from distal.config import ScoreConfig
 from distal.driver import checks
 from distal.driver.resolve import actor_job, resolve, resolved_autos
@@ -77,13 +78,13 @@ class ScoreInputs:
     def is_complete(self) -> bool:
         """Whether every checkpoint that is there is scored."""
         marker = self.cycle.marker("score")
-        return marker is not None and marker["inputs"] == self.made_from() and not self.watch
+        return marker is not None and marker.inputs == self.made_from() and not self.watch
 
     def begin(self) -> None:
         """Fix what the run is, unless it has begun."""
         keys = _identity_keys(self.config, self.pool, self.excluded)
         self.directory.begin(keys, resolved_autos(self.config))
-        if self.cycle.config is None:
+        if not self.cycle.begun:
             self.cycle.begin(self.config)
         self.checkpoints.keep()
 

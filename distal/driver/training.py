@@ -12,8 +12,9 @@ from typing import Any
 
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
+from distal.artifacts.cycles import Cycle
 from distal.artifacts.ledger import Ledger
-from distal.artifacts.runs import Cycle
+from distal.artifacts.stages import TrainOutputs
 from distal.cluster import Slots, metrics
 from distal.config import Config
 from distal.driver.context import RunContext, begun_config
@@ -21,7 +22,7 @@ from distal.errors import Damage
 from distal.hashing import digest
 from distal.labels import answers
 from distal.model.spec import ModelSpec
-from distal.records import CheckpointRef, JsonObject
+from distal.records import CheckpointRef
 from distal.score.job import Producer
 from distal.storage import sha256
 from distal.train.command import run_command
@@ -51,27 +52,27 @@ def start_training(context: RunContext, cycle: Cycle) -> Training:
     }
     job = _train_job(context, cycle, label_files, warm_from, digest(made_from))
     ranks = _ranks(context.config, session.slots)
-    trained = cycle.marker("train") is not None
+    trained = cycle.is_complete("train")
     published_to = _published_to(context, cycle)
     given_up, fits = threading.Event(), threading.Event()
     if config.train.command is None or trained:
         fits.set()
 
-    def work(starve: Callable[[], None]) -> JsonObject:
+    def work(starve: Callable[[], None]) -> TrainOutputs:
         require, command = session.lease.require, config.train.command
         if command is None:
             on_event = partial(_on_event, context, cycle, starve)
             train(job, ranks, given_up=given_up, still_ours=require, on_event=on_event)
         else:
             run_command(command, job, context.pool, published_to, given_up, fits, require)
-        return {
-            "n_labeled": len(ledger),
-            "n_imports": n_imports,
-            "device": session.slots.device,
-            "world_size": ranks.workers,
+        return TrainOutputs(
+            n_labeled=len(ledger),
+            n_imports=n_imports,
+            device=session.slots.device,
+            world_size=ranks.workers,
             # A GPU may lack a deterministic kernel; see `be_deterministic`.
-            "deterministic": session.slots.device == "cpu",
-        }
+            deterministic=session.slots.device == "cpu",
+        )
 
     training = Training(
         lambda starve: context.stage(cycle, "train", lambda: made_from, lambda: work(starve)),
@@ -130,7 +131,7 @@ def _published_to(context: RunContext, cycle: Cycle) -> Path:
 
     A script may train otherwise when it is started again.
     """
-    if begun_config(cycle).train.command is None or cycle.marker("train") is not None:
+    if begun_config(cycle).train.command is None or cycle.is_complete("train"):
         return cycle.checkpoints
     before = checkpoints.committed(cycle.checkpoints)
     dest = cycle.begin_attempt(context.session.lease.require)

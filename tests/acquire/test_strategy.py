@@ -65,7 +65,7 @@ def test_k_center_of_the_best_by_margin(pool: Pool, tmp_path: Path) -> None:
     assert chosen.tie_share == 0
     again = select_run(tmp_path / "run", budget=5)  # from what is stored, so by the scores alone
     assert Selection.read(again.selection).indices.tolist() == best[:5].tolist()
-    assert verify(tmp_path / "run")["state"] == "sound"
+    assert verify(tmp_path / "run").state == "sound"
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_nothing_is_scored_for_a_draw_or_a_list(pool: Pool, tmp_path: Path) -> N
         (tmp_path / "ids.txt").write_text("\n".join(names))
     assert run(small_config(folder, pool, None, *listed)).cycles[1].images_scored == 0
     assert Run.open(folder).cycle(1).chosen().sample_ids == names
-    assert verify(folder)["state"] == "sound"
+    assert verify(folder).state == "sound"
 
 
 @pytest.mark.slow

@@ -126,8 +126,8 @@ def test_elimination_in_a_run_selects_the_same(run: Path, pool: Pool, tmp_path: 
     plain = Run.open(run).summary().cycles
     assert [cycle.selection_sha256 for cycle in summary] == [cycle.selection_sha256 for cycle in plain]
     for mine, full in zip(summary, plain, strict=True):
-        assert mine["images_scored"] + mine["left_out"] == full["images_scored"]
-    assert full["left_out"] == 0
+        assert mine.images_scored + mine.left_out == full.images_scored
+    assert full.left_out == 0
     assert select_run(tmp_path / "run", budget=16).n_selected == 16
     with pytest.raises(UserError, match="--budget: 17: samples that could not be among the first 16 were left out"):
         select_run(tmp_path / "run", budget=17)

@@ -181,10 +181,10 @@ def test_summary(finished: Path, test_pool: Pool, pool: Pool) -> None:
 
 def test_what_a_run_is_and_what_its_autos_came_to(finished: Path, pool: Pool, test_pool: Pool) -> None:
     run = Run.open(finished)
-    assert run.identity["constants"] == {
+    assert run.identity.constants == {
         "device": "cpu", "pool.block_size": 64, "train.threads": 1, "score.precision": "fp32", "score.batch_size": 32,
     }  # fmt: skip
-    assert run.identity["fixed"] == {
+    assert run.identity.fixed == {
         "seed": 0, "pool.limit": None, "pool.block_size": 64, "loop.initial": INITIAL, "loop.balance": True,
         "pool content (pool.path)": pool.content_sha256, "test content (eval.test)": test_pool.content_sha256,
         "validation content (eval.val)": None,
@@ -203,9 +203,9 @@ def test_again_is_complete_and_touches_nothing(finished: Path, pool: Pool, test_
 
 def test_status_from_storage_alone(finished: Path) -> None:
     told = status(finished)
-    assert told["state"] == "complete"
-    assert [cycle["next"] for cycle in told["cycles"]] == [None, None]
-    assert told["cycles"][0]["blocks_scored"] == told["cycles"][0]["blocks"] == ROWS * 4
+    assert told.state == "complete"
+    assert [cycle.next for cycle in told.cycles] == [None, None]
+    assert told.cycles[0].blocks_scored == told.cycles[0].blocks == ROWS * 4
     with pytest.raises(RunConflict, match="no run here"):
         status(finished / "cycles")
 
@@ -353,7 +353,7 @@ def test_a_run_may_grow_with_other_settings(finished: Path, pool: Pool, test_poo
     result = driver.run(small_config(longer, pool, test_pool, *overrides, "loop.cycles=4"), display)
     assert any("every eligible image is labelled: the loop ends before cycle 3" in line for line in display.lines)
     assert len(result.cycles) == 3
-    assert status(longer)["state"] == "complete"
+    assert status(longer).state == "complete"
     display.lines.clear()
     driver.run(small_config(longer, pool, test_pool, *overrides, "loop.cycles=4"), display)
     assert display.lines == [f"{longer}: complete"]

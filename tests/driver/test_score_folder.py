@@ -105,8 +105,8 @@ def test_a_selection_is_explained(scored: tuple[Path, ScoreResult], pool: Pool) 
     run, result = scored
     ids = pool.samples(0, N)["sample_id"].to_pylist()
     chosen = Selection.read(result.selection).sample_ids
-    assert explain(run, chosen[0])["cycles"][0]["why"].startswith("chosen at place 1 of 20, by ")
-    said = {name: explain(run, name)["cycles"][0]["why"] for name in ids[::16] if name not in chosen}
+    assert explain(run, chosen[0]).cycles[0].why.startswith("chosen at place 1 of 20, by ")
+    said = {name: explain(run, name).cycles[0].why for name in ids[::16] if name not in chosen}
     assert all(why.startswith(("not chosen: its dispersion is ", "not eligible: unreadable")) for why in said.values())
 
 
@@ -342,7 +342,7 @@ def test_auto_is_tried_once_and_kept(pool: Pool, folder: Path, tmp_path: Path) -
     assert result.selection is None
     identity = Run.open(tmp_path / "run").identity
     assert identity is not None
-    assert identity["constants"]["score.batch_size"] == result.batch_size
+    assert identity.constants["score.batch_size"] == result.batch_size
     assert score_directory(config, select=False).batch_size == result.batch_size
 
 

@@ -823,16 +823,16 @@ PROCESSES = _of(
     ),
 )
 
-RUNS = _of(
-    "artifacts/runs.py",
+CYCLES = _of(
+    "artifacts/cycles.py",
     "artifacts/test_runs.py driver/test_writers.py",
     (
-        "runs: a start after scoring begins anew",
+        "cycles: a start after scoring begins anew",
         'if self.marker("score") is None:\n                return {"assignments"',
         'if True:\n                return {"assignments"',
     ),
     (
-        "runs: what was left out outlives its assignments",
+        "cycles: what was left out outlives its assignments",
         'self.assignments.with_name(f"{self.assignments.name}.elimination")',
         'self.folder / self.assignments.stem.replace("assignments", "elimination")',
     ),
@@ -982,7 +982,7 @@ MUTANTS = [
     *LEDGER,
     *ANSWERS,
     *PROCESSES,
-    *RUNS,
+    *CYCLES,
     *LEASE,
     *OTHERS,
 ]

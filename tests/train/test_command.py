@@ -239,7 +239,7 @@ def of_one_training(run: Run, pool: Pool) -> None:
         predictor.load(checkpoints.load(checkpoints.read(cycle.checkpoints, row)))
         predicted = predictor(pool.take(np.flatnonzero(eligible))).labels
         assert np.array_equal(stored[row, eligible], predicted)
-    assert verify(run.path)["state"] == "sound"
+    assert verify(run.path).state == "sound"
 
 
 def events(run: Run) -> list[str]:
