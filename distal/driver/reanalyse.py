@@ -58,7 +58,7 @@ def reduce_run(
         Damage: a chunk is missing or does not decode.
     """
     display = display or Silent()
-    scored = Scored(path, cycle, pool)
+    scored = ScoredCycle(path, cycle, pool)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
         done = [
@@ -88,7 +88,7 @@ def select_run(
     Raises like `reduce_run`, and UserError when there are fewer samples than the budget.
     """
     display = display or Silent()
-    scored = Scored(path, cycle, pool)
+    scored = ScoredCycle(path, cycle, pool)
     how = how or scored.config.select
     name, window = _named(measure or how.measure, window)
     with _connection(ray_address):
@@ -116,7 +116,7 @@ def _connection(address: str | None) -> AbstractContextManager[None]:
     return cluster.connect(address)
 
 
-class Scored:
+class ScoredCycle:
     """A cycle whose assignments are complete."""
 
     def __init__(self, path: Path, cycle: int | None, pool: Path | None) -> None:
