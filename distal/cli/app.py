@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from distal.driver.score_folder import ScoreResult
     from distal.driver.submit import SubmitResult
     from distal.labels.waiting import ExportResult, ImportResult, WaitingResult
+    from distal.pool.images import PoolInfo
     from distal.records import JsonObject, Window
     from distal.report.explain import DiffResult, ExplainResult
+    from distal.report.plan import PlanResult
     from distal.report.repair import PoolRepair, RunRepair
     from distal.report.status import Status
     from distal.report.tensorboard import TensorboardResult
@@ -298,16 +300,16 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Tell what a run will cost before anything starts: passes, objects, disk, memory, and what would be cheaper."""
-    from distal.cli.tables import forecast_table
+    from distal.cli.tables import plan_table
     from distal.config import load_any
 
-    def work() -> dict[str, Any]:
+    def work() -> PlanResult:
         loaded = load_any(config, overrides or [])
-        from distal.report.plan import forecast
+        from distal.report.plan import plan as plan_run
 
-        return forecast(loaded)
+        return plan_run(loaded)
 
-    _answer(work, as_json, forecast_table)
+    _answer(work, as_json, plan_table)
 
 
 @app.command()
@@ -555,7 +557,7 @@ def pool_build(
     from distal.cli.tables import pool_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> PoolInfo:
         from distal.config import NAMED
         from distal.storage import local_path
 
@@ -589,7 +591,7 @@ def pool_info(pool: Annotated[Path, typer.Argument(help="Folder of the pool.")],
     """Describe a pool."""
     from distal.cli.tables import pool_table
 
-    def work() -> dict[str, Any]:
+    def work() -> PoolInfo:
         from distal.pool import Pool
         from distal.storage import local_path
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from distal.driver.score_folder import ScoreResult
     from distal.driver.submit import SubmitResult
     from distal.labels.waiting import ExportResult, ImportResult, WaitingResult
+    from distal.pool.images import PoolInfo
     from distal.report.explain import DiffResult, ExplainResult
+    from distal.report.plan import PlanResult
     from distal.report.repair import PoolRepair, RunRepair
     from distal.report.status import Look, Status
     from distal.report.verify import VerifyResult
@@ -260,18 +262,24 @@ def informativeness_table(result: JsonObject) -> Table:
     return table
 
 
-def forecast_table(plan: JsonObject) -> Table:
-    """What a run will cost."""
-    facts = {name: plan[name] for name in ("samples", "candidates", "checkpoints", "cycles", "blocks", "block_size")}
-    facts["forwards, first cycle"] = plan["forwards"]
-    facts["objects, first cycle"] = plan["objects"]["total"]
-    facts["disk, first cycle"] = f"up to {_bytes(plan['disk_bytes']['total'])} before compression"
-    for role, size in plan["memory_bytes"].items():
-        facts[f"memory, {role}"] = _bytes(size)
-    for way in plan["alternatives"]:
-        facts[f"cheaper: {way['how']}"] = f"{way['what']}: {way['forwards']:,} forwards, {way['saves']:.0%} less"
-    for number, warning in enumerate(plan["warnings"], start=1):
-        facts[f"warning {number}"] = warning
+def plan_table(plan: PlanResult) -> Table:
+    """The cost of a run."""
+    facts: dict[str, object] = {
+        "samples": plan.samples,
+        "candidates": plan.candidates,
+        "checkpoints": plan.checkpoints,
+        "cycles": plan.cycles,
+        "blocks": plan.blocks,
+        "block_size": plan.block_size,
+        "forwards, first cycle": plan.forwards,
+        "objects, first cycle": plan.objects["total"],
+        "disk, first cycle": f"up to {_bytes(plan.disk_bytes['total'])} before compression",
+    }
+    facts |= {f"memory, {role}": _bytes(size) for role, size in plan.memory_bytes.items()}
+    for way in plan.alternatives:
+        saving = f"{way.forwards:,} forwards, {way.saves:.0%} less"
+        facts[f"cheaper: {way.how}"] = f"{way.what}: {saving}"
+    facts |= {f"warning {number}": line for number, line in enumerate(plan.warnings, start=1)}
     return _facts(facts)
 
 
@@ -331,9 +339,9 @@ def _bytes(size: float) -> str:
     return f"{size:,.1f} TiB"
 
 
-def pool_table(pool: JsonObject) -> Table:
-    """What a pool is."""
-    return _facts(pool)
+def pool_table(pool: PoolInfo) -> Table:
+    """A pool."""
+    return _facts(pool.to_record())
 
 
 def _facts(facts: Mapping[str, object]) -> Table:
