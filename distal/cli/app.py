@@ -21,7 +21,19 @@ from distal.records import Result
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from distal.driver.reanalyse import ReduceResult, SelectResult
+    from distal.driver.run import RunResult
+    from distal.driver.score_folder import ScoreResult
+    from distal.driver.submit import SubmitResult
+    from distal.labels.waiting import ExportResult, ImportResult, WaitingResult
+    from distal.pool.images import PoolInfo
     from distal.records import JsonObject, Window
+    from distal.report.explain import DiffResult, ExplainResult
+    from distal.report.plan import PlanResult
+    from distal.report.repair import PoolRepair, RunRepair
+    from distal.report.status import Status
+    from distal.report.tensorboard import TensorboardResult
+    from distal.report.verify import VerifyResult
 
 app = typer.Typer(
     name="distal",
@@ -93,7 +105,7 @@ def run(
     from distal.cli.terminal import JsonLines, Terminal
     from distal.config import load
 
-    def work() -> dict[str, Any]:
+    def work() -> RunResult | WaitingResult:
         loaded = load(config, [*(overrides or []), *(["eval.allow_overlap=true"] if allow_overlap else [])])
         cluster.secure(loaded.ray.address)
         with JsonLines() if log_json else Terminal() as display:
@@ -128,13 +140,13 @@ def score(
     from distal import cluster
     from distal.cli.tables import score_table
     from distal.cli.terminal import JsonLines, Terminal
-    from distal.config import load_foreign
+    from distal.config import ScoreConfig, load
 
-    def work() -> dict[str, Any]:
+    def work() -> ScoreResult:
         if expect_accuracy is not None and check is None:
             raise ConfigError("--expect-accuracy needs --check FILE")
         extra = [f"pool.exclude={exclude}"] if exclude else []
-        loaded = load_foreign(config, [*(overrides or []), *extra])
+        loaded = load(config, [*(overrides or []), *extra], ScoreConfig)
         cluster.secure(loaded.ray.address)
         with JsonLines() if log_json else Terminal() as display:
             from distal.driver.score_folder import score_directory
@@ -170,7 +182,7 @@ def submit(
 
     commands: dict[str, str] = {}
 
-    def work() -> dict[str, Any]:
+    def work() -> SubmitResult:
         loaded = load_portable(config, overrides or [])
         if watch and loaded.command != "score":
             raise UserError(f"--watch: {config} is for `distal {loaded.command}`; leave it out")
@@ -179,9 +191,9 @@ def submit(
 
             submitted = jobs.submit(loaded, address, ["--watch"] if watch else [])
             if not wait:
-                return submitted.record()
+                return submitted
             commands.update(submitted.commands)
-            terminal.say(submit_table(submitted.record()))
+            terminal.say(submit_table(submitted))
             return jobs.follow(submitted, terminal.say)
 
     def if_stopped() -> str:
@@ -226,7 +238,7 @@ def reduce(
     from distal.cli.tables import reduce_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> ReduceResult:
         with Terminal() as terminal:
             from distal.driver.reanalyse import reduce_run
 
@@ -262,7 +274,7 @@ def select(
     from distal.cli.tables import select_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> SelectResult:
         with Terminal() as terminal:
             from distal.driver.reanalyse import select_run
 
@@ -288,16 +300,16 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Tell what a run will cost before anything starts: passes, objects, disk, memory, and what would be cheaper."""
-    from distal.cli.tables import forecast_table
+    from distal.cli.tables import plan_table
     from distal.config import load_any
 
-    def work() -> dict[str, Any]:
+    def work() -> PlanResult:
         loaded = load_any(config, overrides or [])
-        from distal.report.plan import forecast
+        from distal.report.plan import plan as plan_run
 
-        return forecast(loaded)
+        return plan_run(loaded)
 
-    _answer(work, as_json, forecast_table)
+    _answer(work, as_json, plan_table)
 
 
 @app.command()
@@ -313,7 +325,7 @@ def status(
     from distal.report.status import status as status_of
     from distal.report.status import watch as watch_run
 
-    def work() -> dict[str, Any]:
+    def work() -> Status:
         if not watch:
             return status_of(run_directory)
         with WatchScreen() as screen:
@@ -330,12 +342,12 @@ def tensorboard(
 ) -> None:
     """Write what a run has measured so far for TensorBoard: losses, accuracies, seconds, faults."""
 
-    def work() -> dict[str, Any]:
+    def work() -> TensorboardResult:
         from distal.report.tensorboard import export
 
         return export(run_directory, out)
 
-    _answer(work, as_json, lambda result: f"{result['scalars']} values; next: tensorboard --logdir {result['out']}")
+    _answer(work, as_json, lambda result: f"{result.scalars} values; next: tensorboard --logdir {result.out}")
 
 
 @app.command()
@@ -348,7 +360,7 @@ def explain(
     """Tell what every checkpoint said of a sample, and why it was chosen or not."""
     from distal.cli.tables import explain_table
 
-    def work() -> dict[str, Any]:
+    def work() -> ExplainResult:
         from distal.report.explain import explain as explain_sample
 
         return explain_sample(run_directory, sample_id, pool=pool)
@@ -366,7 +378,7 @@ def diff(
     """Tell what the selections of two runs share, and which decisive keys differ."""
     from distal.cli.tables import diff_table
 
-    def work() -> dict[str, Any]:
+    def work() -> DiffResult:
         from distal.report.explain import diff as diff_runs
 
         return diff_runs(first, second, cycle=cycle)
@@ -415,10 +427,10 @@ def compare(
     from distal import cluster
     from distal.cli.tables import comparison_table
     from distal.cli.terminal import Terminal
-    from distal.config import load_compare
+    from distal.config import CompareConfig, load
 
     def work() -> dict[str, Any]:
-        loaded = load_compare(config, overrides or [])
+        loaded = load(config, overrides or [], CompareConfig)
         cluster.secure(loaded.ray.address)
         with Terminal() as terminal:
             from distal.compare.strategies import compare as compare_strategies
@@ -437,7 +449,7 @@ def verify(path: RunOrPool, as_json: Json = False) -> None:
     from distal.cli.tables import verify_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> VerifyResult:
         with Terminal() as terminal:
             from distal.report.verify import verify as verify_all
             from distal.storage import local_path
@@ -453,9 +465,9 @@ def repair(path: RunOrPool, as_json: Json = False) -> None:
     from distal.cli.tables import repair_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> RunRepair | PoolRepair:
         with Terminal() as terminal:
-            from distal.report.verify import repair as repair_all
+            from distal.report.repair import repair as repair_all
             from distal.storage import local_path
 
             return repair_all(local_path(path, "RUN|POOL"), terminal)
@@ -480,7 +492,7 @@ def labels_export(
     """Write what is still to be labelled of the batch that a run waits for."""
     from distal.cli.tables import export_table
 
-    def work() -> dict[str, Any]:
+    def work() -> ExportResult:
         from distal.labels.waiting import export_labels
 
         if url_map is not None and "=" not in url_map:
@@ -513,7 +525,7 @@ def labels_import(
     """Keep the answers of annotators. Importing a file again changes nothing. The next `distal run` uses them."""
     from distal.cli.tables import import_table
 
-    def work() -> dict[str, Any]:
+    def work() -> ImportResult:
         from distal.labels.waiting import import_labels
 
         return import_labels(run_directory, file, annotator=annotator, allow_unasked=allow_unasked)
@@ -545,7 +557,7 @@ def pool_build(
     from distal.cli.tables import pool_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> PoolInfo:
         from distal.config import NAMED
         from distal.storage import local_path
 
@@ -556,7 +568,7 @@ def pool_build(
         with Terminal() as terminal:
             from distal.pool.build import build
             from distal.pool.sources import Columns
-            from distal.records import Progress
+            from distal.progress import counter
 
             columns = Columns(image_column, id_column, label_column, class_column, group_column)
             with cluster.connect(ray_address):
@@ -567,9 +579,7 @@ def pool_build(
                     size=shape,
                     channels=channels,
                     follow_symlinks=follow_symlinks,
-                    on_progress=lambda done, total: terminal.progress(
-                        Progress(-1, "packing", images_scored=done, images=total)
-                    ),
+                    on_progress=counter(terminal.progress, "packing"),
                 )
         return pool.describe()
 
@@ -581,7 +591,7 @@ def pool_info(pool: Annotated[Path, typer.Argument(help="Folder of the pool.")],
     """Describe a pool."""
     from distal.cli.tables import pool_table
 
-    def work() -> dict[str, Any]:
+    def work() -> PoolInfo:
         from distal.pool import Pool
         from distal.storage import local_path
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +44,7 @@ from distal.pool.images import (
 )
 from distal.pool.sources import Columns, Row, Source, open_source
 from distal.processes import ProcessIdentity, this_process
-from distal.records import Block, JsonObject, auto_block_size
+from distal.records import Block, auto_block_size
 from distal.storage import (
     create_json,
     parquet_writer,
@@ -61,7 +61,7 @@ _MAX_SAMPLED = 128  # images looked at to learn the size and the channels
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ImageLayout:
     """What every image of a pool becomes.
 
     Attributes:
@@ -195,7 +195,7 @@ def learn_layout(
     name: str,
     size: tuple[int, int] | None = None,
     channels: Literal["auto", "grey", "rgb"] = "auto",
-) -> Layout:
+) -> ImageLayout:
     """Learn the shape from the first readable images."""
     asked = channels != "auto"
     grey = True
@@ -216,7 +216,7 @@ def learn_layout(
         raise SourceError(f"{name}: none of its {len(source)} images can be decoded")
     if channels == "auto":
         channels = "grey" if grey else "rgb"
-    return Layout(size or first, channels, resize=size is not None, recolour=asked)
+    return ImageLayout(size or first, channels, resize=size is not None, recolour=asked)
 
 
 def pack_again(path: Path) -> list[str]:
@@ -233,7 +233,7 @@ def pack_again(path: Path) -> list[str]:
     """
     pool = Pool.open(path)
     record = read_json(path / MANIFEST, required=("columns", "layout"))
-    layout = Layout(**{**record["layout"], "size": tuple(record["layout"]["size"])})
+    layout = ImageLayout(**{**record["layout"], "size": tuple(record["layout"]["size"])})
     content = begin_content(pool.n_samples, pool.image_shape, pool.classes)
     damaged: list[tuple[Block, str]] = []
     with temporary_folder(path / IMAGES) as beside:
@@ -265,7 +265,11 @@ def _replace_damaged(images: Array, again: Array, part: Block) -> None:
 
 
 def _build(
-    source: Source, made_from: JsonObject, dest: Path, layout: Layout, on_progress: Callable[[int, int], None]
+    source: Source,
+    made_from: Mapping[str, object],
+    dest: Path,
+    layout: ImageLayout,
+    on_progress: Callable[[int, int], None],
 ) -> Pool:
     n_samples = len(source)
     _create_images(dest / IMAGES, n_samples, layout)
@@ -307,13 +311,13 @@ def _build(
     return Pool.open(dest)
 
 
-def _create_images(path: Path, n_samples: int, layout: Layout) -> None:
+def _create_images(path: Path, n_samples: int, layout: ImageLayout) -> None:
     chunk = _chunk_size(n_samples, layout)
     dimensions = ("sample", "height", "width", "channel")
     create_array(path, (n_samples, *layout.shape), (chunk, *layout.shape), "uint8", 0, dimensions)
 
 
-def _chunk_size(n_samples: int, layout: Layout) -> int:
+def _chunk_size(n_samples: int, layout: ImageLayout) -> int:
     """Samples in an image chunk: the block size, halved until a chunk is at most 16 MiB and inside of one part."""
     height, width, channels = layout.shape
     chunk = min(auto_block_size(n_samples), MAX_PART_SAMPLES)  # two tasks must not write to one chunk
@@ -325,7 +329,7 @@ def _chunk_size(n_samples: int, layout: Layout) -> int:
 class _Packing:
     """The tasks of a build: each packs consecutive blocks, so that what it reads is read once."""
 
-    def __init__(self, source: Source, dest: Path, layout: Layout) -> None:
+    def __init__(self, source: Source, dest: Path, layout: ImageLayout) -> None:
         self._source, self._dest, self._layout = source, dest, layout
         self._task = ray.remote(num_returns="streaming", max_retries=2)(_pack)
         self._running: deque[Any] = deque()
@@ -387,7 +391,7 @@ class _Packing:
         ray.wait(ended, num_returns=len(ended)) if ended else None
 
 
-def _pack(source: Source, blocks: list[Block], dest: Path, layout: Layout, threads: int = 1) -> Iterator[_Part]:
+def _pack(source: Source, blocks: list[Block], dest: Path, layout: ImageLayout, threads: int = 1) -> Iterator[_Part]:
     """Decode consecutive blocks and write their chunks. Doing it twice writes the same bytes, so a retry is safe."""
     rows = source.rows(blocks[0].start, blocks[-1].stop)
     with quiet(), ThreadPoolExecutor(threads) as executor:
@@ -411,7 +415,7 @@ def _in_threads(
     yield from (each.result() for each in running)
 
 
-def _packed(row: Row, layout: Layout) -> _Packed:
+def _packed(row: Row, layout: ImageLayout) -> _Packed:
     """A row without its bytes, which are not needed any more, its status, and its pixels if it has any."""
     try:
         return replace(row, data=None), OK, _pixels(row, layout)
@@ -419,7 +423,7 @@ def _packed(row: Row, layout: Layout) -> _Packed:
         return replace(row, data=None), UNREADABLE + str(error), None
 
 
-def _pack_block(packed: Iterator[_Packed], block: Block, dest: Path, layout: Layout, n_classes: int) -> _Part:
+def _pack_block(packed: Iterator[_Packed], block: Block, dest: Path, layout: ImageLayout, n_classes: int) -> _Part:
     array = Array(dest / IMAGES)
     rows: list[Row] = []
     statuses: list[str] = []
@@ -458,7 +462,7 @@ def _pack_block(packed: Iterator[_Packed], block: Block, dest: Path, layout: Lay
     )
 
 
-def _pixels(row: Row, layout: Layout) -> NDArray[np.uint8]:
+def _pixels(row: Row, layout: ImageLayout) -> NDArray[np.uint8]:
     """One image as it goes into the pool: (H, W, C) uint8. Raises Unreadable, or SourceError when it does not fit."""
     image = decode(_data(row))
     if not layout.resize and (image.height, image.width) != layout.size:

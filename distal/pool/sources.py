@@ -30,7 +30,7 @@ from distal.config import BUILTIN, TORCHVISION
 from distal.errors import SourceError, one_line
 from distal.hashing import sample_key, sample_keys
 from distal.pool.decode import FORMATS, MAX_BYTES
-from distal.records import Block, JsonObject
+from distal.records import Block
 from distal.storage import read_regular
 
 READ_ROWS = 128  # of a Parquet file at a time, or fewer when they are large
@@ -174,8 +174,8 @@ class Download:
     n_classes: int
 
     @property
-    def arguments(self) -> JsonObject:
-        """What its class takes to give this part."""
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of its class that give this part."""
         return {"split": "test" if self.is_test else "train"} if self.name == "SVHN" else {"train": not self.is_test}
 
 

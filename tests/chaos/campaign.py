@@ -721,7 +721,7 @@ def undisturbed(lab: Lab, kind: Kind) -> tuple[dict[str, object], float]:
     run.finish()
     seconds = time.monotonic() - began
     told = answer(path)
-    left_out = [cycle["left_out"] for cycle in Run.open(path).summary()["cycles"]]
+    left_out = [cycle.left_out for cycle in Run.open(path).summary().cycles]
     assert all(n > 0 for n in left_out) == (kind.name == "elimination"), left_out
     shutil.rmtree(path)
     return told, seconds
