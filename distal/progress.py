@@ -7,7 +7,7 @@ from typing import Protocol
 
 from distal.records import JsonObject, Progress
 
-SPOKEN = (  # events that a person should know of; each has a `reason`
+_SPOKEN = (  # events that a person should know of; each has a `reason`
     "training_waits",
     "training_failed",
     "training_anew",
@@ -57,7 +57,7 @@ class Silent:
 
 def spoken(record: JsonObject) -> str | None:
     """An event in words; None when nobody need know of it."""
-    if record["event"] not in SPOKEN:
+    if record["event"] not in _SPOKEN:
         return None
     where = f"cycle {record['cycle']}: " if "cycle" in record else ""
     return f"{where}{record['event'].replace('_', ' ')}: {record['reason']}"

@@ -33,7 +33,7 @@ from distal.errors import DiskFull, DistalError, RunConflict, Superseded
 from distal.processes import ProcessIdentity, this_process
 from distal.storage import Numbered, create_json, read_json, write_json
 
-FOLDER = "driver"
+_FOLDER = "driver"
 EXPIRY_S = 30.0  # a lease whose beat stood still for so long is given up
 BEAT_S = 5.0
 
@@ -76,7 +76,7 @@ class Lease:
     """
 
     def __init__(self, run: Path, attempt: str, say: Callable[[str], None] = lambda line: None) -> None:
-        self._run, self._folder, self._say = run, run / FOLDER, say
+        self._run, self._folder, self._say = run, run / _FOLDER, say
         self._me = Holder.this_process(attempt)
         self.number = 0
         self._successor: Holder | None = None
@@ -176,4 +176,4 @@ def lease_path(run: Path, number: int) -> Path:
 
 
 def _leases(run: Path) -> Numbered:
-    return Numbered(run / FOLDER, digits=6, suffix=".json")
+    return Numbered(run / _FOLDER, digits=6, suffix=".json")

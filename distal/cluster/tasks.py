@@ -10,15 +10,15 @@ from distal.cluster.nodes import n_cpus, workers
 from distal.errors import DistalError
 
 STUCK_S = 600.0
-MAX_SILENT = 3
+_MAX_SILENT = 3
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def in_tasks(
-    work: Callable[[Item], Result], items: Sequence[Item], *, stuck_after: float = STUCK_S
-) -> Iterator[Result]:
+    work: Callable[[_Item], _Result], items: Sequence[_Item], *, stuck_after: float = STUCK_S
+) -> Iterator[_Result]:
     """Run `work` on every item in Ray tasks, a bounded number at a time, and yield results as they finish.
 
     Ray would wait for ever for a process that is stopped. After `stuck_after` seconds without a result, the running
@@ -44,9 +44,9 @@ def in_tasks(
             running[task.remote(shared, items[place])] = place
         ready, _ = ray.wait(list(running), timeout=stuck_after)
         silent = 0 if ready else silent + 1
-        if silent == MAX_SILENT:
+        if silent == _MAX_SILENT:
             raise DistalError(
-                f"no task has answered for {MAX_SILENT * stuck_after:.0f} s, and {len(missing)} are left; "
+                f"no task has answered for {_MAX_SILENT * stuck_after:.0f} s, and {len(missing)} are left; "
                 "look at the nodes with `ray status`, and give the command again"
             )
         if silent:
@@ -61,7 +61,7 @@ def in_tasks(
         running = {ref: place for ref, place in running.items() if place in missing}
 
 
-def on_each_node(work: Callable[[], Result], timeout_s: float) -> dict[str, Result | Exception]:
+def on_each_node(work: Callable[[], _Result], timeout_s: float) -> dict[str, _Result | Exception]:
     """Run `work` once on every node that has a CPU or a GPU, busy or not.
 
     Returns:
@@ -77,7 +77,7 @@ def on_each_node(work: Callable[[], Result], timeout_s: float) -> dict[str, Resu
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
         names[task.options(scheduling_strategy=there).remote()] = name
     finished, _ = ray.wait(list(names), num_returns=len(names), timeout=timeout_s)
-    results: dict[str, Result | Exception] = {}
+    results: dict[str, _Result | Exception] = {}
     for ref, name in names.items():
         if ref not in finished:
             ray.cancel(ref, force=True)

@@ -34,7 +34,7 @@ class SmallCNN(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
 
 
-class ResNet20(nn.Sequential):
+class _ResNet20(nn.Sequential):
     """The ResNet-20 for small images (He et al. 2016, section 4.2): 0.27 M parameters, three stages of three blocks."""
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
@@ -59,7 +59,7 @@ def _conv(inside: int, outside: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inside, outside, size, stride=stride, padding=size // 2, bias=False)
 
 
-_OWN: dict[str, type[nn.Module]] = {"small_cnn": SmallCNN, "resnet20": ResNet20}
+_OWN: dict[str, type[nn.Module]] = {"small_cnn": SmallCNN, "resnet20": _ResNet20}
 """Networks for small images, of any number of channels."""
 
 

@@ -85,7 +85,7 @@ class ModelSpec:
                 f"model.normalize: {len(mean)} values of mean and std, and the images have {channels} channel"
                 f"{'s' if channels > 1 else ''}; give one for each"
             )
-        return Preprocess(mean, std, network_channels)
+        return _Preprocess(mean, std, network_channels)
 
     def check(self) -> None:
         """Build the network once and push two images through it, in both modes.
@@ -116,7 +116,7 @@ class ModelSpec:
                 )
 
 
-class Preprocess(nn.Module):
+class _Preprocess(nn.Module):
     """uint8 (B, C, H, W) to normalised float32 (B, C', H, W), keeping the memory format.
 
     Grey images are repeated to three channels when the network wants three.
@@ -140,7 +140,7 @@ class Preprocess(nn.Module):
 
 
 class _Function(nn.Module):
-    """A user's function in place of `Preprocess`; picklable by its name."""
+    """A user's function in place of `_Preprocess`; picklable by its name."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from distal.config import Metric
 
-N_BINS = 15
+_N_BINS = 15
 
 
 class _Undefined(ValueError):
@@ -94,6 +94,6 @@ def calibration_error(right: NDArray[np.bool_], confidence: NDArray[np.floating[
     Returns:
         In [0, 1]; 0 is perfectly calibrated.
     """
-    bins = np.digitize(confidence, np.arange(1, N_BINS) / N_BINS, right=True)
+    bins = np.digitize(confidence, np.arange(1, _N_BINS) / _N_BINS, right=True)
     gaps = np.bincount(bins, weights=right - confidence.astype(np.float64))  # n_m * (accuracy - confidence)
     return float(np.abs(gaps).sum() / len(right))

@@ -15,7 +15,7 @@ from distal.storage.files import create_bytes, open_to_hash, read_bytes, sha256,
 FORMAT = 3
 """Format version that every artifact carries; an unknown one is refused."""
 
-SEAL = "record_sha256"
+_SEAL = "record_sha256"
 # Limits of a record. The largest, of a barrier, has some bytes per block.
 _MAX_JSON_BYTES, _MAX_YAML_BYTES = 2**28, 2**22
 
@@ -35,7 +35,7 @@ def _json(record: JsonObject) -> bytes:
 
 
 def _sealed(record: JsonObject) -> JsonObject:
-    return {"format": FORMAT, **record, SEAL: digest(record)}
+    return {"format": FORMAT, **record, _SEAL: digest(record)}
 
 
 def read_json(path: Path, required: Sequence[str] = ()) -> JsonObject:
@@ -98,7 +98,7 @@ def read_yaml(path: Path, required: Sequence[str] = ()) -> JsonObject:
 def _checked(path: Path, record: object, required: Sequence[str]) -> JsonObject:
     if not isinstance(record, dict):
         raise Damage(f"{path}: not a record (a mapping was expected)")
-    found, seal = record.pop("format", None), record.pop(SEAL, None)
+    found, seal = record.pop("format", None), record.pop(_SEAL, None)
     if found != FORMAT:
         raise unknown_format(path, found)
     try:

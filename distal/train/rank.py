@@ -34,7 +34,7 @@ from distal.pool import Pool
 from distal.records import CheckpointRef
 from distal.storage import Numbered, create_bytes, read_sealed, write_sealed
 
-STATE, OWNERS = "state.pt", "owners"
+STATE, _OWNERS = "state.pt", "owners"
 
 
 @dataclass(frozen=True)
@@ -350,4 +350,4 @@ def release(folder: Path, prefix: str) -> None:
 
 
 def _owners(folder: Path) -> Numbered:
-    return Numbered(folder / "train" / OWNERS, digits=6)
+    return Numbered(folder / "train" / _OWNERS, digits=6)

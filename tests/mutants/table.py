@@ -150,7 +150,7 @@ ELIMINATE = _of(
     "score/eliminate.py",
     "score/test_eliminate.py",
     ("eliminate: a tie is left out", "& (mode_count <= theta)", "& (mode_count < theta)"),
-    ("eliminate: a barrier too early", "range(n_rows // 2 + 1, n_rows, STEP)", "range(n_rows // 2, n_rows, STEP)"),
+    ("eliminate: a barrier too early", "range(n_rows // 2 + 1, n_rows, _STEP)", "range(n_rows // 2, n_rows, _STEP)"),
     ("eliminate: a row to come is forgotten", "int(reached[0]) + n_rows - row)", "int(reached[0]) + n_rows - row - 1)"),
     ("eliminate: one sample more than the budget", "cumsum() >= budget)", "cumsum() > budget)"),
     ("eliminate: those at theta do not remain", "counts[: theta + 1].sum()", "counts[:theta].sum()"),
@@ -225,7 +225,7 @@ K_CENTER = _of(
     "acquire/k_center.py",
     "acquire/test_k_center.py",
     ("k_center: a chosen one is chosen again", "nearest[chosen[: place + 1]] = -1", "nearest[chosen[:place]] = -1"),
-    ("k_center: rounding is a distance", "        distance[distance <= ROUNDING * scale] = 0\n", ""),
+    ("k_center: rounding is a distance", "        distance[distance <= _ROUNDING * scale] = 0\n", ""),
     (
         "k_center: the last of the farthest",
         "int(np.argmax(nearest))",
@@ -676,7 +676,7 @@ LEDGER = _of(
         "len(labels) >= LABELS_PER_RANK * workers",
         "len(labels) >= LABELS_PER_RANK * workers - 1",
     ),
-    ("ledger: one class is enough", "n_classes >= LEAST_CLASSES", "n_classes >= LEAST_CLASSES - 1"),
+    ("ledger: one class is enough", "n_classes >= _LEAST_CLASSES", "n_classes >= _LEAST_CLASSES - 1"),
     (
         "ledger: every table has labels",
         'name.startswith("labels") and name.endswith(".parquet")',
@@ -755,14 +755,14 @@ ASSIGNMENTS = _of(
         "assignments: labels before what is recorded",
         "        for name, values in (recorded or {}).items():\n"
         "            self._arrays[name].write(where, values.astype(self._arrays[name].dtype, copy=False))\n"
-        "        self._arrays[ARRAY].write(where, labels)\n",
-        "        self._arrays[ARRAY].write(where, labels)\n"
+        "        self._arrays[_ARRAY].write(where, labels)\n",
+        "        self._arrays[_ARRAY].write(where, labels)\n"
         "        for name, values in (recorded or {}).items():\n"
         "            self._arrays[name].write(where, values.astype(self._arrays[name].dtype, copy=False))\n",
     ),
     (
         "assignments: laid out otherwise than recorded",
-        "_lay_out(beside, *(kept[key] for key in LAYOUT))",
+        "_lay_out(beside, *(kept[key] for key in _LAYOUT))",
         "_lay_out(beside, n_rows, n_samples, block_size, n_classes, recorded)",
     ),
     ("assignments: one class too many", "(labels >= self.n_classes) &", "(labels > self.n_classes) &"),
@@ -790,8 +790,8 @@ ASSIGNMENTS = _of(
     ),
     (
         "assignments: recorded arrays are not checked",
-        "for name in (*self.recorded, ARRAY):\n            array",
-        "for name in (ARRAY,):\n            array",
+        "for name in (*self.recorded, _ARRAY):\n            array",
+        "for name in (_ARRAY,):\n            array",
     ),
     (
         "assignments: damaged flags stay",
@@ -893,7 +893,7 @@ OTHERS = (
     *_of(
         "score/evaluate.py",
         "score/test_evaluate.py",
-        ("evaluation: the other border of a bin", "/ N_BINS, right=True)", "/ N_BINS, right=False)"),
+        ("evaluation: the other border of a bin", "/ _N_BINS, right=True)", "/ _N_BINS, right=False)"),
     ),
     *_of(
         "train/rank.py",
