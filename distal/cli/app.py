@@ -32,16 +32,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-pool_app = typer.Typer(help="Pack images into a pool, and look at one.", no_args_is_help=True, rich_markup_mode=None)
+pool_app = typer.Typer(help="Pack images into a pool, or describe one.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(pool_app, name="pool")
-labels_app = typer.Typer(help="Out to annotators, and back.", no_args_is_help=True, rich_markup_mode=None)
+labels_app = typer.Typer(
+    help="Export a batch to annotators, and import their labels.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(labels_app, name="labels")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 LogJson = Annotated[
-    bool, typer.Option("--log-json", help="Log to stderr as JSON, a line per event, instead of showing progress.")
+    bool, typer.Option("--log-json", help="Log events to stderr as JSON lines instead of showing progress.")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Override keys, such as train.lr=0.1.", metavar="[KEY=VALUE]...")
+]
 Channels = Literal["auto", "grey", "rgb"]
 AnyResult = TypeVar("AnyResult", bound="Result | JsonObject")
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the process of a job
@@ -63,7 +67,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("distal.yaml"), as_json: Json = False
 ) -> None:
-    """Write a commented configuration with every key."""
+    """Write a configuration file with every key, commented."""
     from distal.config import commented_yaml
 
     def work() -> dict[str, Any]:
@@ -82,12 +86,15 @@ def run(
     overrides: Overrides = None,
     allow_overlap: Annotated[
         bool,
-        typer.Option("--allow-overlap", help="Go on when images to evaluate on are in the pool (eval.allow_overlap)."),
+        typer.Option("--allow-overlap", help="Accept evaluation images that are in the pool (eval.allow_overlap)."),
     ] = False,
     log_json: LogJson = False,
     as_json: Json = False,
 ) -> None:
-    """Run the whole loop. The same command again continues where it stopped."""
+    """Run the whole loop: train, score, select, label.
+
+    The same command resumes a run that was interrupted.
+    """
     from distal import cluster
     from distal.cli.tables import run_table
     from distal.cli.terminal import JsonLines, Terminal
@@ -111,20 +118,25 @@ def score(
     watch: Annotated[
         bool,
         typer.Option(
-            "--watch", help="Wait for more, until checkpoints.expect of them are there or checkpoints.idle s pass."
+            "--watch", help="Wait for more checkpoints: checkpoints.expect in all, or none for checkpoints.idle s."
         ),
     ] = False,
-    no_select: Annotated[bool, typer.Option("--no-select", help="Score only; `distal select` selects later.")] = False,
-    exclude: Annotated[Path | None, typer.Option(help="File of samples that are labelled (pool.exclude).")] = None,
-    check: Annotated[Path | None, typer.Option(help="File of known samples (sample_id, label), scored first.")] = None,
+    no_select: Annotated[
+        bool, typer.Option("--no-select", help="Score only; select later with `distal select`.")
+    ] = False,
+    exclude: Annotated[Path | None, typer.Option(help="File of samples already labelled (pool.exclude).")] = None,
+    check: Annotated[Path | None, typer.Option(help="File of known labels (sample_id, label), scored first.")] = None,
     expect_accuracy: Annotated[
-        float | None, typer.Option(help="With --check: refuse to go on below it.", min=0, max=1)
+        float | None, typer.Option(help="With --check: stop below this accuracy.", min=0, max=1)
     ] = None,
-    check_precision: Annotated[int | None, typer.Option(help="Blocks to score in fp32, too.", min=1)] = None,
+    check_precision: Annotated[int | None, typer.Option(help="Blocks to score in fp32 as well.", min=1)] = None,
     log_json: LogJson = False,
     as_json: Json = False,
 ) -> None:
-    """Score a pool at the checkpoints of a directory, then reduce and select. Again, it does what is missing."""
+    """Score a pool with the checkpoints of a directory.
+
+    Then compute the measure and select. The same command resumes, and scores checkpoints that are new.
+    """
     from distal import cluster
     from distal.cli.tables import score_table
     from distal.cli.terminal import JsonLines, Terminal
@@ -154,16 +166,17 @@ def score(
 
 @app.command()
 def submit(
-    config: Annotated[
-        Path, typer.Argument(help="YAML file of a run, a comparison, or `distal score`; absolute paths.")
-    ],
-    address: Annotated[str, typer.Option(help="The cluster's dashboard, or a tunnel to it: http://HOST:PORT.")],
+    config: Annotated[Path, typer.Argument(help="YAML file for run, score or compare, with absolute paths.")],
+    address: Annotated[str, typer.Option(help="URL of the cluster's dashboard: http://HOST:PORT.")],
     overrides: Overrides = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Show its log, and end as it ends.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Have `distal score` wait for more checkpoints.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Stream the log; exit with the exit code of the job.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Pass --watch to `distal score`.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run it as a job of a Ray cluster. The same command again continues a run that was stopped."""
+    """Run as a job on a Ray cluster.
+
+    The same command resumes a run that was interrupted.
+    """
     from distal.cli.tables import submit_table
     from distal.cli.terminal import Terminal
     from distal.config import load_portable
@@ -191,13 +204,15 @@ def submit(
 
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
-CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Which cycle; the last one that is scored.", min=0)]
-Last = Annotated[float | None, typer.Option(help="Only the last checkpoints: a number, or below 1 a share.")]
-Every = Annotated[int, typer.Option(help="Only every k-th checkpoint, counted from the last one.", min=1)]
-From = Annotated[int, typer.Option("--from", help="Leave out the checkpoints before this one.", min=0)]
-PoolPlace = Annotated[Path | None, typer.Option("--pool", help="Where the pool of the run is, if it has moved.")]
-Annotate = Annotated[bool, typer.Option("--annotate", help="Keep each sample's most frequent classes, too.")]
-RayAddress = Annotated[str | None, typer.Option(help="Share the work among the nodes of a cluster: auto or host:port.")]
+CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Cycle index (default: last scored).", min=0)]
+Last = Annotated[float | None, typer.Option(help="Use only the last checkpoints: a number, or a fraction below 1.")]
+Every = Annotated[int, typer.Option(help="Use only every k-th checkpoint, counted from the last one.", min=1)]
+From = Annotated[int, typer.Option("--from", help="Skip the checkpoints before this index.", min=0)]
+PoolPlace = Annotated[Path | None, typer.Option("--pool", help="Path of the pool, if it has moved.")]
+Annotate = Annotated[bool, typer.Option("--annotate", help="Also store each sample's most frequent classes.")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Run on a Ray cluster: auto or host:port (default: this machine).")
+]
 
 
 def _window(first: int, last: float | None, every: int) -> Window:
@@ -212,7 +227,9 @@ def _window(first: int, last: float | None, every: int) -> Window:
 @app.command()
 def reduce(
     run_directory: RunDirectory,
-    measure: Annotated[list[str] | None, typer.Option(help="A measure; may be given several times.")] = None,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="Measure to compute; can be repeated (default: that of the run).")
+    ] = None,
     last: Last = None,
     every: Every = 1,
     first: From = 0,
@@ -222,7 +239,10 @@ def reduce(
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Compute measures of stored assignments, of all checkpoints or of a window; no inference."""
+    """Compute measures from stored predictions, no inference.
+
+    Over all checkpoints, or over a window of them: --from, --last, --every.
+    """
     from distal.cli.tables import reduce_table
     from distal.cli.terminal import Terminal
 
@@ -247,8 +267,8 @@ def reduce(
 @app.command()
 def select(
     run_directory: RunDirectory,
-    budget: Annotated[int, typer.Option(help="Samples to select.", min=1)],
-    measure: Annotated[str | None, typer.Option(help="The measure; by default the run's.")] = None,
+    budget: Annotated[int, typer.Option(help="Number of samples to select.", min=1)],
+    measure: Annotated[str | None, typer.Option(help="Measure to rank by (default: that of the run).")] = None,
     last: Last = None,
     every: Every = 1,
     first: From = 0,
@@ -258,7 +278,10 @@ def select(
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Select samples by stored assignments, under another measure, window or budget; no inference."""
+    """Select samples from stored predictions, no inference.
+
+    With another measure, window of checkpoints, or budget than the run.
+    """
     from distal.cli.tables import select_table
     from distal.cli.terminal import Terminal
 
@@ -283,11 +306,14 @@ def select(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run, a comparison, or `distal score`.")],
+    config: Annotated[Path, typer.Argument(help="YAML file for run, score or compare.")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a run will cost before anything starts: passes, objects, disk, memory, and what would be cheaper."""
+    """Estimate the cost of a run before it starts.
+
+    Forward passes, files, disk and memory; and cheaper alternatives.
+    """
     from distal.cli.tables import forecast_table
     from distal.config import load_any
 
@@ -303,11 +329,11 @@ def plan(
 @app.command()
 def status(
     run_directory: RunDirectory,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until the run is complete.")] = False,
-    interval: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=0.1)] = 2.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Poll until the run is complete.")] = False,
+    interval: Annotated[float, typer.Option(help="With --watch: seconds between two polls.", min=0.1)] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Tell from storage alone how far a run is."""
+    """Report the progress of a run, from its files alone."""
     from distal.cli.tables import status_table
     from distal.cli.terminal import WatchScreen
     from distal.report.status import status as status_of
@@ -325,10 +351,13 @@ def status(
 @app.command()
 def tensorboard(
     run_directory: RunDirectory,
-    out: Annotated[Path, typer.Option("--out", help="Folder for TensorBoard; a new or an empty one.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder, new or empty.")],
     as_json: Json = False,
 ) -> None:
-    """Write what a run has measured so far for TensorBoard: losses, accuracies, seconds, faults."""
+    """Export the metrics of a run for TensorBoard.
+
+    Losses, accuracies, seconds per stage, and faults.
+    """
 
     def work() -> dict[str, Any]:
         from distal.report.tensorboard import export
@@ -341,11 +370,14 @@ def tensorboard(
 @app.command()
 def explain(
     run_directory: RunDirectory,
-    sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="The name of a sample.")],
+    sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="sample_id of a sample.")],
     pool: PoolPlace = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what every checkpoint said of a sample, and why it was chosen or not."""
+    """Show why a sample was selected or not.
+
+    With the class predicted at every checkpoint, and its scores.
+    """
     from distal.cli.tables import explain_table
 
     def work() -> dict[str, Any]:
@@ -359,11 +391,14 @@ def explain(
 @app.command()
 def diff(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Run directory.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another one.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another run directory.")],
     cycle: CycleIndex = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what the selections of two runs share, and which decisive keys differ."""
+    """Compare the selections of two runs.
+
+    Also lists the configuration keys that differ and affect results.
+    """
     from distal.cli.tables import diff_table
 
     def work() -> dict[str, Any]:
@@ -377,14 +412,19 @@ def diff(
 @app.command()
 def informativeness(
     run_directories: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    measure: Annotated[list[str] | None, typer.Option(help="A measure, such as flips@last=0.5; several times.")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="Measure, such as flips@last=0.5; can be repeated.")] = None,
     cycle: CycleIndex = None,
-    budget: Annotated[int | None, typer.Option(help="Samples of which the overlap is told.", min=1)] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the table, the figure and the numbers.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Report how far the top BUDGET samples of the measures overlap.", min=1)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder for table, figure and numbers.")] = None,
     pool: PoolPlace = None,
     as_json: Json = False,
 ) -> None:
-    """Tell how often the final network errs on what each measure ranks first; needs the pool's labels."""
+    """Report the network's error on each measure's top samples.
+
+    Needs a pool with labels. Nothing is trained.
+    """
     from distal.cli.tables import informativeness_table
     from distal.cli.terminal import Terminal
 
@@ -407,11 +447,14 @@ def informativeness(
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Argument(help="YAML file with a section `compare`.")],
+    config: Annotated[Path, typer.Argument(help="YAML file with a `compare` section.")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Run strategies x seeds and compare them. The same command again continues where it stopped."""
+    """Run several strategies and seeds, and compare them.
+
+    With paired tests, corrected for their number. The same command resumes.
+    """
     from distal import cluster
     from distal.cli.tables import comparison_table
     from distal.cli.terminal import Terminal
@@ -428,12 +471,15 @@ def compare(
     _answer(work, as_json, comparison_table, _same_command)
 
 
-RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory, or folder of a pool.")]
+RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory or pool folder.")]
 
 
 @app.command()
 def verify(path: RunOrPool, as_json: Json = False) -> None:
-    """Read everything of a run or a pool and check it; exit 4 when something is damaged. Nothing is changed."""
+    """Check every file of a run or pool against its checksum.
+
+    Changes nothing. Exits with 4 when a file is damaged.
+    """
     from distal.cli.tables import verify_table
     from distal.cli.terminal import Terminal
 
@@ -449,7 +495,10 @@ def verify(path: RunOrPool, as_json: Json = False) -> None:
 
 @app.command()
 def repair(path: RunOrPool, as_json: Json = False) -> None:
-    """Delete what is damaged, so that the command that made it makes it again; in a pool, pack the images again."""
+    """Delete damaged files, so that they are computed again.
+
+    The command that wrote them computes them again. Images of a pool are packed again from its source.
+    """
     from distal.cli.tables import repair_table
     from distal.cli.terminal import Terminal
 
@@ -466,18 +515,21 @@ def repair(path: RunOrPool, as_json: Json = False) -> None:
 @labels_app.command("export")
 def labels_export(
     run_directory: RunDirectory,
-    out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    fmt: Annotated[Literal["csv", "parquet", "label-studio"], typer.Option("--format", help="Of the file.")] = "csv",
-    copy_images: Annotated[Path | None, typer.Option(help="Folder to write the images to, as PNG.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Output file.")],
+    fmt: Annotated[Literal["csv", "parquet", "label-studio"], typer.Option("--format", help="File format.")] = "csv",
+    copy_images: Annotated[Path | None, typer.Option(help="Folder to export the images to, as PNG.")] = None,
     url_map: Annotated[
-        str | None, typer.Option(help="FROM=TO: a beginning of every path or URL, and what annotators see instead.")
+        str | None, typer.Option(help="FROM=TO: replace the prefix FROM of every path or URL by TO.")
     ] = None,
     predictions: Annotated[
-        bool, typer.Option("--predictions", help="Pre-select what the model says. It biases annotators.")
+        bool, typer.Option("--predictions", help="Pre-select the predicted class. This biases annotators.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what is still to be labelled of the batch that a run waits for."""
+    """Export the samples of a batch that have no label yet.
+
+    In random order, so that annotators learn nothing from the rank.
+    """
     from distal.cli.tables import export_table
 
     def work() -> dict[str, Any]:
@@ -501,16 +553,19 @@ def labels_export(
 @labels_app.command("import")
 def labels_import(
     run_directory: RunDirectory,
-    file: Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON of Label Studio.")],
+    file: Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON from Label Studio.")],
     annotator: Annotated[
-        str | None, typer.Option(help="Who gave the answers that name nobody; by default the name of the file.")
+        str | None, typer.Option(help="Annotator of rows that name none (default: the name of the file).")
     ] = None,
     allow_unasked: Annotated[
-        bool, typer.Option("--allow-unasked", help="Take labels of samples that no batch asked for, too.")
+        bool, typer.Option("--allow-unasked", help="Also accept labels of samples that no batch asked for.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Keep the answers of annotators. Importing a file again changes nothing. The next `distal run` uses them."""
+    """Import labels from annotators.
+
+    The next `distal run` uses them. Importing the same file again changes nothing.
+    """
     from distal.cli.tables import import_table
 
     def work() -> dict[str, Any]:
@@ -526,21 +581,21 @@ def pool_build(
     source: Annotated[
         str, typer.Argument(help="Parquet file or folder, image folder, builtin:NAME, torchvision:NAME.")
     ],
-    dest: Annotated[Path, typer.Argument(help="Folder of the pool.")],
+    dest: Annotated[Path, typer.Argument(help="Pool folder.")],
     size: Annotated[str | None, typer.Option(help="Resize all images to WIDTHxHEIGHT pixels.")] = None,
-    channels: Annotated[Channels, typer.Option(help="auto: grey when the first images are.")] = "auto",
-    image_column: Annotated[str, typer.Option(help="Column of encoded images, or of bytes and path.")] = "image",
-    id_column: Annotated[str, typer.Option(help="Column of stable names.")] = "sample_id",
+    channels: Annotated[Channels, typer.Option(help="auto: grey if the first images are grey.")] = "auto",
+    image_column: Annotated[str, typer.Option(help="Column of encoded images, or of structs {bytes, path}.")] = "image",
+    id_column: Annotated[str, typer.Option(help="Column of unique names that never change.")] = "sample_id",
     label_column: Annotated[str, typer.Option(help="Column of labels, if any.")] = "label",
     class_column: Annotated[str, typer.Option(help="Column of class names, if any.")] = "class_name",
-    group_column: Annotated[str, typer.Option(help="Column of groups, if any.")] = "group_id",
+    group_column: Annotated[str, typer.Option(help="Column of groups, such as patients, if any.")] = "group_id",
     follow_symlinks: Annotated[
-        bool, typer.Option("--follow-symlinks", help="Also follow links that lead out of the source's folder.")
+        bool, typer.Option("--follow-symlinks", help="Follow links that lead out of the source folder.")
     ] = False,
-    ray_address: Annotated[str, typer.Option(help="local, auto or host:port.")] = "local",
+    ray_address: Annotated[str, typer.Option(help="Ray: local, auto or host:port.")] = "local",
     as_json: Json = False,
 ) -> None:
-    """Pack a source into a pool, once, in parallel."""
+    """Pack images into a pool, in parallel."""
     from distal import cluster
     from distal.cli.tables import pool_table
     from distal.cli.terminal import Terminal
@@ -577,7 +632,7 @@ def pool_build(
 
 
 @pool_app.command("info")
-def pool_info(pool: Annotated[Path, typer.Argument(help="Folder of the pool.")], as_json: Json = False) -> None:
+def pool_info(pool: Annotated[Path, typer.Argument(help="Pool folder.")], as_json: Json = False) -> None:
     """Describe a pool."""
     from distal.cli.tables import pool_table
 
