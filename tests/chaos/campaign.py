@@ -275,7 +275,9 @@ class Disturbed:
             return False
         names = sorted(Selection.read(waiting.selection).sample_ids)
         for part in (names[: len(names) // 2], names, names):  # in parts, and repeatedly
-            file = self.path.parent / f"{self.path.name}-labels.csv"
+            # Answers keep the name of their file: it must not depend on the run.
+            file = self.path.parent / f"labels-of-{self.path.name}" / "labels.csv"
+            file.parent.mkdir(exist_ok=True)
             lines = (f"{name},{self.lab.truth[name]},somebody\n" for name in part)
             file.write_text("sample_id,label,annotator\n" + "".join(lines))
             imported = self.distal("labels", "import", self.path, file)
