@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from distal.artifacts.scores import Scores
     from distal.artifacts.selection import Selection
     from distal.compare.strategies import compare
-    from distal.config import Config, load
-    from distal.config import load_foreign as load_score
+    from distal.config import CompareConfig, Config, ScoreConfig, load
     from distal.driver.reanalyse import reduce_run as reduce
     from distal.driver.reanalyse import select_run as select
     from distal.driver.run import run
@@ -43,16 +42,17 @@ if TYPE_CHECKING:
 # Names are imported when they are first used: `import distal` costs nothing.
 _HOMES = {
     "Assignments": "distal.artifacts.assignments:Assignments",
+    "CompareConfig": "distal.config:CompareConfig",
     "Config": "distal.config:Config",
     "ModelSpec": "distal.model.spec:ModelSpec",
     "Pool": "distal.pool:Pool",
     "Run": "distal.artifacts.runs:Run",
+    "ScoreConfig": "distal.config:ScoreConfig",
     "Scores": "distal.artifacts.scores:Scores",
     "Selection": "distal.artifacts.selection:Selection",
     "build": "distal.pool.build:build",
     "compare": "distal.compare.strategies:compare",
     "load": "distal.config:load",
-    "load_score": "distal.config:load_foreign",
     "plan": "distal.report.plan:forecast",
     "publish_checkpoint": "distal.train.command:publish_checkpoint",
     "reduce": "distal.driver.reanalyse:reduce_run",
@@ -67,16 +67,17 @@ _PACKAGES = ("compare", "reduce", "score")  # each is a package and, called, the
 
 __all__ = [
     "Assignments",
+    "CompareConfig",
     "Config",
     "ModelSpec",
     "Pool",
     "Run",
+    "ScoreConfig",
     "Scores",
     "Selection",
     "build",
     "compare",
     "load",
-    "load_score",
     "plan",
     "publish_checkpoint",
     "reduce",

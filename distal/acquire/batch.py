@@ -18,7 +18,7 @@ from distal.acquire.topk import Candidates, TopK
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
-from distal.config import SelectConfig
+from distal.config import SelectSection
 from distal.config.needs import K_CENTER
 from distal.errors import ConfigError, Damage
 from distal.hashing import mix64, sample_keys, seed_for
@@ -39,7 +39,7 @@ def select(
     scores: Scores,
     assignments: Assignments,
     pool: Pool,
-    config: SelectConfig,
+    config: SelectSection,
     dest: Path,
     *,
     budget: int,
@@ -99,7 +99,7 @@ class Order:
     scores: Scores
     assignments: Assignments
     pool: Pool
-    config: SelectConfig
+    config: SelectSection
     seed: int
     cycle: int
     last_row: int

@@ -15,7 +15,7 @@ A driver that was paused may write after its successor has begun. What then? Eve
   which attempt at training counts, whose checkpoints and assignments are in folders of its own;
 - the same bytes, whoever writes them: chunks, scores, selections, the state of training, on processors of one kind;
 - written after `require`, and found out if it is late all the same: see `Waiting.write`, `Staged.expect_again`,
-  `ForeignCheckpoints.keep`.
+  `FolderCheckpoints.keep`.
 """
 
 from __future__ import annotations

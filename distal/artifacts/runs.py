@@ -37,7 +37,7 @@ from typing import Any, Self
 from distal import storage
 from distal.artifacts.ledger import Ledger, label_files
 from distal.artifacts.selection import Selection
-from distal.config import Config, ForeignConfig, Root, from_record, to_record
+from distal.config import Config, Root, ScoreConfig, from_record
 from distal.errors import Damage, RunConflict, Superseded, one_line
 from distal.hashing import digest
 from distal.records import JsonObject
@@ -45,7 +45,7 @@ from distal.records import JsonObject
 EXPECTED, ATTEMPTS = "expected.json", "attempts"
 CYCLE = re.compile(r"\d{3,}", re.ASCII)
 ATTEMPT = re.compile(r"\d{5,}\.json", re.ASCII)
-STAGES = ("train", "score", "test", "reduce", "select", "label")
+STAGES = Config.stages
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class Cycle(Staged):
         return self.folder / "labels.parquet"
 
     @cached_property
-    def config(self) -> Config | ForeignConfig | None:
+    def config(self) -> Config | ScoreConfig | None:
         """The resolved configuration the cycle began with; None when it has not begun."""
         try:
             record = storage.read_yaml(self.folder / "cycle.yaml")
@@ -278,7 +278,7 @@ class Cycle(Staged):
 
     def begin(self, config: Root) -> None:
         """Write `cycle.yaml`; from here on the configuration of this cycle is fixed."""
-        if not storage.create_yaml(self.folder / "cycle.yaml", to_record(config)):
+        if not storage.create_yaml(self.folder / "cycle.yaml", config.to_record()):
             raise Superseded(f"{self.folder}: another driver has begun this cycle meanwhile; this one stops")
         vars(self).pop("config", None)  # it was None until now
 
@@ -406,7 +406,7 @@ class Run:
     def is_complete(self, n_cycles: int) -> bool:
         """Whether nothing is left to do, told from storage alone."""
         begun = self.begun_cycles()[:n_cycles]
-        if begun and isinstance(begun[-1].config, ForeignConfig):
+        if begun and isinstance(begun[-1].config, ScoreConfig):
             return begun[-1].marker("score") is not None
         if not begun:
             return False

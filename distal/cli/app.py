@@ -140,13 +140,13 @@ def score(
     from distal import cluster
     from distal.cli.tables import score_table
     from distal.cli.terminal import JsonLines, Terminal
-    from distal.config import load_foreign
+    from distal.config import ScoreConfig, load
 
     def work() -> dict[str, Any]:
         if expect_accuracy is not None and check is None:
             raise ConfigError("--expect-accuracy needs --check FILE")
         extra = [f"pool.exclude={exclude}"] if exclude else []
-        loaded = load_foreign(config, [*(overrides or []), *extra])
+        loaded = load(config, [*(overrides or []), *extra], ScoreConfig)
         cluster.secure(loaded.ray.address)
         with JsonLines() if log_json else Terminal() as display:
             from distal.driver.score_folder import score_directory
@@ -458,10 +458,10 @@ def compare(
     from distal import cluster
     from distal.cli.tables import comparison_table
     from distal.cli.terminal import Terminal
-    from distal.config import load_compare
+    from distal.config import CompareConfig, load
 
     def work() -> dict[str, Any]:
-        loaded = load_compare(config, overrides or [])
+        loaded = load(config, overrides or [], CompareConfig)
         cluster.secure(loaded.ray.address)
         with Terminal() as terminal:
             from distal.compare.strategies import compare as compare_strategies

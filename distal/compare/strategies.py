@@ -28,7 +28,7 @@ from distal import __version__, cluster
 from distal.artifacts.assignments import begun_path, record_path
 from distal.artifacts.runs import Cycle, Run
 from distal.compare.results import report
-from distal.config import FIRST, CompareConfig, Config, SelectConfig
+from distal.config import FIRST, CompareConfig, Config, SelectSection
 from distal.config.needs import recorded, scored_epochs
 from distal.driver import run as driver
 from distal.errors import ConfigError
@@ -103,7 +103,7 @@ def _single(
     config: CompareConfig,
     seed: int,
     folder: Path,
-    select: SelectConfig,
+    select: SelectSection,
     record: tuple[str, ...],
     checkpoints: str,
     cycles: int | None = None,
@@ -209,6 +209,6 @@ def _conditions(config: CompareConfig, pool: Pool) -> JsonObject:
     }
 
 
-def _changed(select: SelectConfig) -> str:
+def _changed(select: SelectSection) -> str:
     """The keys of a strategy that are not the default."""
     return ", ".join(f"{key}={value}" for key, value in select.model_dump(by_alias=True, exclude_defaults=True).items())

@@ -1,28 +1,14 @@
-"""The configuration: YAML in, frozen models out, every key documented in its one place.
-
-`docs/config.md` is generated from here (`python -m distal.config > docs/config.md`), and so is what
-`distal init` writes.
-"""
+"""The sections of a configuration and their keys: type, default, bounds, meaning, and when each may change."""
 
 from __future__ import annotations
 
-import keyword
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic import Field, Strict, field_validator, model_validator
 
-from distal.errors import ConfigError, RunConflict
-from distal.hashing import digest
-from distal.records import JsonObject, Window
-from distal.storage import is_relative, local_path
+from distal.config.keys import ANY_TIME, NEVER, PLACE, Section, key
+from distal.records import Window
 
 VoteMeasure = Literal[
     "dispersion", "dispersion_authors", "vote_entropy", "gini", "vote_margin", "flips", "last_flip", "decayed"
@@ -37,24 +23,6 @@ Count = Annotated[int, Strict(), Field(ge=1)]
 BUILTIN, TORCHVISION = "builtin:", "torchvision:"
 FIRST = "first"  # in a comparison, the folder of what all strategies share
 NAMED = (BUILTIN, TORCHVISION)  # sources that have a name, which is no path
-SECTIONS = {  # in the order of the work; what is no section comes first
-    name: place
-    for place, name in enumerate(
-        ("pool", "ray", "model", "checkpoints", "loop", "train", "score", "eval", "select", "label", "compare"),
-        start=1,
-    )
-}
-
-# When a key may change. It says what a change can do to a run that exists already.
-NEVER = "never"  # part of what the run is
-NEXT_CYCLE = "next cycle"  # affects results: fixed once a cycle has begun
-PLACE = "may move"  # where something is whose content never changes
-ANY_TIME = "any time"  # affects speed or length, or what to put up with, never a result
-
-
-def key(default: Any, description: str, changes: str = NEXT_CYCLE, **constraints: Any) -> Any:
-    """A configuration key: default, description (with the unit), when it may change, bounds."""
-    return Field(default, description=description, json_schema_extra={"changes": changes}, **constraints)
 
 
 def check_measure(measure: str, window: Window) -> None:
@@ -63,12 +31,6 @@ def check_measure(measure: str, window: Window) -> None:
         raise ValueError(f"{measure!r} is unknown; known: {', '.join(get_args(Measure))}")
     if window != Window() and measure not in get_args(VoteMeasure):
         raise ValueError(f"{measure} has no window; a window is for {', '.join(get_args(VoteMeasure))}")
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ChannelStats(Section):
@@ -84,7 +46,6 @@ class ChannelStats(Section):
         return self
 
 
-FUNCTIONS = ("model.name", "model.normalize", "model.output", "select.batch")  # the keys that may name one
 Function = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 Normalize = Literal["pool", "imagenet"] | ChannelStats | Function
 NORMALIZE_VALUES = "imagenet, pool, {mean: [...], std: [...]} with a value per channel, or package.module:function"
@@ -117,7 +78,7 @@ class PoolSource(Section):
     )
 
 
-class PoolConfig(PoolSource):
+class PoolSection(PoolSource):
     """All images, read-only."""
 
     classes: tuple[str, ...] | str | None = key(
@@ -128,7 +89,7 @@ class PoolConfig(PoolSource):
     )
 
 
-class ForeignPool(PoolSource):
+class FolderPool(PoolSource):
     """All images, read-only; labels are not needed."""
 
     exclude: str | None = key(
@@ -139,7 +100,7 @@ class ForeignPool(PoolSource):
     )
 
 
-class RayConfig(Section):
+class RaySection(Section):
     """Where the work runs."""
 
     address: str = key(
@@ -179,7 +140,7 @@ class Architecture(Section):
     )
 
 
-class ModelConfig(Architecture):
+class ModelSection(Architecture):
     """The classifier."""
 
     weights: str | None = key(
@@ -188,9 +149,10 @@ class ModelConfig(Architecture):
         "(`DEFAULT`, `IMAGENET1K_V1`). A head for other classes is left out. null: random.",
     )
     normalize: Normalize = key("pool", NORMALIZE)
+    num_classes: ClassVar[None] = None
 
 
-class ForeignModel(Architecture):
+class FolderModel(Architecture):
     """The classifier that the checkpoints are of. What they were trained with has no default."""
 
     num_classes: Integer = key(..., "Length of its output.", ge=2)
@@ -198,7 +160,7 @@ class ForeignModel(Architecture):
     weights: ClassVar[None] = None
 
 
-class CheckpointsConfig(Section):
+class CheckpointsSection(Section):
     """Checkpoints that something else writes: state_dicts as .pt, .pth or .safetensors, or Lightning's .ckpt."""
 
     path: str = key(..., "The directory.", PLACE)
@@ -221,7 +183,7 @@ class CheckpointsConfig(Section):
     )
 
 
-class LoopConfig(Section):
+class LoopSection(Section):
     """Cycles and what is bought in each."""
 
     cycles: Integer = key(3, "Cycles to run; may grow. The last one selects but does not label.", ANY_TIME, ge=1)
@@ -240,7 +202,7 @@ class LoopConfig(Section):
     )
 
 
-class TrainConfig(Section):
+class TrainSection(Section):
     """DDP training on the labelled samples."""
 
     command: str | None = key(
@@ -297,7 +259,7 @@ class TrainConfig(Section):
         return [e for e in epochs if e % self.checkpoint_every == 0 or e == self.epochs]
 
 
-class ScoreConfig(Section):
+class Scoring(Section):
     """Predicting the class of every eligible sample at every checkpoint."""
 
     actors: Count | Auto = key(
@@ -333,7 +295,7 @@ class ScoreConfig(Section):
     )
 
 
-class RunScore(ScoreConfig):
+class ScoreSection(Scoring):
     """Predicting the class of every eligible sample at the checkpoints of a cycle."""
 
     checkpoints: Literal["needed", "all"] = key(
@@ -348,13 +310,13 @@ class RunScore(ScoreConfig):
     )
 
 
-class ForeignScore(ScoreConfig):
+class FolderScore(Scoring):
     """Predicting the class of every eligible sample at every checkpoint, and how many to select."""
 
     budget: Count = key(1000, "Samples to select.")
 
 
-class EvalConfig(Section):
+class EvalSection(Section):
     """How good the last checkpoint of each cycle is. Nothing is chosen by it."""
 
     test: str | None = key(
@@ -387,7 +349,7 @@ class EvalConfig(Section):
         return value
 
 
-class SelectConfig(Section):
+class SelectSection(Section):
     """Which samples to label next."""
 
     from_: str | None = key(
@@ -439,7 +401,7 @@ class SelectConfig(Section):
         return f"{measure}{window}"
 
 
-class LabelConfig(Section):
+class LabelSection(Section):
     """Who answers."""
 
     oracle: Literal["pool", "files"] = key(
@@ -457,162 +419,10 @@ class LabelConfig(Section):
     )
 
 
-class Root(Section):
-    """What a configuration of any kind has.
-
-    Attributes:
-        command: the command of `distal` that it is for.
-    """
-
-    command: ClassVar[str]
-
-    run: str = key(..., "Run directory.", PLACE)
-    seed: Integer = key(0, "Seed of every random draw.", NEVER, ge=0, lt=2**63)
-    device: Literal["auto", "cpu", "cuda"] = key(
-        "auto", "Where training and scoring run. auto: cuda when the cluster has a GPU."
-    )
-    durable: bool = key(
-        False,
-        "Have every file on the disk before it counts, so that a power loss loses no more than a killed process does. "
-        "Slower.",
-        ANY_TIME,
-    )
-    pool: PoolSource
-    ray: RayConfig = RayConfig()
-    model: Architecture
-    score: ScoreConfig = ScoreConfig()
-    select: SelectConfig = SelectConfig()
-
-    @model_validator(mode="after")
-    def _measurable(self) -> Self:
-        if self.select.measure in get_args(Recorded) and self.select.measure not in self.score.record:
-            raise ValueError(f"select.measure: {self.select.measure} needs score.record to contain it")
-        if self.select.breaks_ties_by_margin and "margin" not in self.score.record:
-            raise ValueError("select.tie_break: margin needs score.record to contain it; or set tie_break: hash")
-        if self.score.eliminate == "exact" and self.select.batch != "top_k":
-            raise ValueError(
-                f"score.eliminate: exact is for select.batch: top_k, not for {self.select.batch}; set "
-                "score.eliminate=none"
-            )
-        if self.score.eliminate == "exact" and self.select.from_ is not None:
-            raise ValueError("score.eliminate: exact, and select.from names the batch; set score.eliminate=none")
-        if self.score.eliminate == "exact" and self.select.measure != "dispersion":
-            raise ValueError(
-                f"score.eliminate: exact is for select.measure: dispersion, not for {self.select.measure}; "
-                "set score.eliminate=none"
-            )
-        return self
-
-    def places(self) -> dict[str, str]:
-        """The keys that name a file or folder, with their values; none that is a name of something else."""
-        named = {"run": self.run, "pool.path": self.pool.path}
-        if self.pool.source is not None and not self.pool.source.startswith(NAMED):
-            named["pool.source"] = self.pool.source
-        if self.select.from_ is not None:
-            named["select.from"] = self.select.from_
-        return named
-
-    def functions(self) -> dict[str, str]:
-        """The keys that name a function or a class of the user's, with their values."""
-        named = {name: self.leaves()[name] for name in FUNCTIONS}
-        return {name: value for name, value in named.items() if isinstance(value, str) and ":" in value}
-
-    def absolute(self) -> Self:
-        """The same configuration with absolute paths; relative ones start at the working directory."""
-        return self.with_values({name: str(local_path(place, name)) for name, place in self.places().items()})
-
-    def leaves(self) -> dict[str, Any]:
-        """Every key with its value, as `{"train.lr": 0.05, ...}`, in order."""
-        return {name: _value(self, name) for name, _ in documented_keys(type(self))}
-
-    def decisive(self) -> dict[str, Any]:
-        """The keys that can change a bit of the answer, with their values."""
-        return self._that_change(NEVER, NEXT_CYCLE)
-
-    def fixed(self) -> dict[str, Any]:
-        """The keys that are part of what a run is, with their values."""
-        return self._that_change(NEVER)
-
-    def _that_change(self, *when: str) -> dict[str, Any]:
-        fields = dict(documented_keys(type(self)))
-        return {name: value for name, value in self.leaves().items() if _changes(fields[name]) in when}
-
-    def digest(self, *prefixes: str) -> str:
-        """Hash of the decisive keys under some prefixes. A default is left out, so a key that is added later, with a
-        default that changes nothing, changes no hash."""
-        defaults = {name: _default(field) for name, field in documented_keys(type(self))}
-        return digest(
-            {
-                name: value
-                for name, value in self.decisive().items()
-                if name.startswith(prefixes) and value != defaults[name]
-            }
-        )
-
-    def autos(self) -> list[str]:
-        """The decisive keys that say `auto`."""
-        return [name for name, value in self.decisive().items() if value == "auto" and name != "model.stem"]
-
-    def with_values(self, values: Mapping[str, Any]) -> Self:
-        """A copy with some keys set, named as in `leaves`; validated again."""
-        return type(self).model_validate(_merged(self.model_dump(by_alias=True), values))
-
-
-AnyRoot = TypeVar("AnyRoot", bound=Root)
-
-
-class Config(Root):
-    """One active-learning run."""
-
-    command: ClassVar[str] = "run"
-
-    pool: PoolConfig
-    model: ModelConfig = ModelConfig()
-    loop: LoopConfig = LoopConfig()
-    train: TrainConfig = TrainConfig()
-    score: RunScore = RunScore()
-    eval: EvalConfig = EvalConfig()
-    label: LabelConfig = LabelConfig()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if isinstance(self.loop.initial, int) and self.loop.initial < 2 * self.train.workers:
-            raise ValueError(
-                f"loop.initial: {self.loop.initial} must be at least 2 per rank (train.workers: {self.train.workers}): "
-                "batch norm needs two images"
-            )
-        measure, window = Window.of_name(self.select.measure)
-        if measure == "dispersion_authors" and self.score.transform != "train":
-            raise ValueError("select.measure: dispersion_authors needs score.transform: train")
-        n_rows = len(self.train.checkpoint_epochs)
-        n_inside = len(window.rows(n_rows))
-        if window != Window() and n_inside < 2:
-            raise ValueError(
-                f"select.measure: {self.select.measure}: that is {n_inside} of {n_rows} checkpoints, and a measure of "
-                "one is always 0; take a wider window"
-            )
-        return self
-
-    def places(self) -> dict[str, str]:
-        """See `Root.places`."""
-        named = super().places()
-        for name, place in (("eval.test", self.eval.test), ("eval.val", self.eval.val)):
-            if place is not None and not place.startswith(NAMED):
-                named[name] = place
-        if isinstance(self.loop.initial, str):
-            named["loop.initial"] = self.loop.initial
-        if isinstance(self.pool.classes, str):
-            named["pool.classes"] = self.pool.classes
-        weights = self.model.weights
-        if weights is not None and (os.sep in weights or Path(weights).suffix):
-            named["model.weights"] = weights
-        return named
-
-
 class CompareSection(Section):
     """Strategies x seeds."""
 
-    strategies: dict[Annotated[str, Field(pattern=r"^[\w.@=+-]+$")], SelectConfig] = key(
+    strategies: dict[Annotated[str, Field(pattern=r"^[\w.@=+-]+$")], SelectSection] = key(
         ...,
         "Name of each strategy and its keys of the section `select`, as `entropy: {measure: entropy}`. A name is "
         "letters, digits and `_.@=+-`.",
@@ -636,7 +446,7 @@ class CompareSection(Section):
         return self
 
 
-class CompareLoop(LoopConfig):
+class CompareLoop(LoopSection):
     """Cycles and what is bought in each."""
 
     balance: bool = key(
@@ -645,379 +455,3 @@ class CompareLoop(LoopConfig):
         "random.",
         NEVER,
     )
-
-
-class CompareConfig(Config):
-    """Runs that differ by seed and by what selects. The sections are those of a run; `select` is given per strategy."""
-
-    command: ClassVar[str] = "compare"
-
-    loop: CompareLoop = CompareLoop()
-    compare: CompareSection
-
-    @model_validator(mode="after")
-    def _measured(self) -> Self:
-        if self.compare.metric not in self.eval.metrics:
-            raise ValueError(
-                f"compare.metric: {self.compare.metric} is not in eval.metrics, {', '.join(self.eval.metrics)}"
-            )
-        if self.label.oracle != "pool":
-            raise ValueError("label.oracle must be pool: nobody labels the same images for every strategy")
-        return self
-
-    def functions(self) -> dict[str, str]:
-        """See `Root.functions`."""
-        batches = {f"compare.strategies.{name}.batch": each.batch for name, each in self.compare.strategies.items()}
-        return super().functions() | {name: batch for name, batch in batches.items() if ":" in batch}
-
-    @property
-    def seeds(self) -> range:
-        """The seeds."""
-        return range(self.seed, self.seed + self.compare.seeds)
-
-
-class ForeignConfig(Root):
-    """Scoring a pool at the checkpoints of a directory, and selecting from it."""
-
-    command: ClassVar[str] = "score"
-
-    pool: ForeignPool
-    model: ForeignModel
-    checkpoints: CheckpointsConfig
-    score: ForeignScore = ForeignScore()
-
-    @model_validator(mode="after")
-    def _of_scores_alone(self) -> Self:
-        select = self.select
-        if select.batch not in ("top_k", "power"):
-            raise ValueError(f"select.batch: {select.batch} is for `distal run`; here a batch is top_k or power")
-        if select.measure.startswith("dispersion_authors"):
-            raise ValueError(f"select.measure: {select.measure} is for `distal run`, which can augment the pool")
-        for name, value in (("from", select.from_), ("subpool", select.subpool)):
-            if value is not None:
-                raise ValueError(f"select.{name} is for `distal run`; remove it")
-        return self
-
-    def places(self) -> dict[str, str]:
-        """See `Root.places`."""
-        named = super().places() | {"checkpoints.path": self.checkpoints.path}
-        if self.pool.exclude is not None:
-            named["pool.exclude"] = self.pool.exclude
-        return named
-
-
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML file of a run and apply `key.sub=value` overrides (values are YAML).
-
-    Raises:
-        ConfigError: no such file, not YAML, an unknown key, or a value out of its bounds.
-    """
-    return parse(_read(Path(path)), overrides)
-
-
-def load_foreign(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ForeignConfig:
-    """The same for `distal score`."""
-    return parse_foreign(_read(Path(path)), overrides)
-
-
-def load_compare(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CompareConfig:
-    """The same for `distal compare`."""
-    return _validated(CompareConfig, _read(Path(path)), overrides).absolute()
-
-
-def load_any(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config | ForeignConfig:
-    """Any kind: one with a section `checkpoints` is for `distal score`, one with `compare` for `distal compare`."""
-    tree = _read(Path(path))
-    return _validated(_kind(tree), tree, overrides).absolute()
-
-
-def load_portable(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config | ForeignConfig:
-    """Any kind, for a process that works in another directory: a relative path would name something else there.
-
-    Raises:
-        ConfigError: as `load`, and for a relative path.
-    """
-    tree = _read(Path(path))
-    given = _validated(_kind(tree), tree, overrides)
-    config = given.absolute()  # which refuses what is no path
-    for name, place in given.places().items():
-        if is_relative(place):
-            raise ConfigError(
-                f"{name}: {place!r} is relative, and a submitted job works in a scratch folder of its own; give the "
-                f"absolute path that every node of the cluster sees ({name}=/...)"
-            )
-    return config
-
-
-def _kind(tree: Mapping[str, Any]) -> type[Config] | type[ForeignConfig]:
-    return ForeignConfig if "checkpoints" in tree else CompareConfig if "compare" in tree else Config
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ConfigError(f"{file}: no such file; `distal init {file}` writes one for `distal run`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: a mapping of keys to values was expected")
-    return tree
-
-
-def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """A `Config` from nested keys and values; raises `ConfigError` with one line."""
-    return _validated(Config, tree, overrides).absolute()
-
-
-def parse_foreign(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> ForeignConfig:
-    """A `ForeignConfig` from nested keys and values; raises `ConfigError` with one line."""
-    return _validated(ForeignConfig, tree, overrides).absolute()
-
-
-def _validated(kind: type[AnyRoot], tree: Mapping[str, Any], overrides: Sequence[str]) -> AnyRoot:
-    values: dict[str, Any] = {}
-    for override in overrides:
-        name, separator, text = override.partition("=")
-        if not separator or not name:
-            raise ConfigError(f"{override!r}: an override is written key.sub=value")
-        try:
-            # A pattern such as *.ckpt would be an alias in YAML.
-            values[name] = text if text.startswith("*") else yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
-            raise ConfigError(f"{override!r}: {text!r} is not a valid YAML value") from None
-    try:
-        return kind.model_validate(_merged(tree, values))
-    except ValidationError as error:
-        raise ConfigError(_one_line(error, kind)) from None
-
-
-def check_unchanged(old: Root, new: Root, cycle: int) -> None:
-    """Refuse a change that a cycle which has begun cannot take.
-
-    Args:
-        old: the resolved configuration of `cycle`.
-
-    Raises:
-        RunConflict: naming the key, both values and the first cycle the change may apply to.
-    """
-    before, after = old.decisive(), new.decisive()
-    for name, value in after.items():
-        if before[name] != value:
-            raise RunConflict(
-                f"{name}: {_yaml(before[name])} -> {_yaml(value)}: cycle {cycle} has begun with the old value; the new "
-                f"one may apply from cycle {cycle + 1}, when cycle {cycle} is finished; or remove cycles/{cycle:03d} "
-                "from the run to do it again, or give another run directory (run=...)"
-            )
-
-
-def documented_keys(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of the configuration with its field, depth first: ("train.lr", ...)."""
-    for name, field in sorted(model.model_fields.items(), key=lambda item: SECTIONS.get(item[0], 0)):
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from documented_keys(kind, f"{prefix}{name}.")
-        else:
-            yield prefix + (field.alias or name), field
-
-
-def _changes(field: FieldInfo) -> str:
-    extra = field.json_schema_extra
-    assert isinstance(extra, dict)
-    return str(extra["changes"])
-
-
-def _value(section: BaseModel, name: str) -> Any:
-    value: Any = section
-    for part in name.split("."):
-        value = getattr(value, f"{part}_" if keyword.iskeyword(part) else part)
-    return _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    """Sections as mappings, also inside a mapping."""
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-
-
-def _merged(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of nested `tree` with dotted `values` set."""
-    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
-    for name, value in values.items():
-        section, _, rest = name.partition(".")
-        if rest:
-            inner = merged.get(section)
-            merged[section] = _merged(inner if isinstance(inner, Mapping) else {}, {rest: value})
-        else:
-            merged[section] = value
-    return merged
-
-
-def _one_line(error: ValidationError, kind: type[Root]) -> str:
-    """The first complaint, as: key, the value, what is allowed, what to do."""
-    errors = error.errors(include_url=False)
-    first = errors[0]
-    # A union reports its members as extra path parts ("block_size.int"): keep the parts that are keys.
-    keys = [name for name, _ in documented_keys(kind)]
-    known = {part for name in keys for part in name.split(".")}
-    parts = [str(part) for part in first["loc"]]
-    name = ".".join(part for i, part in enumerate(parts) if part in known or i == 0 or part.isdigit())
-    if first["type"] == "extra_forbidden":
-        *outer, last = parts
-        prefix = "".join(f"{part}." for part in outer)
-        siblings = {n[len(prefix) :].partition(".")[0] for n in keys if n.startswith(prefix)}
-        text = f"unknown key {prefix}{last}; known keys: {', '.join(sorted(prefix + s for s in siblings))}"
-        text += "".join(f"; did you mean {prefix}{near}?" for near in get_close_matches(last, sorted(siblings), 1))
-    elif first["type"] == "missing" and parts == ["model", "normalize"]:
-        text = (
-            "model.normalize is missing: these weights were not trained with this pool's statistics; give mean and "
-            f"std: model.normalize must be {NORMALIZE_VALUES}"
-        )
-    elif name == "model.normalize":
-        text = f"{name} must be {NORMALIZE_VALUES}, got {first['input']!r}"
-    elif first["type"] == "missing":
-        text = f"{name} is missing; set it in the file or as {name}=..."
-    elif first["type"] == "value_error":
-        text = f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
-        given = first["input"]
-        text += f", got {given!r}" if isinstance(given, str) and repr(given) not in text else ""
-    else:
-        allowed = " or ".join(
-            dict.fromkeys(
-                e["msg"].removeprefix("Input should be ").partition(", unable to parse")[0]
-                for e in errors
-                if e["loc"][:2] == first["loc"][:2]
-            )
-        )
-        text = f"{name} must be {allowed}, got {first['input']!r}"
-    others = len({e["loc"][:2] for e in errors}) - 1
-    return text + (f" (and {others} more)" if others else "")
-
-
-def _yaml(value: Any) -> str:
-    """A value as one would type it in the file."""
-    if isinstance(value, tuple):
-        value = list(value)
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
-
-
-def commented_yaml(run: str = "runs/quickstart") -> str:
-    """A configuration file with every key, its default and its description."""
-    values = {
-        "run": run,
-        "pool.path": "pools/fmnist",
-        "pool.source": "builtin:fashion-mnist-12k",
-        "eval.test": "builtin:fashion-mnist-12k/test",
-    }
-    lines = ["# One active-learning run: `distal run THIS_FILE`. Paths start at the working directory."]
-    section = ""
-    for name, field in documented_keys():
-        outer, _, last = name.rpartition(".")
-        if outer and outer != section:
-            lines += ["", f"{outer}:  # {Config.model_fields[outer].annotation.__doc__}"]
-            section = outer
-        indent = "  " if outer else ""
-        lines += [f"{indent}# {line}" for line in _wrapped(field.description or "", 100)]
-        lines += [f"{indent}{last}: {_yaml(values.get(name, _default(field)))}"]
-    return "\n".join(lines) + "\n"
-
-
-def markdown() -> str:
-    """The reference of all keys, as kept in docs/config.md."""
-    lines = [
-        "# Configuration",
-        "",
-        "Generated by `python -m distal.config > docs/config.md`; a test keeps it current.",
-        "",
-        "A run is described by one YAML file. Any key can be set on the command line as `key.sub=value`, where",
-        "the value is YAML (`train.lr=0.1`, `eval.test=null`, `score.record=[margin, entropy]`). Unknown keys are",
-        "refused. Relative paths start at the working directory. `distal init` writes a file with every key.",
-        "",
-        "*May change* says what a run that exists accepts. **never**: the key is part of what the run is. **next",
-        "cycle**: fixed once a cycle has begun, free for the cycles after it. **may move**: the place may change, the",
-        "content may not. **any time**: it affects speed or length, or what to put up with, never a result.",
-        "`distal score` has one cycle: there **next cycle** is never, but for `select` and `score.budget`, which may",
-        "change any time unless `score.eliminate` is `exact`.",
-    ]
-    lines += _tables(Config)
-    lines += ["", "# Scoring a directory of checkpoints", ""]
-    lines += ["`distal score` takes a file of these sections; `ray` and `select` are those of a run."]
-    lines += _tables(ForeignConfig, leave_out=("ray", "select"))
-    lines += ["", "# Comparing strategies", ""]
-    lines += ["`distal compare` takes a file of the sections of a run, where `loop.balance` is false by default, and"]
-    lines += ["one more:"]
-    lines += _tables(CompareConfig, leave_out=[name for name in SECTIONS if name != "compare"])
-    return "\n".join(lines) + "\n"
-
-
-def _tables(kind: type[Root], leave_out: Sequence[str] = ()) -> list[str]:
-    lines: list[str] = []
-    section = None
-    for name, field in documented_keys(kind):
-        outer, _, last = name.rpartition(".")
-        if outer in leave_out:
-            continue
-        if outer != section:
-            about = kind.model_fields[outer].annotation.__doc__ if outer else kind.__doc__
-            lines += ["", f"## {outer or 'Top level'}", "", f"{about}", ""]
-            lines += ["| key | values | default | may change | meaning |", "|---|---|---|---|---|"]
-            section = outer
-        default = "required" if field.is_required() else f"`{_yaml(_default(field))}`"
-        cells = [f"`{last}`", _allowed(field), default, _changes(field), field.description or ""]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return lines
-
-
-def _default(field: FieldInfo) -> Any:
-    return None if field.default is PydanticUndefined else field.default
-
-
-def _allowed(field: FieldInfo) -> str:
-    """The values a field takes, in words, from its annotation and its bounds."""
-    return ", ".join(_kinds(field.annotation)) + _bounds(field.metadata)
-
-
-def _kinds(kind: Any) -> list[str]:
-    words = {bool: "`true`, `false`", int: "integer", float: "number", str: "text", type(None): "null"}
-    members = get_args(kind)
-    if kind is ChannelStats:
-        return ["`{mean, std}`"]
-    if kind == Function:
-        return ["`package.module:function`"]
-    if kind in words:
-        return [words[kind]]
-    if get_origin(kind) is Annotated:
-        bounds = [bound for part in kind.__metadata__ for bound in getattr(part, "metadata", ())]
-        return [", ".join(_kinds(members[0])) + _bounds(bounds)]
-    if get_origin(kind) is dict:
-        return ["mapping"]
-    if get_origin(kind) is tuple:
-        return [f"list of {' or '.join(_kinds(members[0]))}"]
-    if get_origin(kind) is Literal:
-        return [f"`{member}`" for member in members]
-    return [word for member in members for word in _kinds(member)]
-
-
-def _bounds(metadata: Sequence[object]) -> str:
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = [
-        f"{sign} {getattr(bound, name):g}" for bound in metadata for name, sign in signs.items() if hasattr(bound, name)
-    ]
-    return f" {', '.join(limits)}" if limits else ""
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)
-
-
-def to_record(config: Root) -> JsonObject:
-    """Plain nested values, as written to `cycle.yaml`."""
-    return config.model_dump(mode="json", by_alias=True)
-
-
-def from_record(record: Mapping[str, Any]) -> Config | ForeignConfig:
-    """The inverse of `to_record`."""
-    return _kind(record).model_validate(record)

@@ -356,7 +356,7 @@ def fixed(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> JsonObjec
     """What must stay the same for as long as a run exists; `config` is resolved."""
     contents = {name: pool.content_sha256 for name, pool in held_out.items()}
     return {
-        **config.fixed(),
+        **config.identity_keys(),
         **content(pool),
         "test content (eval.test)": contents.get("test"),
         "validation content (eval.val)": contents.get("val"),

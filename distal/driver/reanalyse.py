@@ -17,7 +17,7 @@ from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Analysis, Cycle, Run
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
-from distal.config import Config, ForeignConfig, SelectConfig, check_measure
+from distal.config import Config, ScoreConfig, SelectSection, check_measure
 from distal.errors import ConfigError, Damage, RunConflict, UserError
 from distal.hashing import digest
 from distal.pool import Pool
@@ -73,7 +73,7 @@ def select_run(
     measure: str | None = None,
     cycle: int | None = None,
     window: Window = WHOLE,
-    how: SelectConfig | None = None,
+    how: SelectSection | None = None,
     annotate: bool = False,
     pool: Path | None = None,
     ray_address: str | None = None,
@@ -133,7 +133,7 @@ class Scored:
         assert marker is not None
         assert self.cycle.config is not None
         self.marker: JsonObject = marker
-        self.config: Config | ForeignConfig = self.cycle.config
+        self.config: Config | ScoreConfig = self.cycle.config
         self.n_rows: int = marker["n_rows"]
         be_durable(self.config.durable)
         self._pool_path = pool or Path(self.config.pool.path)
@@ -192,7 +192,7 @@ class Scored:
             "seconds": marker["seconds"],
         }
 
-    def select(self, measure: str, window: Window, budget: int, how: SelectConfig) -> JsonObject:
+    def select(self, measure: str, window: Window, budget: int, how: SelectSection) -> JsonObject:
         """Choose from a measure that has been computed, unless that is done.
 
         Args:
@@ -253,21 +253,22 @@ class Scored:
     @property
     def augmented(self) -> bool:
         """Whether what was predicted are images as training sees them."""
-        return isinstance(self.config, Config) and self.config.score.transform == "train"
+        return self.config.augments
 
     @property
     def n_checkpoints(self) -> int:
         """Checkpoints of the cycle, scored or not."""
-        return len(self.config.train.checkpoint_epochs) if isinstance(self.config, Config) else self.n_rows
+        n = self.config.n_checkpoints if self.config.trains else None
+        return self.n_rows if n is None else n
 
     @property
     def budget(self) -> int:
         """What the run selects in a cycle."""
-        return self.config.score.budget if isinstance(self.config, ForeignConfig) else self.config.loop.budget
+        return self.config.budget
 
     def _analysis(self, measure: str, window: Window) -> Analysis:
         # A directory of checkpoints may grow, and every length of it has its own analyses.
-        grown = f"@rows={self.n_rows}" if isinstance(self.config, ForeignConfig) else ""
+        grown = f"@rows={self.n_rows}" if not self.config.trains else ""
         return self.cycle.analysis(f"{measure}{grown}{window}")
 
     def _rows(self, measure: str, window: Window) -> list[int]:

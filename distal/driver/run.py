@@ -127,7 +127,7 @@ def _is_complete(directory: Run, config: Config) -> bool:
     if not directory.initial.exists():  # after a repair; it comes out the same, or training says that it did not
         return False
     config = checks.resolved(config, directory.identity["constants"])
-    fixed = config.fixed()
+    fixed = config.identity_keys()
     folder = Path(config.pool.path)
     if (folder / MANIFEST).exists():  # a finished run does not need its pool
         fixed |= checks.content(Pool.open(folder))

@@ -19,16 +19,17 @@ from scipy.stats import spearmanr
 from distal import cluster
 from distal.acquire.topk import Candidates, TopK
 from distal.artifacts.assignments import Assignments, dtype_for
-from distal.artifacts.checkpoints import KEEP_ALL, LIGHTNING
+from distal.artifacts.checkpoints import KEEP_ALL
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Cycle, Run
 from distal.artifacts.selection import short_of
-from distal.config import ForeignConfig
+from distal.config import ScoreConfig
 from distal.driver import checks, preflight, reanalyse
 from distal.driver.session import Attempt, begin
 from distal.errors import ConfigError, ModelError, UserError
 from distal.hashing import digest
 from distal.model.spec import ModelSpec
+from distal.model.weights import LIGHTNING, Location
 from distal.pool import Pool
 from distal.pool.eligibility import Eligibility
 from distal.pool.sample_files import find, read_ids, read_labels, require_readable
@@ -38,7 +39,7 @@ from distal.reduce.measures import FROM_VOTES, Votes, dispersion
 from distal.score.actor import peak_rss_bytes
 from distal.score.job import Elimination, Job, Producer, Published, Scored
 from distal.storage import be_durable
-from distal.train.folder import ForeignCheckpoints, Layout, matching, versions
+from distal.train.folder import FolderCheckpoints, matching, versions
 
 SPARE_ROWS = 1000  # for checkpoints that are not there yet; a row that never comes costs nothing
 FEW_CHECKPOINTS = 5
@@ -47,7 +48,7 @@ STAGE = "score"
 
 
 def score_directory(
-    config: ForeignConfig,
+    config: ScoreConfig,
     display: Display | None = None,
     *,
     watch: bool = False,
@@ -115,7 +116,7 @@ def score_directory(
 class _Scoring:
     """One attempt at a run of `distal score`. What needs no Ray comes first, so that a mistake is told at once."""
 
-    def __init__(self, config: ForeignConfig, attempt: Attempt, pool: Pool, watch: bool) -> None:
+    def __init__(self, config: ScoreConfig, attempt: Attempt, pool: Pool, watch: bool) -> None:
         self.attempt, self.pool, self.watch = attempt, pool, watch
         self.directory = directory = attempt.directory
         self.display = attempt.display
@@ -135,12 +136,12 @@ class _Scoring:
 
         self.cycle: Cycle = directory.cycle(0)
         self.told: set[str] = set()
-        self.checkpoints = ForeignCheckpoints(
+        self.checkpoints = FolderCheckpoints(
             self.cycle.foreign,
             Path(config.checkpoints.path),
             config.checkpoints.pattern,
             spec.build(pretrained=False).state_dict(),
-            Layout(config.checkpoints.key, config.checkpoints.strip_prefix),
+            Location(config.checkpoints.key, config.checkpoints.strip_prefix),
             attempt.lease.require,
         )
         if watch:
@@ -333,7 +334,9 @@ class _Scoring:
     def _fixed(self) -> JsonObject:
         """What must stay the same: everything that decides the assignments."""
         free = () if self.config.score.eliminate == "exact" else ("select.", "score.budget")
-        decisive = {name: value for name, value in self.config.decisive().items() if not name.startswith(free or "-")}
+        decisive = {
+            name: value for name, value in self.config.result_keys().items() if not name.startswith(free or "-")
+        }
         listed = {name: list(value) if isinstance(value, tuple) else value for name, value in decisive.items()}
         return {
             **listed,
@@ -405,7 +408,7 @@ class _Scoring:
 class _Watched:
     """A directory that is being filled: a producer for the scoring loop."""
 
-    def __init__(self, checkpoints: ForeignCheckpoints, config: ForeignConfig, display: Display) -> None:
+    def __init__(self, checkpoints: FolderCheckpoints, config: ScoreConfig, display: Display) -> None:
         self._checkpoints, self._config, self._display = checkpoints, config.checkpoints, display
         self._looked = -np.inf
         self._grew = time.monotonic()

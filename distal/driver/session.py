@@ -16,7 +16,7 @@ from distal.artifacts.lease import Lease
 from distal.artifacts.runs import Run
 from distal.cluster import metrics
 from distal.cluster.metrics import Meter
-from distal.config import Config, ForeignConfig
+from distal.config import Config, ScoreConfig
 from distal.driver import checks
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
@@ -28,7 +28,7 @@ from distal.score.loop import score
 
 SCORER_THREADS = 1
 
-AnyConfig = TypeVar("AnyConfig", Config, ForeignConfig)
+AnyConfig = TypeVar("AnyConfig", Config, ScoreConfig)
 
 
 def begin(directory: Run, display: Display) -> Lease:
@@ -102,7 +102,7 @@ class Attempt:
             self.constants |= self._tried(config, n_labeled)
         return checks.resolved(config, self.constants)
 
-    def _tried(self, config: Config | ForeignConfig, n_labeled: int) -> JsonObject:
+    def _tried(self, config: Config | ScoreConfig, n_labeled: int) -> JsonObject:
         precision, batch_size = config.score.precision, config.score.batch_size
         if precision == "auto" or batch_size == "auto":
             tried = config.with_values({"score.precision": "fp32", "score.batch_size": 1})
@@ -111,7 +111,7 @@ class Attempt:
             precision, batch_size = self.scorers.choose(job, precision, batch_size, per_block)
         return {"score.precision": precision, "score.batch_size": batch_size}
 
-    def job(self, config: Config | ForeignConfig, pool: Pool, assignments: Path) -> Job:
+    def job(self, config: Config | ScoreConfig, pool: Pool, assignments: Path) -> Job:
         """What scoring actors are told: these images, by the network of the configuration, into these assignments."""
         assert config.score.precision != "auto"
         return Job(

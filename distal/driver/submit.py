@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from distal.cluster import knock
-from distal.config import Config, ForeignConfig, to_record
+from distal.config import Config, ScoreConfig
 from distal.errors import ConfigError, DistalError, RunConflict, UserError, one_line
 from distal.records import JsonObject
 
@@ -63,7 +63,7 @@ class Submitted:
         return {"state": state, **asdict(self), **more}
 
 
-def submit(config: Config | ForeignConfig, address: str, options: Sequence[str] = ()) -> Submitted:
+def submit(config: Config | ScoreConfig, address: str, options: Sequence[str] = ()) -> Submitted:
     """Have a cluster run the command that this configuration is for: `distal run`, `score` or `compare`.
 
     The job takes no slot: it waits while others work, so without resources of its own it always fits, and Ray puts it
@@ -144,7 +144,7 @@ def follow(submitted: Submitted, say: Callable[[str], None]) -> JsonObject:
     return submitted.record(state, exit_code=code)
 
 
-def shipped(config: Config | ForeignConfig, folder: Path) -> dict[str, bytes]:
+def shipped(config: Config | ScoreConfig, folder: Path) -> dict[str, bytes]:
     """What a job needs beside an installed distal: its configuration, and the user's modules.
 
     A module is sent when a key names it (`config.functions`), or a module that is sent imports it, and Python finds it
@@ -154,13 +154,13 @@ def shipped(config: Config | ForeignConfig, folder: Path) -> dict[str, bytes]:
     Returns:
         Relative paths and contents.
     """
-    if isinstance(config, Config) and config.train.command is not None:
+    if config.train_command is not None:
         from distal.train.command import check_command
 
-        check_command(config.train.command)
-        _refuse_local_files(config.train.command, folder)
+        check_command(config.train_command)
+        _refuse_local_files(config.train_command, folder)
     config = config.with_values({"ray.address": "local"})  # which RAY_ADDRESS, set for every job, turns into its own
-    sent = {CONFIG: yaml.safe_dump(to_record(config), sort_keys=False).encode()}
+    sent = {CONFIG: yaml.safe_dump(config.to_record(), sort_keys=False).encode()}
     waiting = [function.partition(":")[0] for function in config.functions().values()]
     seen = {"distal"}  # is installed; in a checkout it would be found
     while waiting:

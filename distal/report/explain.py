@@ -15,7 +15,7 @@ from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Cycle, Run
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
-from distal.config import Config, ForeignConfig, SelectConfig
+from distal.config import Root, SelectSection
 from distal.config.needs import K_CENTER
 from distal.errors import RunConflict, UserError
 from distal.hashing import digest, mix64
@@ -96,18 +96,18 @@ def diff(first: Path, second: Path, *, cycle: int | None = None) -> JsonObject:
 class _Made:
     """What a cycle was reduced to, and what was selected from it; None where that is not done."""
 
-    how: SelectConfig
+    how: SelectSection
     budget: int
     scores: Scores | None
     batch: Selection | None
 
 
-def _made(cycle: Cycle, config: Config | ForeignConfig, n_rows: int) -> _Made:
-    if isinstance(config, Config):
+def _made(cycle: Cycle, config: Root, n_rows: int) -> _Made:
+    if config.trains:
         scores = Scores.open(cycle.scores) if cycle.marker("reduce") else None
-        return _Made(config.select, config.loop.budget, scores, cycle.chosen() if cycle.marker("select") else None)
+        return _Made(config.select, config.budget, scores, cycle.chosen() if cycle.marker("select") else None)
     measure, window = Window.of_name(config.select.measure)
-    how, budget = by_scores(config.select, measure), config.score.budget
+    how, budget = by_scores(config.select, measure), config.budget
     analysis = cycle.analysis(f"{measure}@rows={n_rows}{window}")
     scores = Scores.open(analysis.scores) if analysis.marker("reduce") else None
     selected = analysis.marker(f"select-{budget}")
@@ -132,7 +132,7 @@ def _told(run: Run, cycle: Cycle, pool: Pool, index: int) -> JsonObject:
         "changes": int((votes[1:] != votes[:-1]).sum()),
         "scores": {},
     }
-    if isinstance(config, Config):
+    if config.trains:
         ledger = run.ledger(before=cycle.index)
         at = np.flatnonzero(ledger.indices == index)
         told["label_before"] = _name(names, int(ledger.labels[at[0]])) if len(at) else None
@@ -147,7 +147,7 @@ def _told(run: Run, cycle: Cycle, pool: Pool, index: int) -> JsonObject:
         told["why"] = _why_not_eligible(told, cycle, config, pool, index)
     elif made.batch is None:
         told["why"] = "not selected yet"
-        if isinstance(config, ForeignConfig):
+        if not config.trains:
             told["why"] += ", or by another select section than the run began with: see its analyses"
     elif told["chosen"]:
         told["why"] = f"chosen at place {told['place'] + 1} of {told['selected']}, {_chosen_by(made.how, told)}"
@@ -188,7 +188,7 @@ def _chosen(made: _Made, index: int) -> JsonObject:
     }
 
 
-def _chosen_by(how: SelectConfig, told: JsonObject) -> str:
+def _chosen_by(how: SelectSection, told: JsonObject) -> str:
     decided_by = told["decided_by"]
     if decided_by == "file":
         return "as select.from names it"
@@ -250,11 +250,11 @@ def _why_not(order: Order, told: JsonObject) -> str:
     return f"its {what} is smaller than that of {last}, {told['cut']:.4f}"
 
 
-def _by_power(how: SelectConfig) -> str:
+def _by_power(how: SelectSection) -> str:
     return f"by power: at random, in proportion to {how.measure}^{how.beta:g}"
 
 
-def _why_not_eligible(told: JsonObject, cycle: Cycle, config: Config | ForeignConfig, pool: Pool, index: int) -> str:
+def _why_not_eligible(told: JsonObject, cycle: Cycle, config: Root, pool: Pool, index: int) -> str:
     if told.get("label_before") is not None:
         return f"labelled already, as {told['label_before']}"
     if told.get("declined"):
@@ -266,7 +266,7 @@ def _why_not_eligible(told: JsonObject, cycle: Cycle, config: Config | ForeignCo
     if share is not None and mix64("subpool", config.seed, cycle.index, key)[0] >= share * 2.0**64:
         return f"not eligible: not in the part of the pool that was drawn for this cycle (select.subpool: {share})"
     reasons = ["outside pool.limit"] if config.pool.limit is not None else []
-    if isinstance(config, ForeignConfig) and config.pool.exclude is not None:
+    if not config.trains and config.labelled:
         reasons.append("in pool.exclude")
     return f"not eligible: {' or '.join(reasons)}"
 
@@ -275,10 +275,8 @@ def _span(one: Candidates) -> tuple[int, int]:
     return int(one.index[0]), int(one.index[0]) + 1
 
 
-def _classes(config: Config | ForeignConfig, pool: Pool) -> tuple[str, ...]:
-    if isinstance(config, Config) and isinstance(config.pool.classes, tuple):
-        return config.pool.classes
-    return pool.classes or ()
+def _classes(config: Root, pool: Pool) -> tuple[str, ...]:
+    return config.class_names or pool.classes or ()
 
 
 def _name(names: tuple[str, ...], label: int) -> str:
@@ -291,4 +289,4 @@ def _number(value: np.floating[Any]) -> float | None:
 
 def _decisive(cycle: Cycle) -> JsonObject:
     assert cycle.config is not None
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in cycle.config.decisive().items()}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in cycle.config.result_keys().items()}

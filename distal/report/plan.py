@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distal.artifacts.assignments import dtype_for
-from distal.config import TORCHVISION, CompareConfig, Config, ForeignConfig
+from distal.config import TORCHVISION, CompareConfig, Config, Root, ScoreConfig
 from distal.config.needs import scored_epochs
 from distal.errors import PoolError
 from distal.model.spec import ModelSpec
@@ -27,7 +27,7 @@ PROCESS_BYTES = 500 * 2**20  # of a Python process with torch and Ray, before it
 ELIMINATION_KEEPS = 0.74  # of the passes, at a budget of 1%: measured on two runs of 40 checkpoints
 
 
-def forecast(config: Config | ForeignConfig) -> JsonObject:
+def forecast(config: Config | ScoreConfig) -> JsonObject:
     """Passes, objects, disk and memory of the first cycle, which is the largest.
 
     Returns:
@@ -38,19 +38,18 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     Raises:
         UserError: the pool can be neither opened nor counted.
     """
-    if isinstance(config, Config) and config.train.command is not None:
-        check_command(config.train.command)
+    if config.train_command is not None:
+        check_command(config.train_command)
     n_samples, n_readable, shape, n_classes = _pool(config)
     limit = config.pool.limit
     n_eligible = n_readable if limit is None else min(limit, n_readable)
+    n_eligible = max(0, n_eligible - _n_labelled(config))
     if isinstance(config, Config):
-        n_eligible -= _n_initial(config)
-        n_rows, budget, cycles = len(scored_epochs(config)), config.loop.budget, config.loop.cycles
+        n_rows, n_measures = len(scored_epochs(config)), len(measures_of(config))
     else:
         n_classes = config.model.num_classes
-        n_rows, budget, cycles = _n_checkpoints(config), config.score.budget, 1
-        n_eligible -= _n_excluded(config)
-    n_eligible = max(0, n_eligible)
+        n_rows, n_measures = _n_checkpoints(config), 1
+    budget = config.budget
     size = config.pool.block_size
     block_size = auto_block_size(n_samples) if size == "auto" else size
     n_blocks = -(-n_samples // block_size)
@@ -59,9 +58,8 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     row_bytes = {"probabilities": 4 * n_classes}
     recorded = [row_bytes.get(name, 2) for name in config.score.record]
     n_kept = n_rows if config.score.record_rows == "all" else 1
-    n_published = len(config.train.checkpoint_epochs) if isinstance(config, Config) else 0
+    n_published = (config.n_checkpoints or 0) if config.trains else 0
     eliminates = config.score.eliminate == "exact"
-    n_measures = len(measures_of(config)) if isinstance(config, Config) else 1
     objects = {
         "assignments": n_rows * n_blocks,
         "recorded": len(recorded) * n_kept * n_blocks,
@@ -91,8 +89,8 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
         + held_bytes,
         "reducer": PROCESS_BYTES // 2 + n_threads(stripe) * stripe,
     }
-    if isinstance(config, Config):
-        memory["training rank"] = PROCESS_BYTES + 4 * weights + _n_initial(config) * image_bytes
+    if config.trains:
+        memory["training rank"] = PROCESS_BYTES + 4 * weights + _n_labelled(config) * image_bytes
     forwards = _with_elimination(n_rows, n_eligible, budget) if eliminates else n_rows * n_eligible
     warnings = []
     if isinstance(config, CompareConfig):
@@ -112,7 +110,7 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
         "samples": n_samples,
         "candidates": n_eligible,
         "checkpoints": n_rows,
-        "cycles": cycles,
+        "cycles": config.n_cycles,
         "blocks": n_blocks,
         "block_size": block_size,
         "forwards": forwards,
@@ -124,16 +122,14 @@ def forecast(config: Config | ForeignConfig) -> JsonObject:
     }
 
 
-def _alternatives(config: Config | ForeignConfig, n_rows: int, n_eligible: int, budget: int) -> list[JsonObject]:
+def _alternatives(config: Config | ScoreConfig, n_rows: int, n_eligible: int, budget: int) -> list[JsonObject]:
     """Cheaper ways, with the forwards that they leave; none where nothing can be selected anyway."""
     if n_eligible < budget:
         return []
     forwards = n_rows * n_eligible
-    every = (
-        "train.checkpoint_every=2" if isinstance(config, Config) else "half of the checkpoints (checkpoints.pattern)"
-    )
+    every = "train.checkpoint_every=2" if config.trains else "half of the checkpoints (checkpoints.pattern)"
     half = max(budget, n_eligible // 2)
-    labelled = _n_initial(config) if isinstance(config, Config) else 0
+    labelled = _n_labelled(config) if config.trains else 0
     ways: list[JsonObject] = [
         {"what": "every second checkpoint", "how": every, "forwards": -(-n_rows // 2) * n_eligible},
         {"what": "a random half of the pool", "how": f"pool.limit={half + labelled}", "forwards": n_rows * half},
@@ -156,16 +152,13 @@ def _with_elimination(n_rows: int, n_eligible: int, budget: int) -> int:
     return min(n_rows * n_eligible, max(int(n_rows * n_eligible * ELIMINATION_KEEPS), floor))
 
 
-def _n_initial(config: Config) -> int:
-    initial = config.loop.initial
-    return initial if isinstance(initial, int) else len(read_ids(Path(initial), "loop.initial"))
+def _n_labelled(config: Root) -> int:
+    """Samples that the first cycle does not score, because they have labels."""
+    labelled, key = config.labelled, "loop.initial" if config.trains else "pool.exclude"
+    return labelled if isinstance(labelled, int) else len(read_ids(Path(labelled), key))
 
 
-def _n_excluded(config: ForeignConfig) -> int:
-    return 0 if config.pool.exclude is None else len(read_ids(Path(config.pool.exclude), "pool.exclude"))
-
-
-def _pool(config: Config | ForeignConfig) -> tuple[int, int, tuple[int, int, int], int]:
+def _pool(config: Config | ScoreConfig) -> tuple[int, int, tuple[int, int, int], int]:
     """Samples, readable ones, image shape and classes, of the pool or of what it will be packed from."""
     folder, source = Path(config.pool.path), config.pool.source
     if (folder / MANIFEST).exists() or source is None:
@@ -179,7 +172,7 @@ def _pool(config: Config | ForeignConfig) -> tuple[int, int, tuple[int, int, int
     return len(opened), len(opened), (channels, height, width), len(opened.classes or ()) or 2
 
 
-def _n_checkpoints(config: ForeignConfig) -> int:
+def _n_checkpoints(config: ScoreConfig) -> int:
     if config.checkpoints.expect is not None:
         return config.checkpoints.expect
     folder = Path(config.checkpoints.path)
@@ -191,7 +184,7 @@ def _n_checkpoints(config: ForeignConfig) -> int:
     return there
 
 
-def _weights_bytes(config: Config | ForeignConfig, shape: tuple[int, int, int], n_classes: int) -> int:
+def _weights_bytes(config: Config | ScoreConfig, shape: tuple[int, int, int], n_classes: int) -> int:
     """Of one checkpoint."""
     spec = ModelSpec(config.model, n_classes, shape, (0.5,) * shape[0], (0.5,) * shape[0])
     return sum(tensor.nbytes for tensor in spec.build(pretrained=False).state_dict().values())

@@ -12,7 +12,6 @@ from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.lease import EXPIRY_S, latest, lease_path
 from distal.artifacts.runs import STAGES, Cycle, Run
-from distal.config import Config, ForeignConfig
 from distal.labels.waiting import Waiting
 from distal.progress import spoken
 from distal.records import JsonObject
@@ -96,32 +95,33 @@ def _cycle(cycle: Cycle, last: bool) -> JsonObject:
 
 def _due(cycle: Cycle, last: bool) -> Sequence[str]:
     """The stages of a cycle, in order."""
-    if isinstance(cycle.config, ForeignConfig):
-        return ("score",)
-    return [stage for stage in STAGES if not (last and stage == "label")]  # the last cycle does not label
+    assert cycle.config is not None
+    stages = cycle.config.stages
+    return [stage for stage in stages if not (last and stage == "label")]  # the last cycle does not label
 
 
 def _n_cycles(cycle: Cycle) -> int:
-    return cycle.config.loop.cycles if isinstance(cycle.config, Config) else 1
+    assert cycle.config is not None
+    return cycle.config.n_cycles
 
 
 def _n_published(cycle: Cycle) -> int:
-    if isinstance(cycle.config, Config):
+    assert cycle.config is not None
+    if cycle.config.trains:
         return len(checkpoints.committed(cycle.checkpoints))
     return sum(entry.index is not None for entry in known(cycle.foreign))
 
 
 def _n_checkpoints(cycle: Cycle) -> int:
     """How many there will be, as far as is known."""
-    if isinstance(cycle.config, Config):
-        return len(cycle.config.train.checkpoint_epochs)
     assert cycle.config is not None
-    return cycle.config.checkpoints.expect or _n_published(cycle)
+    return cycle.config.n_checkpoints or _n_published(cycle)
 
 
 def _n_rows(cycle: Cycle, assignments: Assignments) -> int:
     """How many of them are scored; of a directory that grows there are spare rows."""
-    return assignments.n_rows if isinstance(cycle.config, Config) else _n_checkpoints(cycle)
+    assert cycle.config is not None
+    return assignments.n_rows if cycle.config.trains else _n_checkpoints(cycle)
 
 
 def watch(path: Path, show: Callable[[JsonObject], None], interval: float = 2.0) -> JsonObject:
@@ -270,7 +270,8 @@ class _Rows:
 
     def _count_checkpoints(self) -> int:
         """Count those that are published; returns how many there will be."""
-        if isinstance(self.cycle.config, Config):
+        assert self.cycle.config is not None
+        if self.cycle.config.trains:
             while checkpoints.is_committed(self.cycle.checkpoints, self._n_published):
                 self._n_published += 1
         else:

@@ -26,7 +26,7 @@ from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import EXPECTED, STAGES, Analysis, Cycle, Run, Staged
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
-from distal.config import Config, ForeignConfig
+from distal.config import Config, ScoreConfig
 from distal.errors import Damage, RunConflict, UnknownFormat, one_line
 from distal.hashing import digest
 from distal.labels import answers
@@ -235,7 +235,7 @@ class _Inspection:
             try:
                 if isinstance(config, Config):
                     self._own(run, cycle, config)
-                elif isinstance(config, ForeignConfig):
+                elif isinstance(config, ScoreConfig):
                     self._foreign(cycle, config)
             except (Damage, UnknownFormat, *UNREADABLE) as error:  # a record of a shape that no check expects
                 self.found.append(_unread(cycle.folder, error) or Damaged(_line(cycle.folder, error), advice=COPY))
@@ -293,7 +293,7 @@ class _Inspection:
                 self.found.append(Damaged(what, advice=IMPORT_AGAIN))
         self._analyses(cycle)
 
-    def _foreign(self, cycle: Cycle, config: ForeignConfig) -> None:
+    def _foreign(self, cycle: Cycle, config: ScoreConfig) -> None:
         """The one cycle of `distal score`."""
         markers = self._markers(cycle, ("score",))
         entries = self._look(partial(known, cycle.foreign), advice=COPY) or []
@@ -312,7 +312,7 @@ class _Inspection:
         self._elimination(cycle, config, n_rows if "score" in markers else 0)
         self._analyses(cycle)
 
-    def _elimination(self, cycle: Cycle, config: Config | ForeignConfig, n_rows: int) -> None:
+    def _elimination(self, cycle: Cycle, config: Config | ScoreConfig, n_rows: int) -> None:
         """What was decided at each barrier; it is decided the same again from the assignments."""
         decided = names_in(cycle.elimination)
         if config.score.eliminate == "exact" and n_rows:

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distal.errors import ModelError
-from distal.model.spec import StateDict
+
+if TYPE_CHECKING:
+    from distal.model.weights import StateDict
 
 Precision = Literal["fp32", "bf16"]
 

@@ -27,15 +27,15 @@ from distal.artifacts import checkpoints
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Cycle
 from distal.errors import ConfigError, ModelError, RunConflict, Superseded, TrainingFailed
+from distal.model.weights import check_fits, serialize
 from distal.pool import Pool
 from distal.pool.images import write_png
 from distal.records import CheckpointRef
 from distal.storage import disk_errors, sha256, write_table
-from distal.train.folder import check_fits
 from distal.train.rank import TrainJob, check_owner, claim
 
 if TYPE_CHECKING:
-    from distal.artifacts.checkpoints import StateDict
+    from distal.model.weights import StateDict
 
 PLACEHOLDERS = ("labels", "images", "checkpoints", "epochs", "seed", "cycle")
 OWNER, INPUTS = "DISTAL_OWNER", "DISTAL_INPUTS"
@@ -232,7 +232,7 @@ def publish_checkpoint(
     except (TypeError, ValueError) as error:
         raise ValueError(f"publish_checkpoint: metrics must map names to numbers ({error})") from None
     _check_still_ours(folder)
-    data = checkpoints.serialize(dict(state_dict))
+    data = serialize(dict(state_dict))
     ref = checkpoints.commit_bytes(folder, index, index + 1, data, inputs=os.environ.get(INPUTS, ""), metrics=numbers)
     if sha256(data) != ref.sha256:
         raise RunConflict(

@@ -25,11 +25,12 @@ from torch.utils.data import DistributedSampler
 
 from distal.artifacts import checkpoints
 from distal.artifacts.ledger import Ledger
-from distal.config import TrainConfig
+from distal.config import TrainSection
 from distal.errors import Damage, Diverged, Superseded
 from distal.hashing import mix64, seed_for
 from distal.model.augment import crop_flip
 from distal.model.spec import ModelSpec, be_deterministic, seeded_build
+from distal.model.weights import deserialize, serialize
 from distal.pool import Pool
 from distal.records import CheckpointRef
 from distal.storage import create_bytes, names_in, read_sealed, write_sealed
@@ -57,7 +58,7 @@ class TrainJob:
     folder: Path
     labels: tuple[Path, ...]
     model: ModelSpec
-    config: TrainConfig
+    config: TrainSection
     seed: int
     cycle: int
     threads: int
@@ -183,7 +184,7 @@ class _Rank:
             dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         if box[0] is None:
             return 0
-        state = checkpoints.deserialize(box[0])
+        state = deserialize(box[0])
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._commit(state["epoch"], state["loss"])
@@ -227,7 +228,7 @@ class _Rank:
                 "model": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
-            write_sealed(self.job.state_path, checkpoints.serialize(state))
+            write_sealed(self.job.state_path, serialize(state))
             self._commit(epoch, loss)
 
     def _commit(self, epoch: int, loss: float) -> None:
@@ -279,7 +280,7 @@ def batches(n: int, batch_size: int, rank: int, world_size: int, seed: int) -> l
     return np.split(positions, borders)
 
 
-def learning_rate(config: TrainConfig, epoch: int) -> float:
+def learning_rate(config: TrainSection, epoch: int) -> float:
     """The learning rate of an epoch, counted from 1: a pure function, so a resumed run needs no history."""
     if config.schedule == "cosine":
         return config.lr * (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2
@@ -294,7 +295,7 @@ def read_state(job: TrainJob) -> bytes | None:
         return None
     except Damage as damage:
         raise Damage(f"{damage}; {_again(job)}") from None
-    if checkpoints.deserialize(data)["inputs"] != job.inputs:
+    if deserialize(data)["inputs"] != job.inputs:
         raise Damage(f"{job.state_path}: trained from other inputs than the cycle has now; {_again(job)}")
     return data
 

@@ -12,7 +12,7 @@ from distal.acquire.batch import select
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
 from distal.artifacts.scores import Scores
-from distal.config import SelectConfig
+from distal.config import SelectSection
 from distal.driver import checks
 from distal.driver import run as driver
 from distal.driver.score_folder import score_directory
@@ -53,7 +53,7 @@ def test_a_batch_against_going_down_the_list(grouped: Pool, tmp_path: Path, budg
         scores.write(block, {"dispersion": score[block.start : block.stop]})
 
     def chosen(n: int, cap: int | None) -> list[int]:
-        config = SelectConfig(tie_break="hash", max_per_group=cap)
+        config = SelectSection(tie_break="hash", max_per_group=cap)
         return select(
             scores, assignments, grouped, config, tmp_path / "s", last_row=0, budget=n, seed=0, cycle=0
         ).indices.tolist()

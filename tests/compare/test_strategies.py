@@ -14,7 +14,7 @@ from distal import Run
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
 from distal.compare.strategies import compare, first_config, strategy_config
-from distal.config import CompareConfig, load_compare
+from distal.config import CompareConfig, load
 from distal.config.needs import scored_epochs
 from distal.errors import ConfigError
 from distal.pool import Pool
@@ -41,7 +41,7 @@ def config(
     }
     file = tmp_path / "compare.yaml"
     file.write_text(yaml.safe_dump(tree))
-    return load_compare(file, overrides)
+    return load(file, overrides, CompareConfig)
 
 
 def test_a_strategy_scores_what_it_needs_and_the_first_cycle_what_any_does(

@@ -15,7 +15,7 @@ import zarr
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
 from distal.artifacts.selection import Selection
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.driver import reanalyse
 from distal.driver.score_folder import score_directory
 from distal.errors import ConfigError, ModelError, RunConflict, SourceError, UserError
@@ -69,7 +69,7 @@ def test_assignments_are_what_each_checkpoint_predicts(scored: tuple[Path, dict]
     stored = zarr.open(run / "cycles/000/assignments.zarr")["assignments"]
     assert stored.shape[0] > T  # spare rows
     assert (stored.shape[1], stored.dtype, stored.chunks, stored.fill_value) == (N, np.uint8, (1, 64), 255)
-    spec = ModelSpec(ModelConfig(), 4, pool.image_shape, pool.mean, pool.std)
+    spec = ModelSpec(ModelSection(), 4, pool.image_shape, pool.mean, pool.std)
     net, preprocess = spec.build().eval(), spec.preprocess()
     readable = np.array([status == "ok" for status in pool.samples(0, N)["status"].to_pylist()])
     for row in range(T):

@@ -528,63 +528,82 @@ CHECKPOINTS = _of(
         "return sorted(index for index in indices if is_committed(folder, index))",
         "return sorted(indices)",
     ),
-    (
-        "checkpoints: strides are part of the weights",
-        "return value.detach().cpu().contiguous()",
-        "return value.detach().cpu()",
-    ),
-    ("checkpoints: code is loaded", "weights_only=True", "weights_only=False"),
     ("checkpoints: the queue is complete early", "set(range(self._n)) -", "set(range(self._n - 1)) -"),
     ("checkpoints: one that is late is missed at once", "> VISIBLE_S:", ">= 0:"),
 )
 
-STORAGE = _of(
-    "storage.py",
-    "test_storage.py",
-    ("storage: the last creator wins", "os.link(temporary, path)", "os.replace(temporary, path)"),
+WEIGHTS = _of(
+    "model/weights.py",
+    "model/test_weights.py",
     (
-        "storage: a write in place",
-        "        temporary.write_bytes(data)\n        _replace(temporary, path)",
-        "        path.write_bytes(data)",
+        "weights: strides are part of the weights",
+        "return value.detach().cpu().contiguous()",
+        "return value.detach().cpu()",
     ),
-    ("storage: a record that has changed", "if seal != found:", "if False:"),
-    (
-        "storage: another format",
-        "if found != FORMAT:\n        raise _unknown(path, found)\n    try",
-        "if False:\n        raise _unknown(path, found)\n    try",
-    ),
-    ("storage: sealed bytes that have changed", "if sealed[:64] != sha256(data).encode():", "if False:"),
-    ("storage: a table that has changed", "    check_parquet(path)\n    with", "    with"),
-    ("storage: half of a table is hashed", "((0, place), (place + 64, size))", "((0, place),)"),
-    ("storage: temporary files have names", ' if not name.startswith("."))', ")"),
-    (
-        "storage: names in any order",
-        "return sorted(name for name in os.listdir(folder)",
-        "return list(name for name in reversed(sorted(os.listdir(folder)))",
-    ),
-    ("storage: young files are swept", "_last_change(path) >= older_than:", "_last_change(path) <= older_than:"),
-    (
-        "storage: files that are no leftovers are swept",
-        " for name in names if name.endswith(TEMPORARY))",
-        " for name in names)",
-    ),
-    (
-        "storage: the name before the bytes",
-        "    if is_durable():\n        _flush(temporary)\n    temporary.replace(path)\n",
-        "    temporary.replace(path)\n",
-    ),
-    (
-        "storage: created before its bytes are there",
-        "        if is_durable():\n            _flush(temporary)\n        try:",
-        "        try:",
-    ),
-    ("storage: a quota is no full disk", "{errno.ENOSPC, errno.EDQUOT}", "{errno.ENOSPC}"),
-    (
-        "storage: a failed write leaves its file",
-        "            with suppress(FileNotFoundError):\n                temporary.unlink()\n\n\n@contextmanager\ndef parquet",
-        "            pass\n\n\n@contextmanager\ndef parquet",
-    ),
+    ("weights: code is loaded", "weights_only=True", "weights_only=False"),
 )
+
+STORAGE = [
+    *_of(
+        "storage/files.py",
+        "test_storage.py",
+        ("storage: the last creator wins", "os.link(temporary, path)", "os.replace(temporary, path)"),
+        (
+            "storage: a write in place",
+            "        temporary.write_bytes(data)\n        replace(temporary, path)",
+            "        path.write_bytes(data)",
+        ),
+        (
+            "storage: the name before the bytes",
+            "    if is_durable():\n        fsync(temporary)\n    temporary.replace(path)\n",
+            "    temporary.replace(path)\n",
+        ),
+        (
+            "storage: created before its bytes are there",
+            "        if is_durable():\n            fsync(temporary)\n        try:",
+            "        try:",
+        ),
+        ("storage: a quota is no full disk", "{errno.ENOSPC, errno.EDQUOT}", "{errno.ENOSPC}"),
+        (
+            "storage: a failed write leaves its file",
+            "            with suppress(FileNotFoundError):\n                temporary.unlink()\n",
+            "            pass\n",
+        ),
+    ),
+    *_of(
+        "storage/sealed.py",
+        "test_storage.py",
+        ("storage: a record that has changed", "if seal != found:", "if False:"),
+        (
+            "storage: another format",
+            "if found != FORMAT:\n        raise unknown_format(path, found)\n    try",
+            "if False:\n        raise unknown_format(path, found)\n    try",
+        ),
+        ("storage: sealed bytes that have changed", "if sealed[:64] != sha256(data).encode():", "if False:"),
+    ),
+    *_of(
+        "storage/parquet.py",
+        "test_storage.py",
+        ("storage: a table that has changed", "    check_parquet(path)\n    with", "    with"),
+        ("storage: half of a table is hashed", "((0, place), (place + len(_NO_SEAL), size))", "((0, place),)"),
+    ),
+    *_of(
+        "storage/folders.py",
+        "test_storage.py",
+        ("storage: temporary files have names", ' if not name.startswith("."))', ")"),
+        (
+            "storage: names in any order",
+            "return sorted(name for name in os.listdir(folder)",
+            "return list(name for name in reversed(sorted(os.listdir(folder)))",
+        ),
+        ("storage: young files are swept", "_last_change(path) >= older_than:", "_last_change(path) <= older_than:"),
+        (
+            "storage: files that are no leftovers are swept",
+            " for name in names if name.endswith(_TEMPORARY))",
+            " for name in names)",
+        ),
+    ),
+]
 
 ARRAYS = _of(
     "artifacts/arrays.py",
@@ -911,8 +930,8 @@ OTHERS = (
         ),
         (
             "train: the checkpoint before the state",
-            "            write_sealed(self.job.state_path, checkpoints.serialize(state))\n            self._commit(epoch, loss)\n",
-            "            self._commit(epoch, loss)\n            write_sealed(self.job.state_path, checkpoints.serialize(state))\n",
+            "            write_sealed(self.job.state_path, serialize(state))\n            self._commit(epoch, loss)\n",
+            "            self._commit(epoch, loss)\n            write_sealed(self.job.state_path, serialize(state))\n",
         ),
         (
             "train: an attempt that is superseded saves",
@@ -956,6 +975,7 @@ MUTANTS = [
     *ELIGIBILITY,
     *HASHING,
     *CHECKPOINTS,
+    *WEIGHTS,
     *STORAGE,
     *ARRAYS,
     *ASSIGNMENTS,

@@ -22,7 +22,7 @@ import torch
 
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.errors import Damage, Diverged, PoolError, RunConflict, Unfit, UserError
 from distal.model.spec import ModelSpec, seeded_build
 from distal.pool import Pool
@@ -59,7 +59,7 @@ def folder_of(job: Job) -> Path:
 
 
 def spec(pool: Pool) -> ModelSpec:
-    return ModelSpec(ModelConfig(), 4, pool.image_shape, pool.mean, pool.std)
+    return ModelSpec(ModelSection(), 4, pool.image_shape, pool.mean, pool.std)
 
 
 def commit(folder: Path, pool: Pool, row: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.driver import run as driver
 from distal.errors import ConfigError, Damage, ModelError, RunConflict, Superseded, TrainingFailed
 from distal.model.spec import ModelSpec
@@ -361,7 +361,7 @@ def test_other_checkpoints_than_those_that_are_wanted(
         "    state = {'1.weight': torch.full((4, 144), float(index)), '1.bias': torch.zeros(4)}\n"
         "    distal.publish_checkpoint(sys.argv[1], state, index)\n"
     )
-    spec = ModelSpec(ModelConfig(name=f"{__name__}:linear"), 4, pool.image_shape, pool.mean, pool.std)
+    spec = ModelSpec(ModelSection(name=f"{__name__}:linear"), 4, pool.image_shape, pool.mean, pool.std)
     made = replace(job(tmp_path, pool), model=spec)
     command = f"{sys.executable} {tmp_path / 'train.py'} {{checkpoints}}"
     dest = Run(tmp_path).cycle(0).begin_attempt()

@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distal.artifacts import checkpoints
 from distal.artifacts.runs import Run
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.errors import ModelError
 from distal.model.spec import ModelSpec
+from distal.model.weights import Location
 from distal.storage import remove_tree
 from distal.train.command import OWNER
-from distal.train.folder import ForeignCheckpoints, Layout
+from distal.train.folder import FolderCheckpoints
 from distal.train.rank import claim
 
 with warnings.catch_warnings():
@@ -30,7 +31,7 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own, about workers and loggers
 
-SPEC = ModelSpec(ModelConfig(), 4, (1, 8, 8), (0.5,), (0.5,))
+SPEC = ModelSpec(ModelSection(), 4, (1, 8, 8), (0.5,), (0.5,))
 EPOCHS = 5
 
 
@@ -75,9 +76,9 @@ def fit(
         os.utime(path, (long_ago, long_ago))
 
 
-def opened(folder: Path) -> ForeignCheckpoints:
+def opened(folder: Path) -> FolderCheckpoints:
     template = SPEC.build().state_dict()
-    found = ForeignCheckpoints(folder / "checkpoints.json", folder, "*.ckpt", template)
+    found = FolderCheckpoints(folder / "checkpoints.json", folder, "*.ckpt", template)
     found.settle()
     return found
 
@@ -135,7 +136,7 @@ def test_averaged_weights(tmp_path: Path) -> None:
     template = SPEC.build().state_dict()
 
     averaged = opened(tmp_path)
-    raw = ForeignCheckpoints(tmp_path / "raw.json", tmp_path, "*.ckpt", template, Layout("current_model_state"))
+    raw = FolderCheckpoints(tmp_path / "raw.json", tmp_path, "*.ckpt", template, Location("current_model_state"))
     raw.settle()
     assert len(raw.refs) == len(averaged.refs) == EPOCHS
     assert not torch.equal(*(checkpoints.load(each.refs[-1])["14.weight"] for each in (raw, averaged)))
