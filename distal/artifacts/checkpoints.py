@@ -11,7 +11,6 @@ was killed cannot change it.
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from distal.errors import Damage, ModelError
 from distal.model.weights import ANY_SIZE, LIGHTNING, Unreadable, deserialize, serialize, within
 from distal.records import CheckpointRef
-from distal.storage import create_json, link, names_in, read_json, read_regular, sha256, write_bytes
+from distal.storage import Numbered, create_json, link, read_json, read_regular, sha256, write_bytes
 
 if TYPE_CHECKING:
     from distal.model.weights import StateDict
@@ -29,7 +28,6 @@ KEEP_ALL = "ModelCheckpoint(save_top_k=-1) in Lightning"
 KINDS = {"index": int, "epoch": int, "file": str, "sha256": str, "inputs": str, "metrics": dict}
 """What a manifest says, and the type of each."""
 
-NAME = re.compile(r"[0-9]{4,}")
 VISIBLE_S = 60.0
 
 
@@ -99,8 +97,7 @@ def read(folder: Path, index: int) -> CheckpointRef:
 
 def committed(folder: Path) -> list[int]:
     """Indices of the committed checkpoints, in order."""
-    indices = {int(name) for name in names_in(folder) if NAME.fullmatch(name)}
-    return sorted(index for index in indices if is_committed(folder, index))
+    return [index for index in Numbered(folder, digits=4).numbers() if is_committed(folder, index)]
 
 
 def unbroken(folder: Path, inputs: str = "") -> list[CheckpointRef]:

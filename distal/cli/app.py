@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from distal import __version__
-from distal.errors import ConfigError, Damage, DistalError, UserError, one_line
-from distal.records import Result
+from distal.cli.answer import answer, same_command
+from distal.cli.labels import labels_app
+from distal.cli.options import Json, LogJson, Overrides, RunDirectory
+from distal.cli.pool import pool_app
+from distal.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from distal.records import JsonObject, Window
+    from distal.records import Window
 
 app = typer.Typer(
     name="distal",
@@ -32,23 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-pool_app = typer.Typer(help="Pack images into a pool, or describe one.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(pool_app, name="pool")
-labels_app = typer.Typer(
-    help="Export a batch to annotators, and import their labels.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(labels_app, name="labels")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-LogJson = Annotated[
-    bool, typer.Option("--log-json", help="Log events to stderr as JSON lines instead of showing progress.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Override keys, such as train.lr=0.1.", metavar="[KEY=VALUE]...")
-]
-Channels = Literal["auto", "grey", "rgb"]
-AnyResult = TypeVar("AnyResult", bound="Result | JsonObject")
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the process of a job
 
 
 def main() -> None:
@@ -77,7 +56,7 @@ def init(
         path.write_text(commented_yaml())
         return {"path": str(path)}
 
-    _answer(work, as_json, lambda result: f"wrote {result['path']}; next: distal run {result['path']}")
+    answer(work, as_json, lambda result: f"wrote {result['path']}; next: distal run {result['path']}")
 
 
 @app.command()
@@ -108,7 +87,7 @@ def run(
 
             return driver.run(loaded, display)
 
-    _answer(work, as_json, run_table, _same_command)
+    answer(work, as_json, run_table, same_command)
 
 
 @app.command()
@@ -161,7 +140,7 @@ def score(
                 check_precision=check_precision,
             )
 
-    _answer(work, as_json, score_table, _same_command)
+    answer(work, as_json, score_table, same_command)
 
 
 @app.command()
@@ -200,10 +179,9 @@ def submit(
     def if_stopped() -> str:
         return f"; the job goes on, stop it with: {commands['stop']}" if commands else ""
 
-    _answer(work, as_json, submit_table, if_stopped)
+    answer(work, as_json, submit_table, if_stopped)
 
 
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Cycle index (default: last scored).", min=0)]
 Last = Annotated[float | None, typer.Option(help="Use only the last checkpoints: a number, or a fraction below 1.")]
 Every = Annotated[int, typer.Option(help="Use only every k-th checkpoint, counted from the last one.", min=1)]
@@ -261,7 +239,7 @@ def reduce(
                 display=terminal,
             )
 
-    _answer(work, as_json, reduce_table)
+    answer(work, as_json, reduce_table)
 
 
 @app.command()
@@ -301,7 +279,7 @@ def select(
                 display=terminal,
             )
 
-    _answer(work, as_json, select_table)
+    answer(work, as_json, select_table)
 
 
 @app.command()
@@ -323,7 +301,7 @@ def plan(
 
         return forecast(loaded)
 
-    _answer(work, as_json, forecast_table)
+    answer(work, as_json, forecast_table)
 
 
 @app.command()
@@ -345,7 +323,7 @@ def status(
         with WatchScreen() as screen:
             return watch_run(run_directory, screen.show, interval)
 
-    _answer(work, as_json, status_table)
+    answer(work, as_json, status_table)
 
 
 @app.command()
@@ -364,7 +342,7 @@ def tensorboard(
 
         return export(run_directory, out)
 
-    _answer(work, as_json, lambda result: f"{result['scalars']} values; next: tensorboard --logdir {result['out']}")
+    answer(work, as_json, lambda result: f"{result['scalars']} values; next: tensorboard --logdir {result['out']}")
 
 
 @app.command()
@@ -385,7 +363,7 @@ def explain(
 
         return explain_sample(run_directory, sample_id, pool=pool)
 
-    _answer(work, as_json, explain_table)
+    answer(work, as_json, explain_table)
 
 
 @app.command()
@@ -406,7 +384,7 @@ def diff(
 
         return diff_runs(first, second, cycle=cycle)
 
-    _answer(work, as_json, diff_table)
+    answer(work, as_json, diff_table)
 
 
 @app.command()
@@ -442,7 +420,7 @@ def informativeness(
                 display=terminal,
             )
 
-    _answer(work, as_json, informativeness_table)
+    answer(work, as_json, informativeness_table)
 
 
 @app.command()
@@ -468,7 +446,7 @@ def compare(
 
             return compare_strategies(loaded, terminal)
 
-    _answer(work, as_json, comparison_table, _same_command)
+    answer(work, as_json, comparison_table, same_command)
 
 
 RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory or pool folder.")]
@@ -490,7 +468,7 @@ def verify(path: RunOrPool, as_json: Json = False) -> None:
 
             return verify_all(local_path(path, "RUN|POOL"), terminal)
 
-    _answer(work, as_json, verify_table)
+    answer(work, as_json, verify_table)
 
 
 @app.command()
@@ -509,220 +487,4 @@ def repair(path: RunOrPool, as_json: Json = False) -> None:
 
             return repair_all(local_path(path, "RUN|POOL"), terminal)
 
-    _answer(work, as_json, repair_table)
-
-
-@labels_app.command("export")
-def labels_export(
-    run_directory: RunDirectory,
-    out: Annotated[Path, typer.Option("--out", help="Output file.")],
-    fmt: Annotated[Literal["csv", "parquet", "label-studio"], typer.Option("--format", help="File format.")] = "csv",
-    copy_images: Annotated[Path | None, typer.Option(help="Folder to export the images to, as PNG.")] = None,
-    url_map: Annotated[
-        str | None, typer.Option(help="FROM=TO: replace the prefix FROM of every path or URL by TO.")
-    ] = None,
-    predictions: Annotated[
-        bool, typer.Option("--predictions", help="Pre-select the predicted class. This biases annotators.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Export the samples of a batch that have no label yet.
-
-    In random order, so that annotators learn nothing from the rank.
-    """
-    from distal.cli.tables import export_table
-
-    def work() -> dict[str, Any]:
-        from distal.labels.waiting import export_labels
-
-        if url_map is not None and "=" not in url_map:
-            raise ConfigError(f"--url-map must be FROM=TO, got {url_map!r}")
-        begins, _, becomes = (url_map or "").partition("=")
-        return export_labels(
-            run_directory,
-            out,
-            fmt=fmt,
-            copy_images=copy_images,
-            url_map=(begins, becomes) if url_map else None,
-            predictions=predictions,
-        )
-
-    _answer(work, as_json, export_table)
-
-
-@labels_app.command("import")
-def labels_import(
-    run_directory: RunDirectory,
-    file: Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON from Label Studio.")],
-    annotator: Annotated[
-        str | None, typer.Option(help="Annotator of rows that name none (default: the name of the file).")
-    ] = None,
-    allow_unasked: Annotated[
-        bool, typer.Option("--allow-unasked", help="Also accept labels of samples that no batch asked for.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Import labels from annotators.
-
-    The next `distal run` uses them. Importing the same file again changes nothing.
-    """
-    from distal.cli.tables import import_table
-
-    def work() -> dict[str, Any]:
-        from distal.labels.waiting import import_labels
-
-        return import_labels(run_directory, file, annotator=annotator, allow_unasked=allow_unasked)
-
-    _answer(work, as_json, import_table)
-
-
-@pool_app.command("build")
-def pool_build(
-    source: Annotated[
-        str, typer.Argument(help="Parquet file or folder, image folder, builtin:NAME, torchvision:NAME.")
-    ],
-    dest: Annotated[Path, typer.Argument(help="Pool folder.")],
-    size: Annotated[str | None, typer.Option(help="Resize all images to WIDTHxHEIGHT pixels.")] = None,
-    channels: Annotated[Channels, typer.Option(help="auto: grey if the first images are grey.")] = "auto",
-    image_column: Annotated[str, typer.Option(help="Column of encoded images, or of structs {bytes, path}.")] = "image",
-    id_column: Annotated[str, typer.Option(help="Column of unique names that never change.")] = "sample_id",
-    label_column: Annotated[str, typer.Option(help="Column of labels, if any.")] = "label",
-    class_column: Annotated[str, typer.Option(help="Column of class names, if any.")] = "class_name",
-    group_column: Annotated[str, typer.Option(help="Column of groups, such as patients, if any.")] = "group_id",
-    follow_symlinks: Annotated[
-        bool, typer.Option("--follow-symlinks", help="Follow links that lead out of the source folder.")
-    ] = False,
-    ray_address: Annotated[str, typer.Option(help="Ray: local, auto or host:port.")] = "local",
-    as_json: Json = False,
-) -> None:
-    """Pack images into a pool, in parallel."""
-    from distal import cluster
-    from distal.cli.tables import pool_table
-    from distal.cli.terminal import Terminal
-
-    def work() -> dict[str, Any]:
-        from distal.config import NAMED
-        from distal.storage import local_path
-
-        where = source if source.startswith(NAMED) else str(local_path(source, "SOURCE"))
-        folder = local_path(dest, "DEST")
-        shape = _size(size)
-        cluster.secure(ray_address)
-        with Terminal() as terminal:
-            from distal.pool.build import build
-            from distal.pool.sources import Columns
-            from distal.records import Progress
-
-            columns = Columns(image_column, id_column, label_column, class_column, group_column)
-            with cluster.connect(ray_address):
-                pool = build(
-                    where,
-                    folder,
-                    columns=columns,
-                    size=shape,
-                    channels=channels,
-                    follow_symlinks=follow_symlinks,
-                    on_progress=lambda done, total: terminal.progress(
-                        Progress(-1, "packing", images_scored=done, images=total)
-                    ),
-                )
-        return pool.describe()
-
-    _answer(work, as_json, pool_table)
-
-
-@pool_app.command("info")
-def pool_info(pool: Annotated[Path, typer.Argument(help="Pool folder.")], as_json: Json = False) -> None:
-    """Describe a pool."""
-    from distal.cli.tables import pool_table
-
-    def work() -> dict[str, Any]:
-        from distal.pool import Pool
-        from distal.storage import local_path
-
-        return Pool.open(local_path(pool, "POOL")).describe()
-
-    _answer(work, as_json, pool_table)
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """(H, W) from WIDTHxHEIGHT, or from one number for a square."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if not all(part.isdigit() and int(part) for part in parts) or len(parts) > 2:
-        raise ConfigError(f"--size must be WIDTHxHEIGHT or one number, in pixels, got {text!r}")
-    return int(parts[-1]), int(parts[0])
-
-
-def _answer(
-    work: Callable[[], AnyResult],
-    as_json: bool,
-    render: Callable[[AnyResult], Table | str],
-    if_stopped: Callable[[], str] = str,
-) -> None:
-    """Run a command's work and print what it returns; every exit code is decided here.
-
-    Args:
-        if_stopped: what to add when a signal stops it.
-    """
-    _stop_on_signals(as_json, if_stopped)
-    try:
-        result = work()
-    except DistalError as error:
-        raise _refuse(one_line(error), error.exit_code, as_json) from None
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
-            raise
-        line = f"{os.fsdecode(error.filename)}: {error.strerror.lower()}; give a path that can be used"
-        raise _refuse(line, UserError.exit_code, as_json) from None
-    except Exception as error:
-        if as_json:
-            print(json.dumps({"state": "error", "error": one_line(error), "exit_code": 1}))
-        raise
-    record = result.to_record() if isinstance(result, Result) else result
-    if as_json:
-        print(json.dumps(record))
-    else:
-        from rich.console import Console
-
-        Console(soft_wrap=True).print(render(result), markup=False, highlight=False)
-    if record.get("state") == "damaged":
-        raise typer.Exit(Damage.exit_code)
-    if record.get("exit_code"):
-        raise typer.Exit(record["exit_code"])
-
-
-def _refuse(line: str, exit_code: int, as_json: bool) -> typer.Exit:
-    """Say in one line what went wrong, and nothing that a terminal would obey: names of files may hold anything."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"distal: {line}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({"state": "error", "error": line, "exit_code": exit_code}))
-    return typer.Exit(exit_code)
-
-
-def _same_command() -> str:
-    if IN_A_JOB in os.environ:  # where the command names a file that lives as long as the job
-        return "; submit it again to go on"
-    return f"; continue with: distal {shlex.join(sys.argv[1:])}"
-
-
-def _stop_on_signals(as_json: bool, if_stopped: Callable[[], str]) -> None:
-    """Leave at once on SIGINT and SIGTERM, with one line that says how to continue.
-
-    Everything committed is on disk and nothing else counts, so there is nothing to tidy up: a run that was
-    stopped is continued like one that was killed. Ray's processes end when their driver is gone.
-    """
-
-    def stop(number: int, _: FrameType | None) -> None:
-        line = f"stopped by {signal.Signals(number).name}{if_stopped()}"
-        # os.write: the signal may have come in the middle of a print. A progress bar stays and had hidden the cursor.
-        bar = "\n\x1b[?25h" if sys.stderr.isatty() else ""
-        os.write(2, f"{bar}distal: {line}\n".encode())
-        if as_json:
-            os.write(1, json.dumps({"state": "stopped", "error": line, "exit_code": 128 + number}).encode() + b"\n")
-        os._exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    answer(work, as_json, repair_table)

@@ -42,7 +42,9 @@ from distal.pool.images import (
     close_part,
     parts,
 )
-from distal.pool.sources import Columns, Row, Source, open_source
+from distal.pool.parquet_source import Columns
+from distal.pool.rows import Row, Source
+from distal.pool.sources import open_source
 from distal.processes import ProcessIdentity, this_process
 from distal.records import Block, JsonObject, auto_block_size
 from distal.storage import (

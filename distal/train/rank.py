@@ -8,7 +8,6 @@ after every epoch and then commits the checkpoint, so no committed epoch is ever
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +32,9 @@ from distal.model.spec import ModelSpec, be_deterministic, seeded_build
 from distal.model.weights import deserialize, serialize
 from distal.pool import Pool
 from distal.records import CheckpointRef
-from distal.storage import create_bytes, names_in, read_sealed, write_sealed
+from distal.storage import Numbered, create_bytes, read_sealed, write_sealed
 
 STATE, OWNERS = "state.pt", "owners"
-OWNER = re.compile(r"\d{6,}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -316,38 +314,40 @@ def check_owner(folder: Path, owner: str) -> None:
 
 def last_claim(folder: Path) -> tuple[int, str]:
     """The number of the last claim on the folder of a cycle, 0 before the first, and who may write; "": nobody."""
-    owners = folder / "train" / OWNERS
-    numbers = [int(name) for name in names_in(owners) if OWNER.fullmatch(name)]
-    return (max(numbers), (owners / f"{max(numbers):06d}").read_text()) if numbers else (0, "")
+    owners = _owners(folder)
+    number = owners.last()
+    return (0, "") if number is None else (number, owners.path(number).read_text())
 
 
 def claim(folder: Path, owner: str, still_ours: Callable[[], None] = lambda: None) -> None:
-    """Say that from now on this attempt may write, and no earlier one.
+    """Claim the folder of a cycle: from now on this attempt may write, and no earlier one.
 
-    Claims are numbered files, each created exclusively and never replaced; the last one counts. Its number is chosen
-    before the lease is looked at, so a driver that was paused finds the number taken, looks at the lease, and stops.
+    The last claim counts. Its number is chosen before the lease is checked, see `Numbered.append`, so a driver that
+    was paused finds the number taken, checks the lease, and stops.
 
     Args:
         still_ours: raises when another driver has the run.
     """
-    while True:
-        number, _ = last_claim(folder)
+
+    def content(_: int | None) -> bytes:
         still_ours()
-        if create_bytes(_claim_path(folder, number + 1), owner.encode()):
-            return
+        return owner.encode()
+
+    _owners(folder).append(create_bytes, content)
 
 
 def release(folder: Path, prefix: str) -> None:
-    """Nobody may write from now on, unless another driver has claimed the folder.
+    """End the claim of this driver: nobody may write from now on, unless another driver has claimed the folder.
 
     Args:
-        prefix: how the names of this driver's attempts begin.
+        prefix: of the names of this driver's attempts.
     """
-    while True:
-        number, owner = last_claim(folder)
-        if not owner.startswith(prefix) or create_bytes(_claim_path(folder, number + 1), b""):
-            return
+
+    def content(_: int | None) -> bytes | None:
+        return b"" if last_claim(folder)[1].startswith(prefix) else None
+
+    _owners(folder).append(create_bytes, content)
 
 
-def _claim_path(folder: Path, number: int) -> Path:
-    return folder / "train" / OWNERS / f"{number:06d}"
+def _owners(folder: Path) -> Numbered:
+    return Numbered(folder / "train" / OWNERS, digits=6)
