@@ -66,6 +66,12 @@ def test_contributing_lists_every_module() -> None:
         assert list(ROOT.rglob(name)), name
 
 
+def test_the_glossary_names_modules_that_exist() -> None:
+    page = (ROOT / "docs" / "glossary.md").read_text()
+    for name in re.findall(r"`([a-z_]+/(?:\w+\.py)?|\w+\.py)`", page):
+        assert (ROOT / "distal" / name).exists(), name
+
+
 def test_versions_agree() -> None:
     (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version == distal.__version__
