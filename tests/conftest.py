@@ -30,10 +30,10 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs in one process of pytest-xdist: all that share the Ray cluster, and otherwise a file."""
+    """What runs in one process of pytest-xdist: all that share the Ray cluster or start nodes, and otherwise a file."""
     for item in items:
-        shares = "cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if shares else str(item.path)))
+        on_ray = "cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("cluster")
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else str(item.path)))
 
 
 @pytest.fixture(scope="session")
