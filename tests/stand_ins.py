@@ -15,7 +15,6 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from distal import cluster
 from distal.score import fleet
-from distal.score.actor import Scorer
 from distal.train import launch
 from distal.train.launch import Ranks
 from distal.train.rank import TrainJob, train_rank
@@ -82,14 +81,10 @@ class SpareActor:
 def _is_idle(actor: Any) -> bool:
     """Whether it answers at once; it forgets what it has opened, which the next run may have replaced."""
     try:
-        ray.get(actor.__ray_call__.remote(_forget), timeout=2)
+        ray.get(actor.__ray_call__.remote(lambda scorer: setattr(scorer, "_job", None)), timeout=5)
     except (RayError, GetTimeoutError):
         return False
     return True
-
-
-def _forget(scorer: Scorer) -> None:
-    scorer._job = None
 
 
 @contextmanager
