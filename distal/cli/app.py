@@ -303,6 +303,7 @@ def _plan(
 
     Forward passes, files, disk and memory; and cheaper alternatives.
     """
+    from distal.cli.tables import plan_table
     from distal.config import load_any
 
     def work() -> PlanResult:

@@ -175,10 +175,10 @@ class Fleet:
             options["label_selector"] = (options.get("label_selector") or {}) | others
         while len(self.actors) < n:
             name = f"{self._prefix}-{self._next}"
-            actor = ray.remote(concurrency_groups={WATCH: 1})(Scorer).options(name=name, namespace="distal", **options)
             # The number of an actor that is gone is used again: Prometheus keeps a series for ever.
             self._shards[self._next] = next(n for n in itertools.count() if n not in self._shards.values())
-            self.actors[self._next] = actor.remote(name, *self._arguments, self._shards[self._next])
+            arguments = (*self._arguments, self._shards[self._next])
+            self.actors[self._next] = _start_actor(name, options, arguments)
             self._placing[self.actors[self._next].process.remote()] = self._next
             self._grown_at[self._next] = time.monotonic()
             started.append(self._next)
@@ -300,13 +300,24 @@ class Fleet:
 
     def drop(self, actor: int) -> None:
         """Stop one actor and free its slot, even when it no longer responds to Ray."""
-        ray.kill(self.actors.pop(actor))
+        _stop_actor(self.actors.pop(actor), self.processes.pop(actor, None))
         del self._shards[actor], self._grown_at[actor]
         self._asked = {ref: asked for ref, asked in self._asked.items() if asked != actor}
         self._heard.pop(actor, None)
         self._placing = {ref: placed for ref, placed in self._placing.items() if placed != actor}
-        if actor in self.processes:
-            cluster.kill(self.processes.pop(actor))
+
+
+def _start_actor(name: str, options: Mapping[str, Any], arguments: Sequence[object]) -> Any:
+    """Start an actor's process; returns the handle at once, before the process has found room."""
+    actor = ray.remote(concurrency_groups={WATCH: 1})(Scorer)
+    return actor.options(name=name, namespace="distal", **options).remote(name, *arguments)
+
+
+def _stop_actor(actor: Any, process: cluster.Process | None) -> None:
+    """End an actor's process, even one that no longer answers Ray."""
+    ray.kill(actor)
+    if process is not None:
+        cluster.kill(process)
 
 
 def answered(refs: dict[Any, int]) -> list[Any]:

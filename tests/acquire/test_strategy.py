@@ -21,6 +21,8 @@ from distal.report.verify import verify
 from distal.score.predict import Predictor
 from tests.helpers import small_config
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 ONE = ("loop.cycles=1", "train.epochs=2")
 
 

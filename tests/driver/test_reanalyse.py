@@ -19,6 +19,8 @@ from distal.records import Window
 from distal.reduce.measures import FROM_VOTES, Votes
 from tests.helpers import small_config, write_source
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 N, ROWS = 240, 5
 
 

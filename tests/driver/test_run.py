@@ -30,8 +30,12 @@ from distal.records import CheckpointRef, Progress
 from distal.report.status import status
 from distal.score.job import AllPublished
 from distal.score.predict import Predictor
+from distal.train import launch
 from tests.helpers import flip, small_config, write_source
 from tests.interleave import interleavings
+from tests.stand_ins import run_ranks
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 N_READABLE, INITIAL, BUDGET, ROWS = 238, 24, 16, 3
 
@@ -361,8 +365,9 @@ def test_a_run_may_grow_with_other_settings(finished: Path, pool: Pool, test_poo
 
 
 @pytest.mark.slow
-def test_ranks_stop_when_the_run_fails(pool: Pool, tmp_path: Path) -> None:
+def test_ranks_stop_when_the_run_fails(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a Ray of the caller's, training must not go on behind its back."""
+    monkeypatch.setattr(launch, "_run_ranks", run_ranks)  # real ranks
 
     class Broken(Lines):
         def progress(self, state: Progress) -> None:

@@ -26,6 +26,8 @@ from distal.records import Progress
 from distal.report.explain import explain
 from tests.helpers import foreign_config, write_checkpoints
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 T, N, READABLE = 8, 240, 238
 
 

@@ -34,7 +34,7 @@ from tests.helpers import CLASSES, free_ports, small_config, write_source
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 N = 100
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("stand_ins")]
 
 
 class LabelStudio:

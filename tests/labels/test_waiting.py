@@ -6,7 +6,6 @@ import csv
 import json
 import random
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 from distal.artifacts.ledger import LABELED, SKIPPED
 from distal.artifacts.runs import Run
 from distal.cli.tables import waiting_table
+from distal.driver import preflight
 from distal.driver import run as driver
 from distal.errors import ConfigError, Damage, PoolError, RunConflict, SourceError
 from distal.labels.answers import Answer, settle
@@ -28,6 +28,8 @@ from distal.report.status import status
 from distal.report.verify import verify
 from distal.storage import read_json, write_json
 from tests.helpers import CLASSES, flip, small_config, write_source
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +95,9 @@ def test_a_run_that_people_label(unlabelled: tuple[Pool, dict[str, int]], tmp_pa
             assert (waiting.state, waiting.cycle) == ("waiting_for_labels", step - 1)
             assert waiting.answered == 0
             assert waiting.asked == waiting.needed == (24 if step == 0 else 16)
-            began = time.monotonic()
-            assert driver.run(made) == waiting
-            assert time.monotonic() - began < 2
+            with pytest.MonkeyPatch.context() as patch:  # from storage alone: no cluster is looked at
+                patch.delattr(preflight, "check")
+                assert driver.run(made) == waiting
             play(run, truth, random.Random(step), files, repeat)
         assert driver.run(made).state == "complete"
         told[name] = ledgers(run, 3)

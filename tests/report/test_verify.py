@@ -31,6 +31,8 @@ from distal.report.verify import verify
 from distal.storage import FORMAT, names_in, read_json, read_yaml, write_json, write_yaml
 from tests.helpers import content, flip, foreign_config, small_config, write_checkpoints, write_source
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 N = 240
 ALSO = [Answer(20 + i, f"s1-{20 + i:05d}", None, SKIPPED, "bob") for i in range(3)]
 

@@ -252,7 +252,7 @@ def test_a_stuck_actor_is_replaced(pool: Pool, tmp_path: Path, reference: dict[s
     fleet.shrink(0)
     assert digest(assignments.path) == reference
     assert len(reasons) == 1
-    assert re.match("no sign of life for [23] s; it is replaced", reasons[0])
+    assert re.match(r"no sign of life for \d+ s; it is replaced", reasons[0])
     assert gone(stopped[0]), "it would keep its slot"
 
 

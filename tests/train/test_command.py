@@ -31,6 +31,8 @@ from distal.train.rank import claim
 from tests.helpers import flip, small_config
 from tests.train.test_launch import job
 
+pytestmark = pytest.mark.usefixtures("stand_ins")  # the scripts are real
+
 SCRIPT = """
 import argparse, sys
 import pyarrow.parquet as pq
