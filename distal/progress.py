@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from distal.records import JsonObject, Progress
@@ -34,6 +35,11 @@ class Display(Protocol):
     def event(self, record: JsonObject) -> None:
         """Show a logged event."""
         ...
+
+
+def counter(show: Callable[[Progress], None], stage: str, cycle: int = -1) -> Callable[[int, int], None]:
+    """A function of (images done, images in all) that shows how far a stage is."""
+    return lambda done, total: show(Progress(cycle, stage, images_scored=done, images=total))
 
 
 class Silent:

@@ -15,7 +15,18 @@ from distal.cli.pool import pool_app
 from distal.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from distal.driver.reanalyse import ReduceResult, SelectResult
+    from distal.driver.run import RunResult
+    from distal.driver.score_folder import ScoreResult
+    from distal.driver.submit import SubmitResult
+    from distal.labels.waiting import WaitingResult
     from distal.records import Window
+    from distal.report.explain import DiffResult, ExplainResult
+    from distal.report.plan import PlanResult
+    from distal.report.repair import PoolRepair, RunRepair
+    from distal.report.status import Status
+    from distal.report.tensorboard import TensorboardResult
+    from distal.report.verify import VerifyResult
 
 app = typer.Typer(
     name="distal",
@@ -46,7 +57,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def _init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("distal.yaml"), as_json: Json = False
 ) -> None:
-    """Write a commented configuration with every key."""
+    """Write a configuration file with every key, commented."""
     from distal.config import commented_yaml
 
     def work() -> dict[str, Any]:
@@ -65,20 +76,21 @@ def _run(
     overrides: Overrides = None,
     allow_overlap: Annotated[
         bool,
-        typer.Option(
-            "--allow-overlap", help="Proceed even if test or validation images are in the pool (eval.allow_overlap)."
-        ),
+        typer.Option("--allow-overlap", help="Accept evaluation images that are in the pool (eval.allow_overlap)."),
     ] = False,
     log_json: LogJson = False,
     as_json: Json = False,
 ) -> None:
-    """Run the whole loop. The same command again resumes a run that was stopped."""
+    """Run the whole loop: train, score, select, label.
+
+    The same command resumes a run that was interrupted.
+    """
     from distal import cluster
     from distal.cli.tables import run_table
     from distal.cli.terminal import JsonLines, Terminal
     from distal.config import load
 
-    def work() -> dict[str, Any]:
+    def work() -> RunResult | WaitingResult:
         loaded = load(config, [*(overrides or []), *(["eval.allow_overlap=true"] if allow_overlap else [])])
         cluster.secure(loaded.ray.address)
         with JsonLines() if log_json else Terminal() as display:
@@ -96,33 +108,31 @@ def _score(
     watch: Annotated[
         bool,
         typer.Option(
-            "--watch",
-            help="Wait for more checkpoints, until checkpoints.expect are there or none came for checkpoints.idle s.",
+            "--watch", help="Wait for more checkpoints: checkpoints.expect in all, or none for checkpoints.idle s."
         ),
     ] = False,
-    no_select: Annotated[bool, typer.Option("--no-select", help="Score only; `distal select` selects later.")] = False,
-    exclude: Annotated[
-        Path | None, typer.Option(help="File of samples that are labelled already (pool.exclude).")
-    ] = None,
-    check: Annotated[
-        Path | None, typer.Option(help="File of labelled samples (sample_id, label), scored first as a check.")
-    ] = None,
+    no_select: Annotated[
+        bool, typer.Option("--no-select", help="Score only; select later with `distal select`.")
+    ] = False,
+    exclude: Annotated[Path | None, typer.Option(help="File of samples already labelled (pool.exclude).")] = None,
+    check: Annotated[Path | None, typer.Option(help="File of known labels (sample_id, label), scored first.")] = None,
     expect_accuracy: Annotated[
-        float | None, typer.Option(help="With --check: stop when the accuracy is lower.", min=0, max=1)
+        float | None, typer.Option(help="With --check: stop below this accuracy.", min=0, max=1)
     ] = None,
-    check_precision: Annotated[
-        int | None, typer.Option(help="Blocks to score in fp32 as well, for comparison.", min=1)
-    ] = None,
+    check_precision: Annotated[int | None, typer.Option(help="Blocks to score in fp32 as well.", min=1)] = None,
     log_json: LogJson = False,
     as_json: Json = False,
 ) -> None:
-    """Score a pool at the checkpoints of a directory, then reduce and select. Run again, it resumes."""
+    """Score a pool with the checkpoints of a directory.
+
+    Then compute the measure and select. The same command resumes, and scores checkpoints that are new.
+    """
     from distal import cluster
     from distal.cli.tables import score_table
     from distal.cli.terminal import JsonLines, Terminal
     from distal.config import ScoreConfig, load
 
-    def work() -> dict[str, Any]:
+    def work() -> ScoreResult:
         if expect_accuracy is not None and check is None:
             raise ConfigError("--expect-accuracy needs --check FILE")
         extra = [f"pool.exclude={exclude}"] if exclude else []
@@ -146,25 +156,24 @@ def _score(
 
 @app.command("submit")
 def _submit(
-    config: Annotated[
-        Path, typer.Argument(help="YAML file of a run, a comparison, or `distal score`; absolute paths.")
-    ],
-    address: Annotated[str, typer.Option(help="Ray dashboard, or a tunnel to it: http://HOST:PORT.")],
+    config: Annotated[Path, typer.Argument(help="YAML file for run, score or compare, with absolute paths.")],
+    address: Annotated[str, typer.Option(help="URL of the cluster's dashboard: http://HOST:PORT.")],
     overrides: Overrides = None,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Follow the log, and exit with the exit code of the job.")
-    ] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="For `distal score`: wait for more checkpoints.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Stream the log; exit with the exit code of the job.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Pass --watch to `distal score`.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a configuration as a Ray job. The same command again resumes a run that was stopped."""
+    """Run as a job on a Ray cluster.
+
+    The same command resumes a run that was interrupted.
+    """
     from distal.cli.tables import submit_table
     from distal.cli.terminal import Terminal
     from distal.config import load_portable
 
     commands: dict[str, str] = {}
 
-    def work() -> dict[str, Any]:
+    def work() -> SubmitResult:
         loaded = load_portable(config, overrides or [])
         if watch and loaded.command != "score":
             raise UserError(f"--watch: {config} is for `distal {loaded.command}`; leave it out")
@@ -173,9 +182,9 @@ def _submit(
 
             submitted = jobs.submit(loaded, address, ["--watch"] if watch else [])
             if not wait:
-                return submitted.record()
+                return submitted
             commands.update(submitted.commands)
-            terminal.say(submit_table(submitted.record()))
+            terminal.say(submit_table(submitted))
             return jobs.follow(submitted, terminal.say)
 
     def if_stopped() -> str:
@@ -184,15 +193,15 @@ def _submit(
     answer(work, as_json, submit_table, if_stopped)
 
 
-_CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Cycle index (default: last scored).", min=0)]
-_Last = Annotated[float | None, typer.Option(help="Use only the last checkpoints: a number, or a share below 1.")]
-_Every = Annotated[int, typer.Option(help="Use only every k-th checkpoint, counted from the last.", min=1)]
-_From = Annotated[int, typer.Option("--from", help="Skip the checkpoints before this index.", min=0)]
-_PoolPlace = Annotated[Path | None, typer.Option("--pool", help="Folder of the pool, if it has moved.")]
-_Annotate = Annotated[
-    bool, typer.Option("--annotate", help="Store the two most frequent classes of each sample as well.")
+CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Cycle index (default: last scored).", min=0)]
+Last = Annotated[float | None, typer.Option(help="Use only the last checkpoints: a number, or a fraction below 1.")]
+Every = Annotated[int, typer.Option(help="Use only every k-th checkpoint, counted from the last one.", min=1)]
+From = Annotated[int, typer.Option("--from", help="Skip the checkpoints before this index.", min=0)]
+PoolPlace = Annotated[Path | None, typer.Option("--pool", help="Path of the pool, if it has moved.")]
+Annotate = Annotated[bool, typer.Option("--annotate", help="Also store each sample's most frequent classes.")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Run on a Ray cluster: auto or host:port (default: this machine).")
 ]
-_RayAddress = Annotated[str | None, typer.Option(help="Run on a Ray cluster: auto or host:port.")]
 
 
 def _window(first: int, last: float | None, every: int) -> Window:
@@ -207,21 +216,26 @@ def _window(first: int, last: float | None, every: int) -> Window:
 @app.command("reduce")
 def _reduce(
     run_directory: RunDirectory,
-    measure: Annotated[list[str] | None, typer.Option(help="A measure; repeatable.")] = None,
-    last: _Last = None,
-    every: _Every = 1,
-    first: _From = 0,
-    annotate: _Annotate = False,
-    cycle: _CycleIndex = None,
-    pool: _PoolPlace = None,
-    ray_address: _RayAddress = None,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="Measure to compute; can be repeated (default: that of the run).")
+    ] = None,
+    last: Last = None,
+    every: Every = 1,
+    first: From = 0,
+    annotate: Annotate = False,
+    cycle: CycleIndex = None,
+    pool: PoolPlace = None,
+    ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Compute measures from stored assignments, over all checkpoints or a window; no inference."""
+    """Compute measures from stored predictions, no inference.
+
+    Over all checkpoints, or over a window of them: --from, --last, --every.
+    """
     from distal.cli.tables import reduce_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> ReduceResult:
         with Terminal() as terminal:
             from distal.driver.reanalyse import reduce_run
 
@@ -242,22 +256,25 @@ def _reduce(
 @app.command("select")
 def _select(
     run_directory: RunDirectory,
-    budget: Annotated[int, typer.Option(help="Samples to select.", min=1)],
-    measure: Annotated[str | None, typer.Option(help="The measure (default: that of the run).")] = None,
-    last: _Last = None,
-    every: _Every = 1,
-    first: _From = 0,
-    annotate: _Annotate = False,
-    cycle: _CycleIndex = None,
-    pool: _PoolPlace = None,
-    ray_address: _RayAddress = None,
+    budget: Annotated[int, typer.Option(help="Number of samples to select.", min=1)],
+    measure: Annotated[str | None, typer.Option(help="Measure to rank by (default: that of the run).")] = None,
+    last: Last = None,
+    every: Every = 1,
+    first: From = 0,
+    annotate: Annotate = False,
+    cycle: CycleIndex = None,
+    pool: PoolPlace = None,
+    ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Select samples from stored assignments, by another measure, window or budget; no inference."""
+    """Select samples from stored predictions, no inference.
+
+    With another measure, window of checkpoints, or budget than the run.
+    """
     from distal.cli.tables import select_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> SelectResult:
         with Terminal() as terminal:
             from distal.driver.reanalyse import select_run
 
@@ -278,37 +295,40 @@ def _select(
 
 @app.command("plan")
 def _plan(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run, a comparison, or `distal score`.")],
+    config: Annotated[Path, typer.Argument(help="YAML file for run, score or compare.")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Predict the cost of a run before it starts: passes, objects, disk, memory, and cheaper alternatives."""
-    from distal.cli.tables import forecast_table
+    """Estimate the cost of a run before it starts.
+
+    Forward passes, files, disk and memory; and cheaper alternatives.
+    """
+    from distal.cli.tables import plan_table
     from distal.config import load_any
 
-    def work() -> dict[str, Any]:
+    def work() -> PlanResult:
         loaded = load_any(config, overrides or [])
-        from distal.report.plan import forecast
+        from distal.report.plan import plan as plan_run
 
-        return forecast(loaded)
+        return plan_run(loaded)
 
-    answer(work, as_json, forecast_table)
+    answer(work, as_json, plan_table)
 
 
 @app.command("status")
 def _status(
     run_directory: RunDirectory,
     watch: Annotated[bool, typer.Option("--watch", help="Poll until the run is complete.")] = False,
-    interval: Annotated[float, typer.Option(help="With --watch: seconds between polls.", min=0.1)] = 2.0,
+    interval: Annotated[float, typer.Option(help="With --watch: seconds between two polls.", min=0.1)] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Report how far a run is, from storage alone."""
+    """Report the progress of a run, from its files alone."""
     from distal.cli.tables import status_table
     from distal.cli.terminal import WatchScreen
     from distal.report.status import status as status_of
     from distal.report.status import watch as watch_run
 
-    def work() -> dict[str, Any]:
+    def work() -> Status:
         if not watch:
             return status_of(run_directory)
         with WatchScreen() as screen:
@@ -320,30 +340,36 @@ def _status(
 @app.command("tensorboard")
 def _tensorboard(
     run_directory: RunDirectory,
-    out: Annotated[Path, typer.Option("--out", help="Folder for TensorBoard; new or empty.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder, new or empty.")],
     as_json: Json = False,
 ) -> None:
-    """Write the metrics of a run for TensorBoard: losses, accuracies, seconds, faults."""
+    """Export the metrics of a run for TensorBoard.
 
-    def work() -> dict[str, Any]:
+    Losses, accuracies, seconds per stage, and faults.
+    """
+
+    def work() -> TensorboardResult:
         from distal.report.tensorboard import export
 
         return export(run_directory, out)
 
-    answer(work, as_json, lambda result: f"{result['scalars']} values; next: tensorboard --logdir {result['out']}")
+    answer(work, as_json, lambda result: f"{result.scalars} values; next: tensorboard --logdir {result.out}")
 
 
 @app.command("explain")
 def _explain(
     run_directory: RunDirectory,
     sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="sample_id of a sample.")],
-    pool: _PoolPlace = None,
+    pool: PoolPlace = None,
     as_json: Json = False,
 ) -> None:
-    """Report the class predicted for a sample at every checkpoint, and why it was selected or not."""
+    """Show why a sample was selected or not.
+
+    With the class predicted at every checkpoint, and its scores.
+    """
     from distal.cli.tables import explain_table
 
-    def work() -> dict[str, Any]:
+    def work() -> ExplainResult:
         from distal.report.explain import explain as explain_sample
 
         return explain_sample(run_directory, sample_id, pool=pool)
@@ -355,13 +381,16 @@ def _explain(
 def _diff(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Run directory.")],
     second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another run directory.")],
-    cycle: _CycleIndex = None,
+    cycle: CycleIndex = None,
     as_json: Json = False,
 ) -> None:
-    """Report the overlap of the selections of two runs, and the keys that affect results and differ."""
+    """Compare the selections of two runs.
+
+    Also lists the configuration keys that differ and affect results.
+    """
     from distal.cli.tables import diff_table
 
-    def work() -> dict[str, Any]:
+    def work() -> DiffResult:
         from distal.report.explain import diff as diff_runs
 
         return diff_runs(first, second, cycle=cycle)
@@ -372,14 +401,19 @@ def _diff(
 @app.command("informativeness")
 def _informativeness(
     run_directories: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    measure: Annotated[list[str] | None, typer.Option(help="A measure, such as flips@last=0.5; repeatable.")] = None,
-    cycle: _CycleIndex = None,
-    budget: Annotated[int | None, typer.Option(help="Samples whose overlap is reported.", min=1)] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the table, the figure and the numbers.")] = None,
-    pool: _PoolPlace = None,
+    measure: Annotated[list[str] | None, typer.Option(help="Measure, such as flips@last=0.5; can be repeated.")] = None,
+    cycle: CycleIndex = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Report how far the top BUDGET samples of the measures overlap.", min=1)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder for table, figure and numbers.")] = None,
+    pool: PoolPlace = None,
     as_json: Json = False,
 ) -> None:
-    """Report the final network's error on the samples each measure ranks highest; needs the pool's labels."""
+    """Report the network's error on each measure's top samples.
+
+    Needs a pool with labels. Nothing is trained.
+    """
     from distal.cli.tables import informativeness_table
     from distal.cli.terminal import Terminal
 
@@ -402,11 +436,14 @@ def _informativeness(
 
 @app.command("compare")
 def _compare(
-    config: Annotated[Path, typer.Argument(help="YAML file with a section `compare`.")],
+    config: Annotated[Path, typer.Argument(help="YAML file with a `compare` section.")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Run strategies x seeds and compare them. The same command again resumes a stopped comparison."""
+    """Run several strategies and seeds, and compare them.
+
+    With paired tests, corrected for their number. The same command resumes.
+    """
     from distal import cluster
     from distal.cli.tables import comparison_table
     from distal.cli.terminal import Terminal
@@ -423,16 +460,19 @@ def _compare(
     answer(work, as_json, comparison_table, same_command)
 
 
-_RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory, or folder of a pool.")]
+RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory or pool folder.")]
 
 
 @app.command("verify")
-def _verify(path: _RunOrPool, as_json: Json = False) -> None:
-    """Read and check every file of a run or a pool; exit 4 when something is damaged. Changes nothing."""
+def _verify(path: RunOrPool, as_json: Json = False) -> None:
+    """Check every file of a run or pool against its checksum.
+
+    Changes nothing. Exits with 4 when a file is damaged.
+    """
     from distal.cli.tables import verify_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> VerifyResult:
         with Terminal() as terminal:
             from distal.report.verify import verify as verify_all
             from distal.storage import local_path
@@ -443,14 +483,17 @@ def _verify(path: _RunOrPool, as_json: Json = False) -> None:
 
 
 @app.command("repair")
-def _repair(path: _RunOrPool, as_json: Json = False) -> None:
-    """Delete damaged files, so that their command writes them again; in a pool, pack the images again."""
+def _repair(path: RunOrPool, as_json: Json = False) -> None:
+    """Delete damaged files, so that they are computed again.
+
+    The command that wrote them computes them again. Images of a pool are packed again from its source.
+    """
     from distal.cli.tables import repair_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> RunRepair | PoolRepair:
         with Terminal() as terminal:
-            from distal.report.verify import repair as repair_all
+            from distal.report.repair import repair as repair_all
             from distal.storage import local_path
 
             return repair_all(local_path(path, "RUN|POOL"), terminal)

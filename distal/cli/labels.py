@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,29 +11,35 @@ from distal.cli.answer import answer
 from distal.cli.options import Json, RunDirectory
 from distal.errors import ConfigError
 
+if TYPE_CHECKING:
+    from distal.labels.waiting import ExportResult, ImportResult
+
 labels_app = typer.Typer(
-    help="Export samples to annotators, and import their answers.", no_args_is_help=True, rich_markup_mode=None
+    help="Export a batch to annotators, and import their labels.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
 @labels_app.command("export")
 def _export(
     run_directory: RunDirectory,
-    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    out: Annotated[Path, typer.Option("--out", help="Output file.")],
     fmt: Annotated[Literal["csv", "parquet", "label-studio"], typer.Option("--format", help="File format.")] = "csv",
-    copy_images: Annotated[Path | None, typer.Option(help="Also write the images to this folder, as PNG.")] = None,
+    copy_images: Annotated[Path | None, typer.Option(help="Folder to export the images to, as PNG.")] = None,
     url_map: Annotated[
-        str | None, typer.Option(help="FROM=TO: replace the prefix FROM of each path or URL by TO.")
+        str | None, typer.Option(help="FROM=TO: replace the prefix FROM of every path or URL by TO.")
     ] = None,
     predictions: Annotated[
-        bool, typer.Option("--predictions", help="Pre-select the class the model predicts. It biases annotators.")
+        bool, typer.Option("--predictions", help="Pre-select the predicted class. This biases annotators.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Export the unlabelled samples of the batch that a run waits for."""
+    """Export the samples of a batch that have no label yet.
+
+    In random order, so that annotators learn nothing from the rank.
+    """
     from distal.cli.tables import export_table
 
-    def work() -> dict[str, Any]:
+    def work() -> ExportResult:
         from distal.labels.waiting import export_labels
 
         if url_map is not None and "=" not in url_map:
@@ -54,19 +60,22 @@ def _export(
 @labels_app.command("import")
 def _import(
     run_directory: RunDirectory,
-    file: Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON of Label Studio.")],
+    file: Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON from Label Studio.")],
     annotator: Annotated[
-        str | None, typer.Option(help="Annotator of answers that name none (default: the file name).")
+        str | None, typer.Option(help="Annotator of rows that name none (default: the name of the file).")
     ] = None,
     allow_unasked: Annotated[
-        bool, typer.Option("--allow-unasked", help="Accept labels of samples that no batch asked for as well.")
+        bool, typer.Option("--allow-unasked", help="Also accept labels of samples that no batch asked for.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Import the answers of annotators for the next `distal run`. Importing the same file again changes nothing."""
+    """Import labels from annotators.
+
+    The next `distal run` uses them. Importing the same file again changes nothing.
+    """
     from distal.cli.tables import import_table
 
-    def work() -> dict[str, Any]:
+    def work() -> ImportResult:
         from distal.labels.waiting import import_labels
 
         return import_labels(run_directory, file, annotator=annotator, allow_unasked=allow_unasked)

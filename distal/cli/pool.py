@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from distal.cli.answer import answer
 from distal.cli.options import Json
 from distal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from distal.pool.images import PoolInfo
 
 _Channels = Literal["auto", "grey", "rgb"]
 
@@ -21,26 +24,26 @@ def _build(
     source: Annotated[
         str, typer.Argument(help="Parquet file or folder, image folder, builtin:NAME, torchvision:NAME.")
     ],
-    dest: Annotated[Path, typer.Argument(help="Folder of the pool.")],
+    dest: Annotated[Path, typer.Argument(help="Pool folder.")],
     size: Annotated[str | None, typer.Option(help="Resize all images to WIDTHxHEIGHT pixels.")] = None,
-    channels: Annotated[_Channels, typer.Option(help="auto: grey if the first images are.")] = "auto",
-    image_column: Annotated[str, typer.Option(help="Column of encoded images, or of bytes and path.")] = "image",
-    id_column: Annotated[str, typer.Option(help="Column of stable names.")] = "sample_id",
+    channels: Annotated[_Channels, typer.Option(help="auto: grey if the first images are grey.")] = "auto",
+    image_column: Annotated[str, typer.Option(help="Column of encoded images, or of structs {bytes, path}.")] = "image",
+    id_column: Annotated[str, typer.Option(help="Column of unique names that never change.")] = "sample_id",
     label_column: Annotated[str, typer.Option(help="Column of labels, if any.")] = "label",
     class_column: Annotated[str, typer.Option(help="Column of class names, if any.")] = "class_name",
-    group_column: Annotated[str, typer.Option(help="Column of groups, if any.")] = "group_id",
+    group_column: Annotated[str, typer.Option(help="Column of groups, such as patients, if any.")] = "group_id",
     follow_symlinks: Annotated[
-        bool, typer.Option("--follow-symlinks", help="Follow links that lead out of the source's folder as well.")
+        bool, typer.Option("--follow-symlinks", help="Follow links that lead out of the source folder.")
     ] = False,
-    ray_address: Annotated[str, typer.Option(help="local, auto or host:port.")] = "local",
+    ray_address: Annotated[str, typer.Option(help="Ray: local, auto or host:port.")] = "local",
     as_json: Json = False,
 ) -> None:
-    """Pack a source into a pool, in parallel."""
+    """Pack images into a pool, in parallel."""
     from distal import cluster
     from distal.cli.tables import pool_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> PoolInfo:
         from distal.config import NAMED
         from distal.storage import local_path
 
@@ -72,11 +75,11 @@ def _build(
 
 
 @pool_app.command("info")
-def _info(pool: Annotated[Path, typer.Argument(help="Folder of the pool.")], as_json: Json = False) -> None:
+def pool_info(pool: Annotated[Path, typer.Argument(help="Pool folder.")], as_json: Json = False) -> None:
     """Describe a pool."""
     from distal.cli.tables import pool_table
 
-    def work() -> dict[str, Any]:
+    def work() -> PoolInfo:
         from distal.pool import Pool
         from distal.storage import local_path
 

@@ -49,7 +49,7 @@ from distal.config.sections import (
 )
 from distal.errors import RunConflict
 from distal.hashing import digest
-from distal.records import JsonObject, Window
+from distal.records import JsonObject, Stage, Window
 from distal.storage import local_path
 
 # The keys that may name a function or class of the user.
@@ -67,7 +67,7 @@ class Root(Section):
 
     command: ClassVar[str]
     trains: ClassVar[bool]
-    stages: ClassVar[tuple[str, ...]]
+    stages: ClassVar[tuple[Stage, ...]]
 
     run: str = key(..., "Run directory.", PLACE)
     seed: Integer = key(0, "Seed of every random draw.", NEVER, ge=0, lt=2**63)
@@ -219,7 +219,7 @@ class Config(Root):
 
     command: ClassVar[str] = "run"
     trains: ClassVar[bool] = True
-    stages: ClassVar[tuple[str, ...]] = ("train", "score", "test", "reduce", "select", "label")
+    stages: ClassVar[tuple[Stage, ...]] = ("train", "score", "test", "reduce", "select", "label")
 
     pool: PoolSection
     model: ModelSection = ModelSection()
@@ -336,7 +336,7 @@ class ScoreConfig(Root):
 
     command: ClassVar[str] = "score"
     trains: ClassVar[bool] = False
-    stages: ClassVar[tuple[str, ...]] = ("score",)
+    stages: ClassVar[tuple[Stage, ...]] = ("score",)
 
     pool: FolderPool
     model: FolderModel

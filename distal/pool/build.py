@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict
 from itertools import islice
@@ -32,12 +32,12 @@ from distal.pool.images import (
     begin_content,
     parts,
 )
-from distal.pool.pack import Layout, Part, create_images, learn_layout, pack
+from distal.pool.pack import ImageLayout, Part, create_images, learn_layout, pack
 from distal.pool.parquet_source import Columns
 from distal.pool.rows import Source
 from distal.pool.sources import open_source
 from distal.processes import ProcessIdentity, this_process
-from distal.records import Block, JsonObject
+from distal.records import Block
 from distal.storage import (
     create_json,
     parquet_writer,
@@ -159,7 +159,7 @@ def pack_again(path: Path) -> list[str]:
     """
     pool = Pool.open(path)
     record = read_json(path / MANIFEST, required=("columns", "layout"))
-    layout = Layout(**{**record["layout"], "size": tuple(record["layout"]["size"])})
+    layout = ImageLayout(**{**record["layout"], "size": tuple(record["layout"]["size"])})
     content = begin_content(pool.n_samples, pool.image_shape, pool.classes)
     damaged: list[tuple[Block, str]] = []
     with temporary_folder(path / IMAGES) as beside:
@@ -191,7 +191,11 @@ def _replace_damaged(images: Array, again: Array, part: Block) -> None:
 
 
 def _build(
-    source: Source, made_from: JsonObject, dest: Path, layout: Layout, on_progress: Callable[[int, int], None]
+    source: Source,
+    made_from: Mapping[str, object],
+    dest: Path,
+    layout: ImageLayout,
+    on_progress: Callable[[int, int], None],
 ) -> Pool:
     n_samples = len(source)
     create_images(dest / IMAGES, n_samples, layout)
@@ -236,7 +240,7 @@ def _build(
 class _Packing:
     """The tasks of a build: each packs consecutive blocks, so that the source is read once."""
 
-    def __init__(self, source: Source, dest: Path, layout: Layout) -> None:
+    def __init__(self, source: Source, dest: Path, layout: ImageLayout) -> None:
         self._source, self._dest, self._layout = source, dest, layout
         self._task = ray.remote(num_returns="streaming", max_retries=2)(pack)
         self._running: deque[Any] = deque()

@@ -28,7 +28,7 @@ _MAX_SAMPLED = 128  # images decoded to learn the size and the channels
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ImageLayout:
     """The format of every image of a pool.
 
     Attributes:
@@ -68,7 +68,7 @@ def learn_layout(
     name: str,
     size: tuple[int, int] | None = None,
     channels: Literal["auto", "grey", "rgb"] = "auto",
-) -> Layout:
+) -> ImageLayout:
     """Learn the shape from the first readable images."""
     asked = channels != "auto"
     grey = True
@@ -89,17 +89,17 @@ def learn_layout(
         raise SourceError(f"{name}: none of its {len(source)} images can be decoded")
     if channels == "auto":
         channels = "grey" if grey else "rgb"
-    return Layout(size or first, channels, resize=size is not None, recolour=asked)
+    return ImageLayout(size or first, channels, resize=size is not None, recolour=asked)
 
 
-def create_images(path: Path, n_samples: int, layout: Layout) -> None:
+def create_images(path: Path, n_samples: int, layout: ImageLayout) -> None:
     """Create the empty array of the images."""
     chunk = _chunk_size(n_samples, layout)
     dimensions = ("sample", "height", "width", "channel")
     create_array(path, (n_samples, *layout.shape), (chunk, *layout.shape), "uint8", 0, dimensions)
 
 
-def _chunk_size(n_samples: int, layout: Layout) -> int:
+def _chunk_size(n_samples: int, layout: ImageLayout) -> int:
     """Samples in an image chunk: the block size, halved until a chunk is at most 16 MiB and inside of one part."""
     height, width, channels = layout.shape
     chunk = min(auto_block_size(n_samples), MAX_PART_SAMPLES)  # so that no two tasks write to one chunk
@@ -108,7 +108,7 @@ def _chunk_size(n_samples: int, layout: Layout) -> int:
     return chunk
 
 
-def pack(source: Source, blocks: list[Block], dest: Path, layout: Layout, threads: int = 1) -> Iterator[Part]:
+def pack(source: Source, blocks: list[Block], dest: Path, layout: ImageLayout, threads: int = 1) -> Iterator[Part]:
     """Decode consecutive blocks and write their chunks; a retry writes the same bytes."""
     rows = source.rows(blocks[0].start, blocks[-1].stop)
     with quiet(), ThreadPoolExecutor(threads) as executor:
@@ -132,7 +132,7 @@ def _in_threads(
     yield from (each.result() for each in running)
 
 
-def _packed(row: Row, layout: Layout) -> _Packed:
+def _packed(row: Row, layout: ImageLayout) -> _Packed:
     """A row without its encoded bytes, its status, and its pixels if they can be decoded."""
     try:
         return replace(row, data=None), OK, _pixels(row, layout)
@@ -140,7 +140,7 @@ def _packed(row: Row, layout: Layout) -> _Packed:
         return replace(row, data=None), UNREADABLE + str(error), None
 
 
-def _pack_block(packed: Iterator[_Packed], block: Block, dest: Path, layout: Layout, n_classes: int) -> Part:
+def _pack_block(packed: Iterator[_Packed], block: Block, dest: Path, layout: ImageLayout, n_classes: int) -> Part:
     array = Array(dest / IMAGES)
     rows: list[Row] = []
     statuses: list[str] = []
@@ -179,7 +179,7 @@ def _pack_block(packed: Iterator[_Packed], block: Block, dest: Path, layout: Lay
     )
 
 
-def _pixels(row: Row, layout: Layout) -> NDArray[np.uint8]:
+def _pixels(row: Row, layout: ImageLayout) -> NDArray[np.uint8]:
     """One image for the pool, (H, W, C) uint8. Raises Unreadable, or SourceError when it does not fit."""
     image = decode(_data(row))
     if not layout.resize and (image.height, image.width) != layout.size:

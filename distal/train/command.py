@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from distal.artifacts import checkpoints
+from distal.artifacts.cycles import Cycle
 from distal.artifacts.ledger import Ledger
-from distal.artifacts.runs import Cycle
 from distal.errors import ConfigError, ModelError, RunConflict, Superseded, TrainingFailed
 from distal.model.weights import check_fits, serialize
 from distal.pool import Pool

@@ -81,17 +81,21 @@ class TrainJob:
         return self.folder / "checkpoints"
 
 
-def train_rank(job: TrainJob) -> None:
-    """Train all epochs that are still to do. Called on every rank by Ray Train.
+def train_rank(
+    job: TrainJob,
+    device: torch.device,
+    prepare: Callable[[nn.Module], nn.Module],
+) -> None:
+    """Train the remaining epochs. Every rank calls it, inside a process group.
+
+    Args:
+        prepare: moves the network to the device and, with several ranks, wraps it in DDP.
 
     Raises:
         Diverged: the mean loss of an epoch is not finite.
         Damage: `state.pt` or a checkpoint is from other inputs, or cannot be read.
         Superseded: a later attempt has taken over.
     """
-    import ray.train.torch as ray_torch
-
-    device = ray_torch.get_device()
     torch.set_num_threads(job.threads)
     be_deterministic(device)
     pool = Pool.open(job.pool).require(job.pool_sha256)
@@ -99,8 +103,7 @@ def train_rank(job: TrainJob) -> None:
     images = torch.from_numpy(pool.take(ledger.indices))
     labels = torch.from_numpy(ledger.labels)
 
-    net = initial_network(job)
-    model = ray_torch.prepare_model(net)
+    model = prepare(initial_network(job))
     _Rank(job, model, device, images, labels, ledger.indices).train()
 
 

@@ -25,6 +25,8 @@ from distal.records import split_blocks
 from distal.report.explain import explain
 from tests.helpers import CLASSES, foreign_config, small_config, write_checkpoints, write_source
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 N, BLOCK = 240, 64
 
 
@@ -98,10 +100,10 @@ def test_a_run_with_groups(grouped: Pool, tmp_path: Path) -> None:
     batch = run.cycle(0).chosen()
     groups = [group_of(i) for i in batch.indices.tolist() if group_of(i) is not None]
     assert len(groups) == len(set(groups))
-    told = [explain(tmp_path / "run", name)["cycles"][0] for name in grouped.samples(0, 40)["sample_id"].to_pylist()]
-    full = [each for each in told if "as many of group" in each["why"]]
+    told = [explain(tmp_path / "run", name).cycles[0] for name in grouped.samples(0, 40)["sample_id"].to_pylist()]
+    full = [each for each in told if "as many of group" in each.why]
     assert full
-    assert all(each["group_id"] in groups and not each["chosen"] for each in full)
+    assert all(each.standing.group_id in groups and not each.choice.chosen for each in full)
 
 
 def test_mistakes(grouped: Pool, pool: Pool, cluster: str, tmp_path: Path) -> None:

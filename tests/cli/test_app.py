@@ -1,4 +1,4 @@
-"""The command line as a subprocess: what it prints, where, and how it exits."""
+"""The command line: what it prints, where, and how it exits."""
 
 from __future__ import annotations
 
@@ -15,22 +15,11 @@ import pytest
 from distal.cli import answer, app
 from distal.errors import ConfigError
 from distal.pool import Pool
-from tests.helpers import small_overrides, write_checkpoints, write_source
+from tests.helpers import distal, small_overrides, write_checkpoints, write_source
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 SCORE = str(ROOT / "configs" / "score.yaml")
-
-
-def distal(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "distal", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=200,
-        check=False,
-    )
 
 
 def test_help_and_version() -> None:

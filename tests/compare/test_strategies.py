@@ -21,6 +21,8 @@ from distal.pool import Pool
 from distal.report.verify import verify
 from tests.helpers import SMALL_RUN
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 STRATEGIES = {
     "random": {"measure": "random"},
     "entropy": {"measure": "entropy"},
@@ -108,7 +110,7 @@ def test_a_comparison(pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
         batches = {name: run.cycle(0).chosen().sha256 for name, run in runs.items()}
         assert len(set(batches.values())) == len(STRATEGIES)
         assert [Assignments.open(run.cycle(1).assignments).n_rows for run in runs.values()] == [0, 1, 3, 3]
-        assert all(verify(run.path)["state"] == "sound" for run in runs.values())
+        assert all(verify(run.path).state == "sound" for run in runs.values())
         # A run on its own, which shares nothing, chooses the same.
         alone = strategy_config(whole, "dispersion", seed, tmp_path / f"alone-{seed}")
         from distal import run as run_alone

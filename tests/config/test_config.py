@@ -8,7 +8,7 @@ import yaml
 from distal import config as configuration
 from distal.config import ScoreConfig, check_unchanged, load, load_any, parse
 from distal.errors import ConfigError, RunConflict
-from distal.report.plan import forecast
+from distal.report.plan import plan
 from distal.train.rank import learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -39,8 +39,8 @@ def test_the_protocol_of_the_authors(n_classes: int) -> None:
     assert rates == [0.02] * 60 + [0.01] * 20 + [0.005] * 20
     authors = ["select.measure=dispersion_authors", "score.transform=train"]  # what the file says of their code
     assert load(ROOT / "configs" / f"cifar{n_classes}.yaml", authors).select.measure == "dispersion_authors"
-    plan = forecast(loaded)
-    assert (plan["samples"], plan["candidates"], plan["forwards"]) == (50_000, 45_000, 4_500_000)
+    planned = plan(loaded)
+    assert (planned.samples, planned.candidates, planned.forwards) == (50_000, 45_000, 4_500_000)
 
 
 def test_the_commented_yaml_is_the_default_configuration() -> None:

@@ -69,9 +69,9 @@ PLAN = _of(
         "pass",
     ),
     ("plan: what was queued behind the culprit is blamed", "self.actor_left(actor)[:1]:", "self.actor_left(actor):"),
-    ("plan: failures are not forgotten", "        self._attempts.pop(work.block, None)\n", ""),
-    ("plan: the actor at fault is not forgotten", "        self._failed_at.pop(work.block, None)\n", ""),
-    ("plan: a failed block stays with its actor", "        self._owner.pop(work.block, None)\n", ""),
+    ("plan: failures are not forgotten", "        self._attempts.pop(task.block, None)\n", ""),
+    ("plan: the actor at fault is not forgotten", "        self._failed_at.pop(task.block, None)\n", ""),
+    ("plan: a failed block stays with its actor", "        self._owner.pop(task.block, None)\n", ""),
     ("plan: one attempt more", "if self._attempts[block] >= MAX_ATTEMPTS:", "if self._attempts[block] > MAX_ATTEMPTS:"),
     (
         "plan: a second hand-out before others have one",
@@ -102,7 +102,7 @@ PLAN = _of(
     ),
     ("plan: no barrier before the second one", "if below else None,", "if below > 1 else None,"),
     ("plan: a hand-out without rows", "return max(1, min(MAX_ROWS", "return max(0, min(MAX_ROWS"),
-    ("plan: hand-outs do not get smaller", "waiting // (2 * IN_FLIGHT * len(self._work))", "waiting"),
+    ("plan: hand-outs do not get smaller", "waiting // (2 * IN_FLIGHT * len(self._in_hand))", "waiting"),
     ("plan: the newest row is the oldest", "min(self._waiting[block], default", "max(self._waiting[block], default"),
     ("plan: waiting rows are not counted", "            self._n_waiting[row] += 1\n", ""),
     ("plan: counting comes last", "            rank = -1\n", "            rank = self._n_rows\n"),
@@ -823,16 +823,16 @@ PROCESSES = _of(
     ),
 )
 
-RUNS = _of(
-    "artifacts/runs.py",
+CYCLES = _of(
+    "artifacts/cycles.py",
     "artifacts/test_runs.py driver/test_writers.py",
     (
-        "runs: a start after scoring begins anew",
+        "cycles: a start after scoring begins anew",
         'if self.marker("score") is None:\n                return {"assignments"',
         'if True:\n                return {"assignments"',
     ),
     (
-        "runs: what was left out outlives its assignments",
+        "cycles: what was left out outlives its assignments",
         'self.assignments.with_name(f"{self.assignments.name}.elimination")',
         'self.folder / self.assignments.stem.replace("assignments", "elimination")',
     ),
@@ -945,8 +945,8 @@ OTHERS = (
         "score/test_actor.py",
         (
             "scorer: committed blocks are written again",
-            "todo = [ref for ref in order.refs if not self._is_done(ref.index - job.first_index, block)]",
-            "todo = list(order.refs)",
+            "todo = [(row, ref) for row, ref in zip(task.rows, refs, strict=True) if not self._is_done(row, block)]",
+            "todo = list(zip(task.rows, refs, strict=True))",
         ),
     ),
     *_of(
@@ -982,7 +982,7 @@ MUTANTS = [
     *LEDGER,
     *ANSWERS,
     *PROCESSES,
-    *RUNS,
+    *CYCLES,
     *LEASE,
     *OTHERS,
 ]
