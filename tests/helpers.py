@@ -167,7 +167,7 @@ def distal(*arguments: str) -> subprocess.CompletedProcess[str]:
     Signals, and what only a real process shows, are for tests that start one.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app_module, "_stop_on_signals", lambda *_: None)
+        patch.setattr("distal.cli.answer._stop_on_signals", lambda *_: None)
         done = CliRunner().invoke(app_module.app, arguments)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception

@@ -10,7 +10,21 @@ import typer
 from distal import __version__
 from distal.cli.answer import answer, same_command
 from distal.cli.labels import labels_app
-from distal.cli.options import Json, LogJson, Overrides, RunDirectory
+from distal.cli.options import (
+    Annotate,
+    CycleIndex,
+    Every,
+    From,
+    Json,
+    Last,
+    LogJson,
+    Overrides,
+    PoolPlace,
+    RayAddress,
+    RunDirectory,
+    RunOrPool,
+    window_of,
+)
 from distal.cli.pool import pool_app
 from distal.errors import ConfigError, UserError
 
@@ -20,7 +34,6 @@ if TYPE_CHECKING:
     from distal.driver.score_folder import ScoreResult
     from distal.driver.submit import SubmitResult
     from distal.labels.waiting import WaitingResult
-    from distal.records import Window
     from distal.report.explain import DiffResult, ExplainResult
     from distal.report.plan import PlanResult
     from distal.report.repair import PoolRepair, RunRepair
@@ -193,26 +206,6 @@ def _submit(
     answer(work, as_json, submit_table, if_stopped)
 
 
-CycleIndex = Annotated[int | None, typer.Option("--cycle", help="Cycle index (default: last scored).", min=0)]
-Last = Annotated[float | None, typer.Option(help="Use only the last checkpoints: a number, or a fraction below 1.")]
-Every = Annotated[int, typer.Option(help="Use only every k-th checkpoint, counted from the last one.", min=1)]
-From = Annotated[int, typer.Option("--from", help="Skip the checkpoints before this index.", min=0)]
-PoolPlace = Annotated[Path | None, typer.Option("--pool", help="Path of the pool, if it has moved.")]
-Annotate = Annotated[bool, typer.Option("--annotate", help="Also store each sample's most frequent classes.")]
-RayAddress = Annotated[
-    str | None, typer.Option(help="Run on a Ray cluster: auto or host:port (default: this machine).")
-]
-
-
-def _window(first: int, last: float | None, every: int) -> Window:
-    from distal.records import Window
-
-    try:
-        return Window(first, last, every)
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from None
-
-
 @app.command("reduce")
 def _reduce(
     run_directory: RunDirectory,
@@ -243,7 +236,7 @@ def _reduce(
                 run_directory,
                 cycle=cycle,
                 measures=tuple(measure or ()),
-                window=_window(first, last, every),
+                window=window_of(first, last, every),
                 annotate=annotate,
                 pool=pool,
                 ray_address=ray_address,
@@ -283,7 +276,7 @@ def _select(
                 budget=budget,
                 measure=measure,
                 cycle=cycle,
-                window=_window(first, last, every),
+                window=window_of(first, last, every),
                 annotate=annotate,
                 pool=pool,
                 ray_address=ray_address,
@@ -458,9 +451,6 @@ def _compare(
             return compare_strategies(loaded, terminal)
 
     answer(work, as_json, comparison_table, same_command)
-
-
-RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory or pool folder.")]
 
 
 @app.command("verify")

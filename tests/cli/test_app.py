@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distal.cli import answer, app
+from distal.cli import answer, options
 from distal.errors import ConfigError
 from distal.pool import Pool
 from tests.helpers import distal, small_overrides, write_checkpoints, write_source
@@ -236,4 +236,4 @@ def test_a_window_that_is_none_takes_one_line() -> None:
     assert len(done.stderr.splitlines()) == 1
     for last in (float("inf"), -1.0, 0.0, 2.5):
         with pytest.raises(ConfigError, match=r"^--last=\S+: must be a whole number"):
-            app._window(0, last, 1)
+            options.window_of(0, last, 1)
