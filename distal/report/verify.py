@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from distal.artifacts import checkpoints
-from distal.artifacts.assignments import ELIGIBLE, Assignments, begun_path, record_path
+from distal.artifacts.assignments import ELIGIBLE, Assignments, begun_path, record_path, restore_metadata
 from distal.artifacts.cycles import Analysis, Cycle
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Run
@@ -357,7 +357,7 @@ class Inspection:
         except (Damage, UnknownFormat) as damage:
             self.found.append(Damaged(str(damage), advice=_COPY))
         else:
-            self.found.append(Damaged(_line(path, error), mend=partial(Assignments.restore_metadata, path)))
+            self.found.append(Damaged(_line(path, error), mend=partial(restore_metadata, path)))
 
     def _scores(self, path: Path, redo: tuple[Staged, str]) -> None:
         scores = self._look(partial(Scores.open, path), delete=(path,), redo=redo)
