@@ -41,7 +41,7 @@ _PLACEHOLDERS = ("labels", "images", "checkpoints", "epochs", "seed", "cycle")
 OWNER, _INPUTS = "DISTAL_OWNER", "DISTAL_INPUTS"
 _OUT, _ERR = "stdout.log", "stderr.log"
 _LAST_LINES = 20
-POLL_S = 0.2
+_POLL_S = 0.2  # between two checks whether the command has ended
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -150,7 +150,7 @@ def _wait(
 ) -> int:
     while True:
         with suppress(subprocess.TimeoutExpired):
-            return process.wait(POLL_S)
+            return process.wait(_POLL_S)
         if given_up.is_set():
             raise Superseded(f"{job.folder}: training was given up")
         _check_first(job, dest, fits)
