@@ -21,6 +21,8 @@ from distal.records import Result
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from distal.compare.informativeness import InformativenessResult
+    from distal.compare.strategies import CompareResult
     from distal.labels.waiting import ExportResult, ImportResult
     from distal.pool.images import PoolInfo
     from distal.records import JsonObject, Window
@@ -396,7 +398,7 @@ def informativeness(
     from distal.cli.tables import informativeness_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> InformativenessResult:
         with Terminal() as terminal:
             from distal.compare.informativeness import informativeness as of_runs
 
@@ -425,7 +427,7 @@ def compare(
     from distal.cli.terminal import Terminal
     from distal.config import CompareConfig, load
 
-    def work() -> dict[str, Any]:
+    def work() -> CompareResult:
         loaded = load(config, overrides or [], CompareConfig)
         cluster.secure(loaded.ray.address)
         with Terminal() as terminal:
