@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -57,6 +58,13 @@ AnyResult = TypeVar("AnyResult", bound="Result | JsonObject")
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the process of a job
 
 
+@dataclass(frozen=True)
+class Written(Result):
+    """The file that a command wrote."""
+
+    path: Path
+
+
 def main() -> None:
     """Entry point of the `distal` command."""
     app()
@@ -76,14 +84,14 @@ def init(
     """Write a commented configuration with every key."""
     from distal.config import commented_yaml
 
-    def work() -> dict[str, Any]:
+    def work() -> Written:
         if path.exists():
             raise ConfigError(f"{path}: there is a file already; remove it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(commented_yaml())
-        return {"path": str(path)}
+        return Written(path)
 
-    _answer(work, as_json, lambda result: f"wrote {result['path']}; next: distal run {result['path']}")
+    _answer(work, as_json, lambda result: f"wrote {result.path}; next: distal run {result.path}")
 
 
 @app.command()
