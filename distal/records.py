@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self
 
-SAMPLES_PER_BLOCK_STEP = 128
+_SAMPLES_PER_BLOCK_STEP = 128
 MAX_BLOCK_SIZE = 65_536
 STRIPE_SAMPLES = 2**20  # looked at together in a pass over a pool: some 100 bytes each
 
@@ -40,8 +40,8 @@ def auto_block_size(n_samples: int) -> int:
     It depends on n alone, so every machine cuts a pool alike, and being a power of two it nests: image
     chunks, row groups and assignment chunks always share their borders. Within [128, 65536].
     """
-    steps = max(1.0, n_samples / 64 / SAMPLES_PER_BLOCK_STEP)
-    return min(MAX_BLOCK_SIZE, SAMPLES_PER_BLOCK_STEP * 2 ** round(math.log2(steps)))
+    steps = max(1.0, n_samples / 64 / _SAMPLES_PER_BLOCK_STEP)
+    return min(MAX_BLOCK_SIZE, _SAMPLES_PER_BLOCK_STEP * 2 ** round(math.log2(steps)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,17 @@ from distal.driver import run as driver
 from distal.pool import Pool
 from distal.pool.build import build
 from tests.helpers import small_config, write_source
+from tests.stand_ins import actors_kept, ranks_here
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in one process of pytest-xdist: all that share the Ray cluster or start nodes, and otherwise a file."""
+    for item in items:
+        on_ray = "cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("cluster")
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else str(item.path)))
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +77,18 @@ def test_pool(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     return build(str(write_source(folder / "test.parquet", 100, seed=2)), folder / "packed")
 
 
+@pytest.fixture(scope="module")
+def stand_ins(cluster: str) -> Iterator[None]:
+    """For modules about the files and messages of runs: training without Ray Train, and one scoring actor for many
+    runs; see `tests/stand_ins.py`."""
+    with ranks_here(), actors_kept():
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_run(pool: Pool, test_pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two cycles of three checkpoints, by as many actors as there is room for. Not to be changed."""
     path = tmp_path_factory.mktemp("runs") / "small"
-    driver.run(small_config(path, pool, test_pool, "score.actors=auto"))
+    with ranks_here():
+        driver.run(small_config(path, pool, test_pool, "score.actors=auto"))
     return path

@@ -18,10 +18,13 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 import zarr
 from PIL import Image
+from typer.testing import CliRunner
 
+from distal.cli import app as app_module
 from distal.config import Config, ModelSection, ScoreConfig, parse
 from distal.model.spec import ModelSpec, seeded_build
 from distal.pool import Pool
@@ -156,6 +159,19 @@ def content(run: Path) -> dict[str, object]:
                 array = zarr.open_array(path.parent, mode="r")
                 told[name] = (array.shape, array[...].tobytes())
     return told
+
+
+def distal(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in this process, where its text and its exit code are the subject: no start of a process.
+
+    Signals, and what only a real process shows, are for tests that start one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app_module, "_stop_on_signals", lambda *_: None)
+        done = CliRunner().invoke(app_module.app, arguments)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 @contextmanager

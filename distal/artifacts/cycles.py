@@ -35,10 +35,10 @@ from distal.artifacts.stages import (
 )
 from distal.config import Config, Root, ScoreConfig, from_record
 from distal.errors import Damage, Superseded, one_line
-from distal.records import Result, Stage
+from distal.records import JsonObject, Result, Stage
+from distal.storage import Numbered
 
 _ATTEMPTS = "attempts"
-_ATTEMPT = re.compile(r"\d{5,}\.json", re.ASCII)
 _OUTPUTS: dict[Stage, type[Result]] = {
     "train": TrainOutputs,
     "score": ScoreOutputs,
@@ -164,20 +164,20 @@ class Cycle(Staged):
     @property
     def checkpoints(self) -> Path:
         """Folder of the weights that the last attempt at training published."""
-        return self._of_attempt("checkpoints", max(self._attempts(), default=0))
+        return self._of_attempt("checkpoints", self._attempts.last() or 0)
 
     @property
     def assignments(self) -> Path:
         """Assignments of the pool at every checkpoint of the last attempt at training."""
-        return self._of_attempt("assignments", self._assignments_of(max(self._attempts(), default=None)), ".zarr")
+        return self._of_attempt("assignments", self._assignments_of(self._attempts.last()), ".zarr")
 
     def published_to(self) -> list[Path]:
         """The folders that attempts at training published to, the latest first."""
-        return [self._of_attempt("checkpoints", number) for number in reversed(self._attempts())]
+        return [self._of_attempt("checkpoints", number) for number in reversed(self._attempts.numbers())]
 
     def earlier_assignments(self) -> list[Path]:
         """The assignments of earlier attempts at training, the latest first."""
-        numbers = sorted({self._assignments_of(number) for number in self._attempts()}, reverse=True)
+        numbers = sorted({self._assignments_of(number) for number in self._attempts.numbers()}, reverse=True)
         return [self._of_attempt("assignments", number, ".zarr") for number in numbers[1:]]
 
     def begin_attempt(self, still_ours: Callable[[], None] = lambda: None) -> Path:
@@ -187,36 +187,35 @@ class Cycle(Staged):
         the same reason it has assignments of its own, unless the cycle has been scored. From here
         on `cycle.checkpoints` and `cycle.assignments` are those of this attempt.
 
-        Attempts are numbered records, each created exclusively and never replaced. The number is
-        chosen before the lease is checked, so a driver that was paused finds it taken, checks the
-        lease again, and stops.
+        Attempts are numbered records. The number is chosen before the lease is checked, see
+        `Numbered.append`, so a driver that was paused finds it taken, checks again, and stops.
 
         Args:
             still_ours: raises when another driver has the run.
         """
-        while True:
-            last = max(self._attempts(), default=None)
-            number = 0 if last is None else last + 1
-            still_ours()
-            own = number if self.marker("score") is None else self._assignments_of(last)
-            if storage.create_json(self._attempt_path(number), {"assignments": own}):
-                dest = self._of_attempt("checkpoints", number)
-                storage.make_folder(dest)
-                return dest
 
-    def _attempts(self) -> list[int]:
-        """The numbers of the attempts at training by a script, in order."""
-        names = storage.names_in(self.folder / "train" / _ATTEMPTS)
-        return sorted(int(name.removesuffix(".json")) for name in names if _ATTEMPT.fullmatch(name))
+        def content(last: int | None) -> JsonObject:
+            still_ours()
+            if self.marker("score") is None:
+                return {"assignments": 0 if last is None else last + 1}
+            return {"assignments": self._assignments_of(last)}
+
+        number = self._attempts.append(storage.create_json, content, first=0)
+        assert number is not None
+        dest = self._of_attempt("checkpoints", number)
+        storage.make_folder(dest)
+        return dest
+
+    @property
+    def _attempts(self) -> Numbered:
+        """The attempts at training by a script."""
+        return Numbered(self.folder / "train" / _ATTEMPTS, digits=5, suffix=".json")
 
     def _assignments_of(self, attempt: int | None) -> int:
         """The number of the assignments that an attempt at training is scored into."""
         if attempt is None:
             return 0
-        return int(storage.read_json(self._attempt_path(attempt), required=("assignments",))["assignments"])
-
-    def _attempt_path(self, number: int) -> Path:
-        return self.folder / "train" / _ATTEMPTS / f"{number:05d}.json"
+        return int(storage.read_json(self._attempts.path(attempt), required=("assignments",))["assignments"])
 
     def _of_attempt(self, stem: str, number: int, suffix: str = "") -> Path:
         return self.folder / f"{stem}-{number}{suffix}" if number else self.folder / f"{stem}{suffix}"

@@ -19,7 +19,6 @@ Storage is the only truth: a run is resumed from these files alone.
 from __future__ import annotations
 
 import json
-import re
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -37,8 +36,7 @@ from distal.artifacts.stages import parse
 from distal.config import Config
 from distal.errors import Damage, RunConflict, Superseded, shown
 from distal.records import JsonObject, Result
-
-_CYCLE = re.compile(r"\d{3,}", re.ASCII)
+from distal.storage import Numbered
 
 
 @dataclass(frozen=True)
@@ -225,8 +223,7 @@ class Run:
 
     def cycles(self) -> list[Cycle]:
         """The folders of cycles, begun or not, in order."""
-        names = storage.names_in(self.path / "cycles")
-        return [self.cycle(index) for index in sorted(int(name) for name in names if _CYCLE.fullmatch(name))]
+        return [self.cycle(index) for index in Numbered(self.path / "cycles", digits=3).numbers()]
 
     def label_files(self, before: int) -> list[Path]:
         """The files that make up the ledger at the start of cycle `before`."""

@@ -10,12 +10,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from distal.records import JsonObject
-
 if TYPE_CHECKING:
     from distal.compare.informativeness import InformativenessResult
     from distal.compare.strategies import CompareResult
-    from distal.labels.waiting import ExportResult, ImportResult
+    from distal.driver.reanalyse import ReduceResult, SelectResult
+    from distal.driver.run import RunResult
+    from distal.driver.score_folder import ScoreResult
+    from distal.driver.submit import SubmitResult
+    from distal.labels.waiting import ExportResult, ImportResult, WaitingResult
     from distal.pool.images import PoolInfo
     from distal.report.explain import DiffResult, ExplainResult
     from distal.report.plan import PlanResult
@@ -64,23 +66,25 @@ def watched(look: Look) -> dict[str, str]:
     return figures
 
 
-def run_table(result: JsonObject) -> Table | str:
-    """How a run ended: its table, or what people are to label."""
-    return waiting_table(result) if result["state"] == "waiting_for_labels" else summary_table(result)
+def run_table(result: RunResult | WaitingResult) -> Table | str:
+    """The summary of a run, or the batch that people are to label."""
+    from distal.driver.run import RunResult
+
+    return summary_table(result) if isinstance(result, RunResult) else waiting_table(result)
 
 
-def waiting_table(waiting: JsonObject) -> str:
-    """What people are to label."""
-    conflicts = waiting["conflicts"]
+def waiting_table(waiting: WaitingResult) -> str:
+    """The batch that people are to label."""
+    conflicts = waiting.conflicts
     disagreed = f"\nannotators disagree on {', '.join(conflicts[:5])}; asked again" if conflicts else ""
-    if waiting["short"]:
+    if waiting.short:
         disagreed += (
-            f"\nnot enough to begin with: {waiting['short']}; declined samples are exported again, and "
+            f"\nnot enough to begin with: {waiting.short}; declined samples are exported again, and "
             "`distal labels import --allow-unasked` takes labels of others"
         )
-    run = waiting["run"]
+    run = waiting.run
     return (
-        f"{run}: waiting for labels: {waiting['answered']} of {waiting['asked']} answered, {waiting['needed']} needed"
+        f"{run}: waiting for labels: {waiting.answered} of {waiting.asked} answered, {waiting.needed} needed"
         f"{disagreed}\nnext: distal labels export {run} --format csv --out batch.csv\n"
         f"      distal labels import {run} batch.csv, and the same command again"
     )
@@ -109,18 +113,18 @@ def import_table(result: ImportResult) -> str:
     )
 
 
-def summary_table(summary: JsonObject) -> Table:
+def summary_table(summary: RunResult) -> Table:
     """The closing table of a run: a row per cycle."""
-    cycles = summary["cycles"]
-    stages = list(dict.fromkeys(stage for cycle in cycles for stage in cycle["seconds"]))
-    validated = any(cycle["n_val"] for cycle in cycles)
-    evaluated = _evaluated([(cycle["test"], cycle["val"]) for cycle in cycles])
+    cycles = summary.cycles
+    stages = list(dict.fromkeys(stage for cycle in cycles for stage in cycle.seconds))
+    validated = any(cycle.n_val for cycle in cycles)
+    evaluated = _evaluated([(cycle.test, cycle.val) for cycle in cycles])
     notes = [f"{', '.join(stages)}: seconds. ties: share of the batch that a tie-break decided."]
     if validated:
         notes.append("labelled: what the network was trained on. paid: these and the labels to validate on.")
-    reasons = dict.fromkeys(f"{name}: {reason}." for cycle in cycles for name, reason in cycle["undefined"].items())
+    reasons = dict.fromkeys(f"{name}: {reason}." for cycle in cycles for name, reason in cycle.undefined.items())
     table = Table(
-        title=f"{summary['run']}: {summary['state']}",
+        title=f"{summary.run}: {summary.state}",
         caption="\n".join([*notes, *reasons]),
         title_justify="left",
         caption_justify="left",
@@ -134,23 +138,23 @@ def summary_table(summary: JsonObject) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for cycle in cycles:
         table.add_row(
-            str(cycle["cycle"]),
-            f"{cycle['n_labeled']:,}",
-            *(_count(cycle["n_paid"]) for _ in paid),
-            *(_value(cycle[name], metric) for name, metric in evaluated),
-            *(f"{cycle['seconds'][s]:.1f}" if s in cycle["seconds"] else "-" for s in stages),
-            f"{cycle['images_scored']:,}",
-            f"{cycle['n_selected']:,}",
-            f"{cycle['tie_share']:.0%}",
+            str(cycle.cycle),
+            _count(cycle.n_labeled),
+            *(_count(cycle.n_paid) for _ in paid),
+            *(_value(getattr(cycle, name), metric) for name, metric in evaluated),
+            *(f"{cycle.seconds[s]:.1f}" if s in cycle.seconds else "-" for s in stages),
+            f"{cycle.images_scored:,}",
+            f"{cycle.n_selected:,}",
+            f"{cycle.tie_share:.0%}",
         )
     return table
 
 
-def submit_table(result: JsonObject) -> str:
+def submit_table(result: SubmitResult) -> str:
     """A job, and what to type for it."""
-    fitting = result["commands"].values() if result["state"] == "submitted" else ()
+    fitting = result.commands.values() if result.state == "submitted" else ()
     commands = "".join(f"\n  {command}" for command in fitting)
-    return f"{result['job']}: {result['state']} ({result['run']}){commands}"
+    return f"{result.job}: {result.state} ({result.run}){commands}"
 
 
 def status_table(status: Status) -> Table:
@@ -201,27 +205,29 @@ def _count(n: int | None) -> str:
     return "-" if n is None else f"{n:,}"
 
 
-def score_table(result: JsonObject) -> Table:
-    """What `distal score` came to."""
+def score_table(result: ScoreResult) -> Table:
+    """The figures of `distal score`."""
+    record = result.to_record()
     names = ("run", "checkpoints", "images_scored", "images_left_out", "seconds", "images_per_s", "precision")
     chosen = ("measure", "selection", "n_selected", "tie_share", "selection_sha256")
-    return _facts({name: result[name] for name in (*names, "batch_size", "accuracy", *chosen) if name in result})
+    return _facts({name: record[name] for name in (*names, "batch_size", "accuracy", *chosen) if name in record})
 
 
-def reduce_table(result: JsonObject) -> Table:
-    """What `distal reduce` wrote."""
-    table = Table(title=f"{result['run']}, cycle {result['cycle']}", title_justify="left", box=SIMPLE_HEAD, padding=0)
+def reduce_table(result: ReduceResult) -> Table:
+    """The measures that `distal reduce` wrote."""
+    table = Table(title=f"{result.run}, cycle {result.cycle}", title_justify="left", box=SIMPLE_HEAD, padding=0)
     for heading in ("measure", "window", "checkpoints", "seconds", "scores"):
         table.add_column(heading, overflow="fold")
-    for each in result["analyses"]:
-        window = each["window"][1:] or "all"
-        table.add_row(each["measure"], window, str(each["checkpoints"]), f"{each['seconds']:.2f}", each["scores"])
+    for row in result.analyses:
+        window = row.window[1:] or "all"
+        table.add_row(row.measure, window, str(row.checkpoints), f"{row.seconds:.2f}", str(row.scores))
     return table
 
 
-def select_table(result: JsonObject) -> Table:
-    """What `distal select` chose."""
-    return _facts({name: value for name, value in result.items() if name != "state" and value != ""})
+def select_table(result: SelectResult) -> Table:
+    """The selection of `distal select`."""
+    record = result.to_record()
+    return _facts({name: value for name, value in record.items() if name != "state" and value != ""})
 
 
 def comparison_table(result: CompareResult) -> Table:

@@ -18,7 +18,7 @@ from ray.util.metrics import Counter, Gauge
 
 from distal.records import Progress
 
-EVERY_S = 1.0  # Ray hands on what it is told every ten seconds by default
+_EVERY_S = 1.0  # Ray hands on what it is told every ten seconds by default
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class Meter:
         self._counts: dict[MetricSpec, float] = {}
         self._gauges: dict[MetricSpec, float] = {}
         self._seen: tuple[object, ...] = ()
-        self._told_at = -EVERY_S
+        self._told_at = -_EVERY_S
         self._lock = Lock()  # training tells from a thread of its own
         self._ended = Event()
         self._thread = Thread(target=self._repeat, name="metrics", daemon=True)
@@ -124,7 +124,7 @@ class Meter:
         self.tell(now=True)
 
     def _repeat(self) -> None:
-        while not self._ended.wait(EVERY_S):
+        while not self._ended.wait(_EVERY_S):
             self.tell(now=True)
 
     def add(self, metric: MetricSpec, amount: float) -> None:
@@ -139,7 +139,7 @@ class Meter:
 
     def tell(self, *, now: bool = False) -> None:
         """Hand everything to Ray, unless that was done less than a second ago; `now`: also then."""
-        if not now and time.monotonic() - self._told_at < EVERY_S:
+        if not now and time.monotonic() - self._told_at < _EVERY_S:
             return
         self._told_at = time.monotonic()
         with self._lock:

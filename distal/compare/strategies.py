@@ -173,9 +173,10 @@ def _link(source: Path, dest: Path) -> None:
 
 def _row(config: CompareConfig, seed: int, name: str, cycle: Cycle, summary: CycleSummary) -> dict[str, object]:
     """A row of the results. Of the shared first cycle, only the images that this strategy needs count."""
-    took, test = summary.seconds, summary.test or {}
+    took, test = summary.seconds, summary.test
     scored = cycle.marker("score")
     assert scored is not None
+    assert test is not None
     needed = len(scored_epochs(strategy_config(config, name, seed, Path(config.run))))
     images = needed * scored.outputs.n_eligible
     # Scoring runs beside training; with nothing to score it only waits for training.

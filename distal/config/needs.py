@@ -34,7 +34,7 @@ def load_strategy(select: SelectSection) -> Any:
     return made
 
 
-def needs_of(select: SelectSection) -> frozenset[str]:
+def _needs_of(select: SelectSection) -> frozenset[str]:
     """What must be known of the candidates for the batch to be composed."""
     if select.batch == K_CENTER:
         return frozenset({"embeddings"})
@@ -56,7 +56,7 @@ def scored_epochs(config: Config) -> list[int]:
     """
     epochs, select = config.train.checkpoint_epochs, config.select
     measure, _ = Window.of_name(select.measure)
-    needs = set(needs_of(select))
+    needs = set(_needs_of(select))
     if select.from_ is None:
         if measure in get_args(VoteMeasure):
             needs.add("all")

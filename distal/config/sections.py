@@ -50,9 +50,10 @@ Function = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 Normalize = Literal["pool", "imagenet"] | ChannelStats | Function
 NORMALIZE_VALUES = "imagenet, pool, {mean: [...], std: [...]} with a value per channel, or package.module:function"
 NORMALIZE = (
-    "How pixels become the network's input: `pool`, the mean and standard deviation of the pool's pixels; `imagenet`, "
-    "those of ImageNet; `{mean: [...], std: [...]}` per channel, of pixels scaled to [0, 1]; or a function of yours, "
-    "`package.module:function`, from uint8 (B, C, H, W) to that input."
+    "Preprocessing, from pixels to the network's input. `pool`: by the mean and standard "
+    "deviation of the pool's pixels. `imagenet`: by those of ImageNet. `{mean: [...], "
+    "std: [...]}`: by these values per channel, of pixels scaled to [0, 1]. "
+    "`package.module:function`: your own, from uint8 (B, C, H, W) to the input."
 )
 
 
@@ -62,10 +63,10 @@ class PoolSource(Section):
     path: str = key(..., "Folder of the packed pool.", PLACE)
     source: str | None = key(
         None,
-        "What the pool is packed from when `path` does not exist yet: a Parquet file or a folder of them, an image "
-        "folder, `builtin:fashion-mnist-12k`, or a dataset that torchvision downloads, such as "
-        "`torchvision:CIFAR10` or `torchvision:CIFAR10/test`. A pool that exists must have been packed from it. null: "
-        "the pool must exist, whatever it was packed from.",
+        "Source to pack the pool from if `path` does not exist: a Parquet file or a folder of "
+        "them, an image folder, `builtin:fashion-mnist-12k`, or a dataset that torchvision "
+        "downloads, such as `torchvision:CIFAR10` or `torchvision:CIFAR10/test`. An existing "
+        "pool must have been packed from it. null: the pool must exist, from any source.",
         PLACE,
     )
     limit: Count | None = key(
@@ -83,9 +84,9 @@ class PoolSection(PoolSource):
 
     classes: tuple[str, ...] | str | None = key(
         None,
-        "Names of the classes in the order of their indices, or a text file with one per line. Needed when the pool "
-        "has no labels; otherwise the classes of the pool, and more after them. A later cycle may append to them. "
-        "null: those of the pool.",
+        "Class names in the order of their indices, or a text file with one per line. "
+        "Required when the pool has no labels; otherwise the pool's classes, optionally "
+        "followed by more. A later cycle may append to them. null: the pool's classes.",
     )
 
 
@@ -94,19 +95,19 @@ class FolderPool(PoolSource):
 
     exclude: str | None = key(
         None,
-        "File of the samples that are labelled already, which are neither scored nor selected: text with a sample_id "
-        "per line, or CSV or Parquet with a column `sample_id`. null: none.",
+        "File of samples already labelled, which are neither scored nor selected: text with a "
+        "sample_id per line, or CSV or Parquet with a column `sample_id`. null: none.",
         PLACE,
     )
 
 
 class RaySection(Section):
-    """Where the work runs."""
+    """The Ray cluster."""
 
     address: str = key(
         "local",
-        "`local` starts Ray here, unless the environment sets RAY_ADDRESS; `auto` joins the cluster of this "
-        "machine; or `host:port`.",
+        "`local`: start Ray on this machine, unless RAY_ADDRESS is set. `auto`: join this "
+        "machine's cluster. Or `host:port`.",
         ANY_TIME,
     )
 
@@ -123,11 +124,11 @@ class Architecture(Section):
 
     name: str = key(
         "small_cnn",
-        "`small_cnn` (0.1 M parameters) or `resnet20` (0.3 M), both for small images; a torchvision classifier such as "
-        "`resnet18`; or a function of yours as `package.module:function`, called with num_classes and image_shape=(C, "
-        "H, W).",
+        "`small_cnn` (0.1 M parameters) or `resnet20` (0.3 M), both for small images; a "
+        "torchvision classifier such as `resnet18`; or your own function, "
+        "`package.module:function`, called with num_classes and image_shape=(C, H, W).",
     )
-    args: dict[str, Any] = key({}, "Further arguments to build it with, such as `{dropout: 0.2}`.")
+    args: dict[str, Any] = key({}, "Further arguments of the model, such as `{dropout: 0.2}`.")
     stem: Literal["auto", "small", "standard"] = key(
         "auto",
         "First layers of a torchvision ResNet. small: 3x3 stride 1 and no max-pool. auto: small for images "
@@ -135,8 +136,9 @@ class Architecture(Section):
     )
     output: Function | None = key(
         None,
-        "A function of yours, `package.module:function`, from what the network returns to logits (B, classes). null: a "
-        "tensor is taken as it is, of a tuple the first, of a mapping `logits`.",
+        "Your own function, `package.module:function`, from the network's output to logits "
+        "(B, classes). null: the output is a tensor of logits, a tuple that starts with them, "
+        "or a mapping with `logits`.",
     )
 
 
@@ -145,59 +147,61 @@ class ModelSection(Architecture):
 
     weights: str | None = key(
         None,
-        "Pretrained weights to start from: a state_dict file, or a name that torchvision knows for this model "
-        "(`DEFAULT`, `IMAGENET1K_V1`). A head for other classes is left out. null: random.",
+        "Pretrained weights: a state_dict file, or a name that torchvision knows for this "
+        "model (`DEFAULT`, `IMAGENET1K_V1`). A head for other classes is dropped. null: "
+        "random weights.",
     )
     normalize: Normalize = key("pool", NORMALIZE)
     num_classes: ClassVar[None] = None
 
 
 class FolderModel(Architecture):
-    """The classifier that the checkpoints are of. What they were trained with has no default."""
+    """The classifier of the checkpoints. Its preprocessing and number of classes have no default."""
 
-    num_classes: Integer = key(..., "Length of its output.", ge=2)
+    num_classes: Integer = key(..., "Number of classes that the network predicts.", ge=2)
     normalize: Normalize = key(..., NORMALIZE)
     weights: ClassVar[None] = None
 
 
 class CheckpointsSection(Section):
-    """Checkpoints that something else writes: state_dicts as .pt, .pth or .safetensors, or Lightning's .ckpt."""
+    """Checkpoints that another program writes: state_dicts as .pt, .pth or .safetensors, or Lightning's .ckpt."""
 
-    path: str = key(..., "The directory.", PLACE)
-    pattern: str = key("*.pt", "Which of its files are checkpoints, as in a shell.", NEVER)
+    path: str = key(..., "Directory of the checkpoints.", PLACE)
+    pattern: str = key("*.pt", "Pattern of the checkpoint files, as in a shell.", NEVER)
     strip_prefix: str | None = key(
         None,
-        "What the keys of the state_dict have before those of the network, such as `model.`; keys without it are left "
-        "out. null: found, where there is one choice.",
+        "Prefix to strip from the keys of the state_dict, such as `model.`; keys without it "
+        "are dropped. null: detected if unambiguous.",
         NEVER,
     )
-    expect: Count | None = key(None, "How many there will be. null: unknown.", ANY_TIME)
+    expect: Count | None = key(None, "Total number of checkpoints. null: unknown.", ANY_TIME)
     idle: float = key(
-        600.0, "With --watch: seconds without a new checkpoint after which none will come.", ANY_TIME, gt=0
+        600.0, "With --watch: stop waiting after so many seconds without a new checkpoint.", ANY_TIME, gt=0
     )
     key: str | None = key(  # last: here the name means the function above
         None,
-        "Where in a file the state_dict is, with dots between nested keys: of averaged weights, say. null: the file is "
-        "one, or has one as `state_dict`.",
+        "Location of the state_dict in a file, with dots between nested keys, such as "
+        "averaged weights. null: the file is a state_dict, or has one as `state_dict`.",
         NEVER,
     )
 
 
 class LoopSection(Section):
-    """Cycles and what is bought in each."""
+    """The number of cycles, and the labels of each."""
 
     cycles: Integer = key(3, "Cycles to run; may grow. The last one selects but does not label.", ANY_TIME, ge=1)
     initial: Count | str = key(
         300,
-        "Labelled samples to start from: how many, or a CSV or Parquet file with columns `sample_id` and `label`. A "
-        "number is balanced over the classes with label.oracle: pool, and random with files. Groups are taken whole.",
+        "First labelled set: a number of samples, or a CSV or Parquet file with columns "
+        "`sample_id` and `label`. A number is balanced over the classes with label.oracle: "
+        "pool, and random with files. Groups are taken whole.",
         NEVER,
     )
     budget: Integer = key(300, "Samples to label per cycle.", ge=1)
     balance: bool = key(
         True,
-        "Whether a first set of so many is balanced over the classes, with label.oracle: pool: it reads labels that "
-        "have not been paid for. false: it is random.",
+        "Whether a number in `initial` is balanced over the classes, with label.oracle: pool. "
+        "This reads labels that have not been paid for. false: random.",
         NEVER,
     )
 
@@ -207,14 +211,15 @@ class TrainSection(Section):
 
     command: str | None = key(
         None,
-        "Training by a command of yours instead: it reads `{labels}`, a Parquet file, and publishes to `{checkpoints}` "
-        "with distal.publish_checkpoint; `{images}` has the labelled images written to files; `{epochs}`, `{seed}` and "
-        "`{cycle}` are numbers. It publishes as many checkpoints as epochs and checkpoint_every say. Of the keys below "
-        "only these, workers and threads count.",
+        "Your own training command. It reads `{labels}`, a Parquet file, and publishes to "
+        "`{checkpoints}` with distal.publish_checkpoint; `{images}` is a folder with the "
+        "labelled images; `{epochs}`, `{seed}` and `{cycle}` are numbers. It must publish "
+        "exactly the checkpoints that epochs and checkpoint_every ask for. Of the keys below, "
+        "only these two, workers and threads apply. null: distal trains.",
     )
     epochs: Integer = key(15, "Passes over the labelled samples.", ge=1, le=100_000)
-    checkpoint_every: Integer = key(1, "Epochs between checkpoints; the last epoch always gives one.", ge=1)
-    batch_size: Integer = key(64, "Images per optimizer step, over all ranks together.", ge=1)
+    checkpoint_every: Integer = key(1, "Epochs between checkpoints; the last epoch always publishes one.", ge=1)
+    batch_size: Integer = key(64, "Images per optimizer step, summed over ranks.", ge=1)
     lr: float = key(0.05, "Initial learning rate of SGD with Nesterov momentum.", gt=0)
     momentum: float = key(0.9, "Momentum.", gt=0, lt=1)
     weight_decay: float = key(5e-4, "L2 penalty on all parameters.", ge=0)
@@ -228,16 +233,18 @@ class TrainSection(Section):
         "crop_flip: a random crop after padding by an eighth of the side, and a horizontal flip.",
     )
     init: Literal["scratch", "warm"] = key(
-        "scratch", "Weights a cycle starts from: new ones, or the last checkpoint of the cycle before."
+        "scratch", "Initial weights of a cycle: new ones, or the last checkpoint of the previous cycle."
     )
-    workers: Integer = key(1, "DDP ranks (gloo on CPU, NCCL on GPU). Part of the answer: sums are ordered by it.", ge=1)
+    workers: Integer = key(
+        1, "DDP ranks (gloo on CPU, NCCL on GPU). Affects results, because gradients are summed in another order.", ge=1
+    )
     threads: Count | Auto = key(
         "auto",
-        "CPU threads of a rank. auto: half of the CPUs over all ranks, the rest score; all of nodes that only train.",
+        "CPU threads per rank. auto: half of the CPUs divided by the ranks, or all CPUs of nodes that only train.",
     )
     max_failures: Integer = key(
         3,
-        "Times that ranks may die in a row without finishing an epoch before the run stops.",
+        "Consecutive failures of ranks without a finished epoch, after which the run stops.",
         ANY_TIME,
         ge=0,
     )
@@ -264,24 +271,25 @@ class Scoring(Section):
 
     actors: Count | Auto = key(
         "auto",
-        "Scoring actors. auto: one per free CPU slot, or GPU. For more than find room an autoscaler is asked for nodes "
-        "where some are labelled for scoring.",
+        "Number of scoring actors. auto: one per free CPU slot, or per GPU. If there are too "
+        "few slots and nodes are labelled for scoring, the autoscaler is asked for more "
+        "nodes.",
         ANY_TIME,
     )
     precision: Literal["auto", "fp32", "bf16"] = key(
-        "auto", "Arithmetic of the forward pass. auto: bf16 where the processor has it."
+        "auto", "Arithmetic of the forward pass. auto: bf16 where the processor supports it in hardware."
     )
-    batch_size: Count | Auto = key("auto", "Images per forward pass. auto: the quickest of a few, tried once.")
+    batch_size: Count | Auto = key("auto", "Images per forward pass. auto: the fastest of a few, measured once.")
     record: tuple[Recorded, ...] = key(
         ("margin",),
-        "What is kept beside the assignments: margin p1 - p2, entropy in nats and least_confidence 1 - p1 as float16; "
-        "the probabilities of all classes as float32.",
+        "Values stored beside the assignments: margin p1 - p2, entropy in nats and "
+        "least_confidence 1 - p1 as float16; the probabilities of all classes as float32.",
     )
-    record_rows: Literal["last", "all"] = key("last", "Checkpoints at which they are kept.")
+    record_rows: Literal["last", "all"] = key("last", "Checkpoints at which these values are stored.")
     mixed_hardware: Literal["refuse", "allow"] = key(
         "refuse",
-        "An actor on another kind of processor, or with another torch, than the cycle began with: send it away, or let "
-        "it score, which can change last bits.",
+        "Actors on another kind of processor, or with another torch, than the cycle began "
+        "with: refuse them, or let them score, which can change last bits.",
         ANY_TIME,
     )
     cache_gb: float = key(1.0, "Decoded images that one actor keeps in memory, in GiB.", ANY_TIME, ge=0)
@@ -290,8 +298,8 @@ class Scoring(Section):
     )
     eliminate: Literal["none", "exact"] = key(
         "none",
-        "exact: from half of the checkpoints on, leave out samples that can no longer be selected. The selection stays "
-        "the same; only for measure: dispersion.",
+        "exact: from half of the checkpoints on, omit samples that can no longer be selected. "
+        "The selection stays the same; only for measure: dispersion.",
     )
 
 
@@ -300,13 +308,13 @@ class ScoreSection(Scoring):
 
     checkpoints: Literal["needed", "all"] = key(
         "needed",
-        "Which are scored. needed: those that the selection looks at: all for dispersion, the last one for margin, "
-        "none for random. all: the whole trajectory.",
+        "Checkpoints to score. needed: those that the selection needs: all for dispersion, "
+        "the last one for margin, none for random. all: the whole trajectory.",
     )
     transform: Literal["clean", "train"] = key(
         "clean",
-        "What is predicted: the images as they are, or as train.augment changes them, anew at each checkpoint, which "
-        "dispersion_authors is defined on.",
+        "Images to predict. clean: unchanged. train: as train.augment changes them, anew at "
+        "each checkpoint; dispersion_authors is defined on these.",
     )
 
 
@@ -317,7 +325,7 @@ class FolderScore(Scoring):
 
 
 class EvalSection(Section):
-    """How good the last checkpoint of each cycle is. Nothing is chosen by it."""
+    """Evaluation of the last checkpoint of each cycle. distal decides nothing by it."""
 
     test: str | None = key(
         None,
@@ -327,18 +335,19 @@ class EvalSection(Section):
     )
     val: str | None = key(
         None,
-        "Others, for choices of your own: given in the same way, packed as `<path>-val`. Their labels are counted as "
-        "paid for. null: none.",
+        "Validation set, for your own decisions: given in the same way, packed as "
+        "`<path>-val`. Its labels are part of the price. null: none.",
         PLACE,
     )
     metrics: tuple[Metric, ...] = key(
         ("accuracy",),
-        "What is computed of both. balanced_accuracy, macro_f1: mean recall and mean F1 over the classes that the "
-        "labels have; auroc: mean over all classes of the area under the ROC curve, the class against the rest; ece: "
-        "expected calibration error in 15 equal bins of confidence. What is not defined is null, with the reason.",
+        "Metrics of both sets. balanced_accuracy, macro_f1: mean recall and mean F1 over the "
+        "classes among the labels; auroc: mean over all classes of the area under the ROC "
+        "curve, one class against the rest; ece: expected calibration error in 15 equal bins "
+        "of confidence. An undefined metric is null, with the reason.",
     )
     allow_overlap: bool = key(
-        False, "Go on when images to test or validate on are in the pool as well, pixel by pixel.", ANY_TIME
+        False, "Accept test or validation images that are also in the pool, pixel by pixel.", ANY_TIME
     )
 
     @field_validator("metrics")
@@ -354,14 +363,16 @@ class SelectSection(Section):
 
     from_: str | None = key(
         None,
-        "File of samples that were chosen elsewhere: text with a sample_id per line, or CSV or Parquet with a column "
-        "`sample_id`. They are the batch, in this order, and nothing is scored for it. null: distal chooses.",
+        "File of samples chosen elsewhere: text with a sample_id per line, or CSV or Parquet "
+        "with a column `sample_id`. They are the batch, in this order; nothing is scored. "
+        "null: distal selects.",
         alias="from",
     )
     measure: str = key(
         "dispersion",
-        f"The score to rank by; larger is always more uncertain. One of {', '.join(get_args(Measure))}; of those that "
-        "come from several checkpoints also a window, as `dispersion@last=0.5`, `@from=10` or `@every=2`.",
+        f"Measure to rank by; larger is always more uncertain. One of {', '.join(get_args(Measure))}. "
+        "Measures of several checkpoints also take a window, such as `dispersion@last=0.5`, "
+        "`@from=10` or `@every=2`.",
     )
     tie_break: Literal["margin", "hash"] = key(
         "margin",
@@ -369,23 +380,25 @@ class SelectSection(Section):
     )
     subpool: float | None = key(
         None,
-        "Share of the eligible samples, drawn anew in every cycle, that are scored and selected from. null: all.",
+        "Fraction of the eligible samples, drawn anew in every cycle, to score and select from. null: all.",
         gt=0,
         lt=1,
     )
     batch: Literal["top_k", "power", "k_center"] | Function = key(
         "top_k",
-        "How a batch comes from the scores. top_k: the largest. power: drawn without replacement, a sample with score "
-        "s in proportion to s^beta. k_center: of the candidates one after the other the farthest from those chosen, by "
-        "what the last linear layer is given. Or a strategy of yours, `package.module:Class`, that chooses from the "
-        "candidates.",
+        "Rule that composes a batch. top_k: the largest scores. power: drawn without "
+        "replacement, a sample with score s in proportion to s^beta. k_center: greedily, the "
+        "candidate farthest from those chosen so far, in the space of the inputs to the last "
+        "linear layer. Or your own strategy, `package.module:Class`, among the candidates.",
     )
-    beta: float = key(1.0, "With power: the exponent; the larger, the nearer to top_k.", gt=0)
+    beta: float = key(1.0, "With power: the exponent; a larger one is closer to top_k.", gt=0)
     candidate_factor: float = key(
-        10.0, "With k_center or a strategy of yours: candidates, the largest scores, per sample of the batch.", ge=1
+        10.0,
+        "With k_center or your own strategy: candidates, those with the largest scores, per sample of the batch.",
+        ge=1,
     )
     max_per_group: Count | None = key(
-        None, "The most samples of a batch with the same `group_id` (a patient, a product). null: any number."
+        None, "Maximum number of samples in a batch with the same `group_id` (a patient, a product). null: no limit."
     )
 
     @property
@@ -402,20 +415,23 @@ class SelectSection(Section):
 
 
 class LabelSection(Section):
-    """Who answers."""
+    """The oracle: who gives the labels."""
 
     oracle: Literal["pool", "files"] = key(
         "pool",
-        "pool: the labels that the pool itself carries (experiments). files: people, by `distal labels export` and "
-        "`import`; `distal run` ends when a batch waits for them, and goes on when they have come.",
+        "Source of labels. pool: the pool's own labels (experiments). files: people, by "
+        "`distal labels export` and `import`; `distal run` ends when a batch waits for "
+        "labels, and resumes after the import.",
     )
     min_labels: Count | None = key(
-        None, "With files: answers to a batch after which the next cycle may start. null: all of it.", ANY_TIME
+        None,
+        "With files: number of answers to a batch after which the next cycle may start. null: the whole batch.",
+        ANY_TIME,
     )
     conflict: Literal["majority", "first", "reask"] = key(
         "majority",
-        "When annotators disagree: what most of them say (a tie is asked again), what the first one said, or ask "
-        "again.",
+        "When annotators disagree: the label of most of them (a tie is asked again), that of "
+        "the first one, or ask again.",
     )
 
 
@@ -428,10 +444,14 @@ class CompareSection(Section):
         "letters, digits and `_.@=+-`.",
         min_length=2,
     )
-    seeds: Count = key(10, "How many, from `seed` on. One decides first set, weights and order.", ANY_TIME, ge=1)
+    seeds: Count = key(
+        10, "Number of seeds, from `seed` on. A seed decides first set, weights and order.", ANY_TIME, ge=1
+    )
     references: tuple[str, ...] = key(("random", "entropy"), "Strategies that the others are tested against.", ANY_TIME)
-    metric: Metric = key("accuracy", "What of eval.metrics is compared.", ANY_TIME)
-    level: float = key(0.05, "Chance of a false find over all tests; intervals are at 1 - level.", ANY_TIME, gt=0, lt=1)
+    metric: Metric = key("accuracy", "Metric to compare, of eval.metrics.", ANY_TIME)
+    level: float = key(
+        0.05, "Probability of a false positive over all tests; intervals are at 1 - level.", ANY_TIME, gt=0, lt=1
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -447,7 +467,7 @@ class CompareSection(Section):
 
 
 class CompareLoop(LoopSection):
-    """Cycles and what is bought in each."""
+    """The number of cycles, and the labels of each."""
 
     balance: bool = key(
         False,

@@ -1,12 +1,13 @@
 """Reduce and select again from stored assignments: another measure, window or budget, without any inference.
 
-What comes out lies under `analyses/<measure><window>`; the record of the cycle itself is never overwritten.
+Results lie under `analyses/<measure><window>`; the record of the cycle itself is never overwritten.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -23,13 +24,62 @@ from distal.config import Config, ScoreConfig, SelectSection, check_measure
 from distal.errors import ConfigError, Damage, RunConflict, UserError
 from distal.hashing import digest
 from distal.pool import Pool
-from distal.progress import Display, Silent
-from distal.records import JsonObject, Progress, Window
+from distal.progress import Display, Silent, counter
+from distal.records import Result, Window
 from distal.reduce.measures import FROM_RECORDED, FROM_VOTES
 from distal.reduce.stream import Mapper, Reduction, in_threads, reduce
 from distal.storage import be_durable
 
-WHOLE = Window()
+_WHOLE = Window()
+
+
+@dataclass(frozen=True)
+class MeasureResult(Result):
+    """A measure of a cycle that has been computed.
+
+    Attributes:
+        window: as in its name; empty for all checkpoints.
+        checkpoints: how many it was computed from.
+        scores: the folder with the array.
+        seconds: that the computation took, whenever that was.
+    """
+
+    measure: str
+    window: str
+    checkpoints: int
+    scores: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ReduceResult(Result):
+    """The measures that `distal reduce` computed, or found."""
+
+    state: str
+    run: Path
+    cycle: int
+    analyses: tuple[MeasureResult, ...]
+
+
+@dataclass(frozen=True)
+class SelectResult(Result):
+    """The selection that `distal select` made, or found.
+
+    Attributes:
+        window: as in the name of the measure; empty for all checkpoints.
+        selection: the file.
+        tie_share: the share of the batch that a tie-break decided.
+    """
+
+    state: str
+    run: Path
+    cycle: int
+    measure: str
+    window: str
+    selection: Path
+    n_selected: int
+    tie_share: float
+    selection_sha256: str
 
 
 def reduce_run(
@@ -37,19 +87,19 @@ def reduce_run(
     *,
     cycle: int | None = None,
     measures: tuple[str, ...] = (),
-    window: Window = WHOLE,
+    window: Window = _WHOLE,
     annotate: bool = False,
     pool: Path | None = None,
     ray_address: str | None = None,
     display: Display | None = None,
-) -> JsonObject:
+) -> ReduceResult:
     """Compute measures of a cycle that has been scored.
 
     Args:
         path: the run directory.
         cycle: by default the last one that has been scored.
         measures: by default the one that the run selects by.
-        annotate: keep each sample's most frequent classes, too.
+        annotate: keep each sample's most frequent classes too.
         pool: where the pool of the run is now, if it has moved.
         ray_address: of a cluster whose nodes share the work; None: the threads of this process.
 
@@ -61,11 +111,11 @@ def reduce_run(
     scored = ScoredCycle(path, cycle, pool)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
-        done = [
+        analyses = [
             scored.reduce(*_named(measure, window), annotate=annotate, mapper=mapper, display=display)
             for measure in measures or (scored.config.select.measure,)
         ]
-    return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, "analyses": done}
+    return ReduceResult("complete", scored.directory.path, scored.cycle.index, tuple(analyses))
 
 
 def select_run(
@@ -74,13 +124,13 @@ def select_run(
     budget: int,
     measure: str | None = None,
     cycle: int | None = None,
-    window: Window = WHOLE,
+    window: Window = _WHOLE,
     how: SelectSection | None = None,
     annotate: bool = False,
     pool: Path | None = None,
     ray_address: str | None = None,
     display: Display | None = None,
-) -> JsonObject:
+) -> SelectResult:
     """Choose the `budget` samples with the largest scores; they are computed first if need be.
 
     Arguments as for `reduce_run`; `how` is by default that of the run.
@@ -94,8 +144,7 @@ def select_run(
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
         scored.reduce(name, window, annotate=annotate, mapper=mapper, display=display)
-    chosen = scored.select(name, window, budget, how)
-    return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, **chosen}
+    return scored.select(name, window, budget, how)
 
 
 def _named(measure: str, window: Window) -> tuple[str, Window]:
@@ -104,9 +153,9 @@ def _named(measure: str, window: Window) -> tuple[str, Window]:
         name, own = Window.of_name(measure)
     except ValueError as error:
         raise ConfigError(f"--measure: {measure}: {error}") from None
-    if own != WHOLE and window != WHOLE:
+    if own != _WHOLE and window != _WHOLE:
         raise ConfigError(f"--measure: {measure} has a window already; leave out --last, --from and --every")
-    return name, window if own == WHOLE else own
+    return name, window if own == _WHOLE else own
 
 
 def _connection(address: str | None) -> AbstractContextManager[None]:
@@ -150,12 +199,14 @@ class ScoredCycle:
         return Assignments.open(self.cycle.assignments)
 
     def scores_of(self, name: str, display: Display) -> Path:
-        """Where the scores of a measure are, computed if need be; its window is part of its name."""
-        measure, window = _named(name, WHOLE)
+        """The folder of the scores of a measure, computed if need be; its window is part of its name."""
+        measure, window = _named(name, _WHOLE)
         self.reduce(measure, window, annotate=False, mapper=in_threads, display=display)
         return self._analysis(measure, window).scores
 
-    def reduce(self, measure: str, window: Window, *, annotate: bool, mapper: Mapper, display: Display) -> JsonObject:
+    def reduce(
+        self, measure: str, window: Window, *, annotate: bool, mapper: Mapper, display: Display
+    ) -> MeasureResult:
         """Compute one measure, unless that is done."""
         rows = self._rows(measure, window)
         analysis = self._analysis(measure, window)
@@ -174,30 +225,22 @@ class ScoredCycle:
                 seed=self.config.seed,
                 cycle=self.cycle.index,
             )
-            title = f"reduce {measure}{window}"
             reduce(
                 reduction,
                 analysis.scores,
                 mapper=mapper,
-                on_progress=lambda done, total: display.progress(
-                    Progress(self.cycle.index, title, images_scored=done, images=total)
-                ),
+                on_progress=counter(display.progress, f"reduce {measure}{window}", self.cycle.index),
             )
             outputs = AnalysisOutputs(rows=len(rows), samples=self.pool.n_samples, annotated=annotate)
             marker = analysis.complete("reduce", made_from, outputs, time.monotonic() - started)
-        return {
-            "measure": measure,
-            "window": str(window),
-            "checkpoints": len(rows),
-            "scores": str(analysis.scores / measure),
-            "seconds": marker.seconds,
-        }
+        scores = analysis.scores / measure
+        return MeasureResult(measure, str(window), len(rows), scores, marker.seconds)
 
-    def select(self, measure: str, window: Window, budget: int, how: SelectSection) -> JsonObject:
+    def select(self, measure: str, window: Window, budget: int, how: SelectSection) -> SelectResult:
         """Choose from a measure that has been computed, unless that is done.
 
         Args:
-            how: what else decides the batch: the tie-break, the kind of batch and the cap on groups.
+            how: the tie-break, the kind of batch and the cap on groups.
         """
         analysis = self._analysis(measure, window)
         reduced = analysis.reduced
@@ -238,16 +281,21 @@ class ScoredCycle:
             marker = analysis.complete(stage, made_from, outputs, time.monotonic() - started)
         elif Selection.read(dest).sha256 != marker.outputs.selection_sha256:
             raise Damage(f"{dest}: not the selection that was made; remove {analysis.folder} to make it again")
-        return {
-            "measure": measure,
-            "window": str(window),
-            "selection": str(dest),
-            **marker.outputs.to_record(),
-        }
+        return SelectResult(
+            state="complete",
+            run=self.directory.path,
+            cycle=self.cycle.index,
+            measure=measure,
+            window=str(window),
+            selection=dest,
+            n_selected=marker.outputs.n_selected,
+            tie_share=marker.outputs.tie_share,
+            selection_sha256=marker.outputs.selection_sha256,
+        )
 
     @property
     def augmented(self) -> bool:
-        """Whether what was predicted are images as training sees them."""
+        """Whether images were scored as training augments them."""
         return self.config.augments
 
     @property
@@ -267,12 +315,12 @@ class ScoredCycle:
         return self.cycle.analysis(f"{measure}{grown}{window}")
 
     def _rows(self, measure: str, window: Window) -> list[int]:
-        """The rows of a window; refuses what cannot be computed."""
+        """The rows of a window; raises ConfigError when the measure cannot be computed from them."""
         try:
             check_measure(measure, window)
         except ValueError as error:
             raise ConfigError(f"--measure: {error}") from None
-        if self.config.score.eliminate == "exact" and (measure != "dispersion" or window != WHOLE):
+        if self.config.score.eliminate == "exact" and (measure != "dispersion" or window != _WHOLE):
             raise ConfigError(
                 f"--measure: {measure}{window}: the samples that could not be selected by dispersion were left out "
                 "(score.eliminate: exact), so only dispersion over all checkpoints can be computed; score again with "

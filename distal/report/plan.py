@@ -12,10 +12,11 @@ from distal.config.needs import scored_epochs
 from distal.errors import PoolError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
-from distal.pool.build import MAX_CHUNK_BYTES, learn_layout
 from distal.pool.images import MANIFEST
+from distal.pool.pack import MAX_CHUNK_BYTES, learn_layout
 from distal.pool.sample_files import read_ids
-from distal.pool.sources import find_download, open_source
+from distal.pool.sources import open_source
+from distal.pool.torchvision_source import find_download
 from distal.records import Result, auto_block_size
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import n_threads, stripe_bytes, stripe_samples

@@ -21,7 +21,7 @@ from distal.storage import remove_tree
 from distal.train.rank import TrainJob, claim, release, train_rank
 
 # Read by Ray Train's controller when `fit` starts it.
-RAY_TRAIN_ENV = {
+_RAY_TRAIN_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s is how late a finished rank is noticed
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a rank keeps the working directory, so a user's module is found
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
@@ -114,26 +114,34 @@ def _storage(job: TrainJob) -> Path:
 
 
 def _set_environment() -> None:
-    for name, value in RAY_TRAIN_ENV.items():
+    for name, value in _RAY_TRAIN_ENV.items():
         os.environ.setdefault(name, value)
 
 
 def _fit(job: TrainJob, ranks: Ranks, given_up: threading.Event, still_ours: Callable[[], None]) -> None:
-    """One attempt, under a name of its own, with Ray Train's files inside the cycle."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
+    """One attempt, under a name of its own."""
     name = f"{job.owner_prefix}{uuid.uuid4().hex[:8]}"
     if not given_up.is_set():
         claim(job.folder, name, still_ours)
     if given_up.is_set():
         release(job.folder, job.owner_prefix)
         raise Superseded(f"{job.folder}: training was given up")
+    _run_ranks(replace(job, owner=name), ranks)
+
+
+def _run_ranks(job: TrainJob, ranks: Ranks) -> None:
+    """Run `train_rank` on every rank, with Ray Train's files inside the cycle.
+
+    The one place where Ray Train starts processes: a test may train in its own process instead.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     resources = {"CPU": float(ranks.threads)} | ({"GPU": 1.0} if ranks.use_gpu else {})
     try:
         TorchTrainer(
             _entry,
-            train_loop_config={"job": replace(job, owner=name)},
+            train_loop_config={"job": job},
             scaling_config=ScalingConfig(
                 num_workers=ranks.workers,
                 use_gpu=ranks.use_gpu,
@@ -141,7 +149,7 @@ def _fit(job: TrainJob, ranks: Ranks, given_up: threading.Event, still_ours: Cal
                 label_selector=ranks.label_selector,
             ),
             run_config=RunConfig(
-                name=name,
+                name=job.owner,
                 storage_path=str(_storage(job)),
                 # What goes wrong ends this attempt, placement too; `train` looks at the reason and starts the next.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
@@ -149,11 +157,13 @@ def _fit(job: TrainJob, ranks: Ranks, given_up: threading.Event, still_ours: Cal
         ).fit()
     finally:
         with suppress(OSError):  # a process that is being killed may still write there; nothing reads it
-            remove_tree(_storage(job) / name)  # another attempt may use the folder around it
+            remove_tree(_storage(job) / job.owner)  # another attempt may use the folder around it
 
 
 def _entry(config: dict[str, Any]) -> None:
-    train_rank(config["job"])
+    import ray.train.torch as ray_torch
+
+    train_rank(config["job"], ray_torch.get_device(), ray_torch.prepare_model)
 
 
 def _state_version(job: TrainJob) -> int | None:

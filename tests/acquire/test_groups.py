@@ -25,6 +25,8 @@ from distal.records import split_blocks
 from distal.report.explain import explain
 from tests.helpers import CLASSES, foreign_config, small_config, write_checkpoints, write_source
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 N, BLOCK = 240, 64
 
 

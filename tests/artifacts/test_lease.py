@@ -9,15 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from distal.artifacts import lease
 from distal.artifacts.lease import Holder, Lease
 from distal.errors import RunConflict, Superseded
 from distal.storage import names_in, write_json
+from tests.helpers import wait_until
 
 HOLD = """
 import sys, time
@@ -61,12 +64,12 @@ def test_a_killed_driver_is_taken_over_at_once(run: Path, reaped: bool) -> None:
     if reaped:
         other.wait()
     else:
-        time.sleep(0.5)  # it is a zombie
-    began = time.monotonic()
-    with Lease(run, "mine") as mine:
+        wait_until(lambda: psutil.Process(other.pid).status() == psutil.STATUS_ZOMBIE)
+    said: list[str] = []
+    with Lease(run, "mine", said.append) as mine:
         mine.check()
-        assert time.monotonic() - began < 2
         assert names_in(run / "driver") == ["000001.json", "000002.json"]  # a number is given once
+    assert said == []  # it waited for nothing
     other.wait()
 
 
@@ -103,58 +106,72 @@ def test_of_many_that_take_over_together_one_wins(run: Path) -> None:
         pass
 
 
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.on_sleep: Callable[[float], object] = lambda now: None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.on_sleep(self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What a lease sleeps by."""
+    made = Clock()
+    monkeypatch.setattr(lease, "time", made)
+    return made
+
+
 class TestFromAnotherMachine:
     """Whether the holder lives cannot be seen, only whether its beat goes on."""
-
-    @pytest.fixture(autouse=True)
-    def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(lease, "EXPIRY_S", 1.0)
 
     def far(self, run: Path, beat: int = 3) -> None:
         holder = replace(Holder.this_process("far"), host="elsewhere", pid=7, beat=beat)
         write_json(run / "driver/000001.json", asdict(holder))
 
-    def test_a_beat_that_stands_still_is_taken_over(self, run: Path) -> None:
+    def test_a_beat_that_stands_still_is_taken_over(self, run: Path, clock: Clock) -> None:
         self.far(run)
         said: list[str] = []
-        began = time.monotonic()
         with Lease(run, "mine", said.append) as mine:
             mine.check()
-        assert 1 <= time.monotonic() - began < 5
-        assert said == [f"{run}: waiting 1 s to see whether attempt far (process 7 on elsewhere) is still at work"]
+        assert clock.now == lease.EXPIRY_S
+        assert said == [f"{run}: waiting 30 s to see whether attempt far (process 7 on elsewhere) is still at work"]
 
-    def test_a_beat_that_goes_on_is_refused(self, run: Path) -> None:
+    def test_a_beat_that_goes_on_is_refused(self, run: Path, clock: Clock) -> None:
         self.far(run)
-        threading.Timer(0.4, self.far, (run, 4)).start()
+        clock.on_sleep = lambda now: self.far(run, 4) if now == lease.EXPIRY_S - 1 else None
         with pytest.raises(RunConflict, match=r"attempt far \(process 7 on elsewhere\) is working on this run"):
             Lease(run, "mine").__enter__()
 
-    def test_one_that_was_released_is_free(self, run: Path) -> None:
+    def test_one_that_was_released_is_free(self, run: Path, clock: Clock) -> None:
         holder = replace(Holder.this_process("far"), host="elsewhere", released=True)
         write_json(run / "driver/000001.json", asdict(holder))
-        began = time.monotonic()
         with Lease(run, "mine"):
-            assert time.monotonic() - began < 0.9
+            assert clock.now == 0
 
     @pytest.mark.parametrize("machine", ["another boot", "{}0"])
-    def test_the_same_host_name_is_not_the_same_machine(self, run: Path, machine: str) -> None:
+    def test_the_same_host_name_is_not_the_same_machine(self, run: Path, machine: str, clock: Clock) -> None:
         """A container, a cloned machine: process ids of theirs mean nothing here."""
         me = Holder.this_process("far")
         other = replace(me, machine=machine.format(me.machine), pid=2**22 - 1)
         write_json(run / "driver/000001.json", asdict(other))
-        began = time.monotonic()
         with Lease(run, "mine"):
-            assert time.monotonic() - began >= 1
+            assert clock.now == lease.EXPIRY_S
 
 
-def test_a_lease_that_cannot_be_read_is_waited_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_that_cannot_be_read_is_waited_for(run: Path, clock: Clock) -> None:
     """A power loss may leave it empty."""
-    monkeypatch.setattr(lease, "EXPIRY_S", 1.0)
     (run / "driver").mkdir()
     (run / "driver/000001.json").touch()
-    began = time.monotonic()
     with Lease(run, "mine"):
-        assert time.monotonic() - began >= 1
+        assert clock.now == lease.EXPIRY_S
 
 
 def test_a_driver_that_was_superseded_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +179,7 @@ def test_a_driver_that_was_superseded_is_told(run: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     with Lease(run, "mine") as mine:
         write_json(run / "driver/000002.json", asdict(replace(Holder.this_process("late"), host="elsewhere")))
-        time.sleep(0.5)
+        wait_until(lambda: not mine._thread.is_alive())
         with pytest.raises(Superseded, match=r"attempt late \(process \d+ on elsewhere\) has taken over"):
             mine.check()
     record = json.loads((run / "driver/000002.json").read_text())
@@ -171,11 +188,14 @@ def test_a_driver_that_was_superseded_is_told(run: Path, monkeypatch: pytest.Mon
 
 def test_the_beat_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
+
+    def beat() -> int:
+        return json.loads((run / "driver/000001.json").read_text())["beat"]
+
     with Lease(run, "mine"):
-        time.sleep(0.5)
-        first = json.loads((run / "driver/000001.json").read_text())["beat"]
-        time.sleep(0.5)
-        assert json.loads((run / "driver/000001.json").read_text())["beat"] > first > 0
+        wait_until(beat)
+        first = beat()
+        wait_until(lambda: beat() > first)
     assert json.loads((run / "driver/000001.json").read_text())["released"]
 
 

@@ -1,4 +1,4 @@
-"""The command line as a subprocess: what it prints, where, and how it exits."""
+"""The command line: what it prints, where, and how it exits."""
 
 from __future__ import annotations
 
@@ -12,25 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from distal.cli.app import app
+from distal.cli import answer, app
 from distal.errors import ConfigError
 from distal.pool import Pool
-from tests.helpers import small_overrides, write_checkpoints, write_source
+from tests.helpers import distal, small_overrides, write_checkpoints, write_source
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 SCORE = str(ROOT / "configs" / "score.yaml")
-
-
-def distal(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "distal", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=200,
-        check=False,
-    )
 
 
 def test_help_and_version() -> None:
@@ -190,13 +179,13 @@ def test_mistakes_as_json() -> None:
 def test_a_fault_of_ours_is_json_too_and_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(app, "_stop_on_signals", lambda *_: None)
+    monkeypatch.setattr(answer, "_stop_on_signals", lambda *_: None)
 
     def fail() -> dict[str, object]:
         raise KeyError("a bug")
 
     with pytest.raises(KeyError, match="a bug"):
-        app._answer(fail, True, str)
+        answer.answer(fail, True, str)
     assert json.loads(capsys.readouterr().out) == {"state": "error", "error": "'a bug'", "exit_code": 1}
 
 

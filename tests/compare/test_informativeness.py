@@ -23,6 +23,8 @@ from distal.pool import Pool
 from distal.pool.build import build
 from tests.helpers import foreign_config, small_config, write_checkpoints, write_source
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=6), st.floats(0.01, 1))

@@ -21,6 +21,8 @@ from distal.pool import Pool
 from distal.report.verify import verify
 from tests.helpers import SMALL_RUN
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 STRATEGIES = {
     "random": {"measure": "random"},
     "entropy": {"measure": "entropy"},

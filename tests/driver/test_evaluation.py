@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner, Result
 
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
-from distal.cli.app import app
 from distal.cli.tables import status_table, summary_table
 from distal.driver import run as driver
+from distal.driver.run import RunResult
 from distal.errors import PoolError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
@@ -26,7 +26,9 @@ from distal.report.repair import repair
 from distal.report.status import status
 from distal.report.verify import verify
 from distal.score.predict import Predictor
-from tests.helpers import content, flip, small_config, small_overrides, write_source
+from tests.helpers import content, distal, flip, small_config, small_overrides, write_source
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 METRICS = "eval.metrics=[accuracy, balanced_accuracy, macro_f1, auroc, ece]"
@@ -67,14 +69,12 @@ def keys(val_pool: Pool) -> list[str]:
 @pytest.fixture(scope="module")
 def evaluated(
     cluster: str, pool: Pool, test_pool: Pool, keys: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Result]:
+) -> tuple[Path, CompletedProcess[str]]:
     """A run of one cycle that was told to go on, and what it printed."""
     run = tmp_path_factory.mktemp("runs") / "evaluated"
     overrides = [*small_overrides(run, pool, test_pool), *keys, f"ray.address={cluster}"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "_stop_on_signals", lambda *_: None)
-        done = CliRunner().invoke(app.app, ["run", CONFIG, *overrides, "--allow-overlap", "--json"])
-    assert done.exit_code == 0, done.stderr
+    done = distal("run", CONFIG, *overrides, "--allow-overlap", "--json")
+    assert done.returncode == 0, done.stderr
     return run, done
 
 
@@ -88,7 +88,7 @@ def test_images_that_are_in_the_pool_are_refused(
 
 
 def test_that_it_goes_on_is_said_once(
-    evaluated: tuple[Path, Result],
+    evaluated: tuple[Path, CompletedProcess[str]],
     pool: Pool,
     test_pool: Pool,
     keys: list[str],
@@ -100,12 +100,12 @@ def test_that_it_goes_on_is_said_once(
     (run / "cycles/000/select.json").unlink()
     again = Said()
     result = driver.run(small_config(run, pool, test_pool, *keys), again)
-    assert result["state"] == "complete"
+    assert result.state == "complete"
     assert "as well" not in "".join(again.lines)
 
 
 def test_probabilities_are_those_of_the_last_checkpoint(
-    evaluated: tuple[Path, Result], pool: Pool, test_pool: Pool, val_pool: Pool
+    evaluated: tuple[Path, CompletedProcess[str]], pool: Pool, test_pool: Pool, val_pool: Pool
 ) -> None:
     cycle = Run.open(evaluated[0]).cycle(0)
     spec = ModelSpec.of(cycle.config.model, pool)
@@ -125,7 +125,9 @@ def test_probabilities_are_those_of_the_last_checkpoint(
         assert np.array_equal(probabilities[scored], predictor(images).logits.softmax(dim=1).numpy())
 
 
-def test_numbers_from_what_is_stored(evaluated: tuple[Path, Result], test_pool: Pool, val_pool: Pool) -> None:
+def test_numbers_from_what_is_stored(
+    evaluated: tuple[Path, CompletedProcess[str]], test_pool: Pool, val_pool: Pool
+) -> None:
     cycle = Run.open(evaluated[0]).cycle(0)
     told = json.loads((evaluated[0] / "summary.json").read_text())["cycles"][0]
     for name, other, n_classes in (("test", test_pool, 4), ("val", val_pool, 3)):
@@ -145,7 +147,9 @@ def test_numbers_from_what_is_stored(evaluated: tuple[Path, Result], test_pool: 
     assert told["undefined"] == {"val.auroc": "no image has the label 'line', and a curve needs one of every class"}
 
 
-def test_validation_labels_are_paid_for(evaluated: tuple[Path, Result], capsys: pytest.CaptureFixture[str]) -> None:
+def test_validation_labels_are_paid_for(
+    evaluated: tuple[Path, CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = evaluated[0]
     result = json.loads(evaluated[1].stdout)
     told = result["cycles"][0]
@@ -153,7 +157,9 @@ def test_validation_labels_are_paid_for(evaluated: tuple[Path, Result], capsys: 
     assert len(Run.open(run).ledger(before=0)) == 24
     told = status(run).cycles[0]
     assert (told.n_labeled, told.n_val, told.n_paid) == (24, N_VAL, 24 + N_VAL)
-    closing, present = summary_table(result), status_table(status(run))
+    closed = RunResult("complete", run, Run.open(run).summary().cycles)
+    assert closed.to_record() == result
+    closing, present = summary_table(closed), status_table(status(run))
     assert [column.header for column in closing.columns][1:4] == ["labelled", "paid", "accuracy"]
     assert [list(column.cells) for column in closing.columns][2] == ["46"]
     assert "val.auroc: no image has the label 'line'" in str(closing.caption)
@@ -162,7 +168,7 @@ def test_validation_labels_are_paid_for(evaluated: tuple[Path, Result], capsys: 
 
 
 def test_damage_is_found_and_made_good(
-    evaluated: tuple[Path, Result], pool: Pool, test_pool: Pool, keys: list[str]
+    evaluated: tuple[Path, CompletedProcess[str]], pool: Pool, test_pool: Pool, keys: list[str]
 ) -> None:
     run = evaluated[0]
     assert verify(run).state == "sound"

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numcodecs import zstd
 
 from distal.artifacts.arrays import content_size
-from distal.storage import _json, read_json, read_yaml, write_bytes, write_json, write_table, write_yaml
+from distal.storage import read_json, read_yaml, write_bytes, write_json, write_table, write_yaml
 
 CYCLE = "cycles/000"
 Harm = Callable[[Path], None]
@@ -187,6 +187,6 @@ def names(run: Path) -> None:
         (run / folder).mkdir(exist_ok=True)
         for name in (b"\xff\xfe", "²".encode(), "٣٣٣".encode(), b"-001", b"9" * 100, b"a\nb", b" "):
             Path(os.fsdecode(os.fsencode(run / folder) + b"/" + name)).mkdir(exist_ok=True)
-    write_bytes(run / "answers/000007-0123456789ab.parquet", _json({}))
+    write_bytes(run / "answers/000007-0123456789ab.parquet", b"{}")
     path = run / CYCLE / "analyses" / "select" / "select-99999999999999999999.json"
     write_json(path, {"inputs": {}, "inputs_sha256": "", "seconds": 0})

@@ -9,10 +9,10 @@ import torch
 import torchvision
 from torch import nn
 
-from distal.artifacts import checkpoints
 from distal.config import ModelSection
 from distal.errors import ModelError
 from distal.model.spec import ModelSpec, seeded_build
+from distal.model.weights import serialize
 
 
 def spec(image_shape: tuple[int, int, int] = (1, 28, 28), n_classes: int = 10, **config: object) -> ModelSpec:
@@ -175,7 +175,7 @@ def test_initial_weights_depend_on_seed_and_cycle_alone() -> None:
 
 class TestPretrained:
     def save(self, path: Path, state: object) -> str:
-        path.write_bytes(checkpoints.serialize(state))
+        path.write_bytes(serialize(state))
         return str(path)
 
     def test_the_same_network(self, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class Tree:
     def test(self, files: Sequence[str], kernels: str = "kernels", timeout_s: float = RUN_TIMEOUT_S) -> tuple[int, str]:
         """Run test files up to the first failure: exit code of pytest, -1 for a time-out, and its output."""
         output = self._folder / "output"
-        options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT_S}"]
+        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT_S}"]
         arguments = [*options, f"--basetemp={self._folder / 'basetemp'}", *files]
         process = FORKS.Process(target=_pytest, args=(self._path, self._folder / kernels, output, arguments))
         process.start()

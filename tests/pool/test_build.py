@@ -21,10 +21,12 @@ import zarr
 from distal.errors import Damage, DistalError, PoolError, SourceError
 from distal.hashing import sample_key
 from distal.pool import Pool
-from distal.pool.build import ImageLayout, _chunk_size, build
+from distal.pool.build import build
 from distal.pool.decode import Unreadable, decode
 from distal.pool.images import parts
-from distal.pool.sources import Row, open_source
+from distal.pool.pack import ImageLayout, _chunk_size
+from distal.pool.rows import Row
+from distal.pool.sources import open_source
 from distal.processes import this_process
 from distal.records import Block
 from distal.storage import write_json

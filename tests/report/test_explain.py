@@ -28,6 +28,8 @@ from distal.reduce.stream import Reduction, reduce
 from distal.report.explain import diff, explain
 from tests.helpers import small_config, write_source
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 
 @pytest.fixture(scope="module")
 def run(small_run: Path) -> Path:

@@ -31,6 +31,8 @@ from distal.report.verify import verify
 from distal.storage import FORMAT, names_in, read_json, read_yaml, write_json, write_yaml
 from tests.helpers import content, flip, foreign_config, small_config, write_checkpoints, write_source
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
+
 N = 240
 ALSO = [Answer(20 + i, f"s1-{20 + i:05d}", None, SKIPPED, "bob") for i in range(3)]
 
@@ -440,7 +442,7 @@ def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) 
     write_checkpoints(tmp_path / "ck", pool, range(8))
     config = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "score.eliminate=exact", "score.budget=4")
     first = score_directory(config)
-    assert first["images_left_out"] > 0
+    assert first.images_left_out > 0
     assert verify(tmp_path / "run").state == "sound"
     whole = content(tmp_path / "run")
     damages: list[Callable[[], object]] = [
@@ -452,7 +454,7 @@ def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) 
         damage()
         assert len(verify(tmp_path / "run").damage) == 1
         assert repair(tmp_path / "run").state == "repaired"
-        assert score_directory(config)["selection_sha256"] == first["selection_sha256"]
+        assert score_directory(config).selection_sha256 == first.selection_sha256
         assert content(tmp_path / "run") == whole
         assert verify(tmp_path / "run").state == "sound"
     record = tmp_path / "run/cycles/000/checkpoints.json"

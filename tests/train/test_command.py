@@ -31,6 +31,8 @@ from distal.train.rank import claim
 from tests.helpers import flip, small_config
 from tests.train.test_launch import job
 
+pytestmark = pytest.mark.usefixtures("stand_ins")  # the scripts are real
+
 SCRIPT = """
 import argparse, sys
 import pyarrow.parquet as pq
@@ -82,12 +84,12 @@ def config(run: Path, pool: Pool, tmp_path: Path, script: str = SCRIPT, *overrid
 def test_a_script_trains_and_its_checkpoints_are_scored(pool: Pool, tmp_path: Path) -> None:
     made = config(tmp_path / "run", pool, tmp_path)
     summary = driver.run(made)
-    assert [cycle["n_labeled"] for cycle in summary["cycles"]] == [24, 40]
+    assert [cycle.n_labeled for cycle in summary.cycles] == [24, 40]
     cycle = Run.open(tmp_path / "run").cycle(1)
     assert checkpoints.committed(cycle.checkpoints) == [0, 1, 2]
     ref = checkpoints.read(cycle.checkpoints, 2)
     assert ref.metrics["train_loss"] < checkpoints.read(cycle.checkpoints, 0).metrics["train_loss"]
-    assert driver.run(made)["state"] == "complete"
+    assert driver.run(made).state == "complete"
 
 
 @pytest.mark.slow
@@ -95,7 +97,7 @@ def test_a_script_that_fails_is_quoted_and_run_again(pool: Pool, tmp_path: Path)
     broken = SCRIPT + "\nprint('first line', file=sys.stderr)\nsys.exit('no more money')\n"
     with pytest.raises(TrainingFailed, match=r"ended with 1 in cycle 0; .*stderr.log ends with:(.|\n)*no more money"):
         driver.run(config(tmp_path / "run", pool, tmp_path, broken))
-    assert driver.run(config(tmp_path / "run", pool, tmp_path))["state"] == "complete"
+    assert driver.run(config(tmp_path / "run", pool, tmp_path)).state == "complete"
 
 
 @pytest.mark.slow
@@ -219,7 +221,7 @@ def restarted(folder: Path, pool: Pool, kind: str, *, disturbed: bool = True) ->
     else:
         (folder / "started").touch()
         (folder / "late").touch()
-    assert driver.run(made)["state"] == "complete"
+    assert driver.run(made).state == "complete"
     return Run.open(folder / "run"), first
 
 

@@ -25,6 +25,7 @@ from distal.storage import read_sealed, write_bytes
 from distal.train.launch import Ranks, abandon, train
 from distal.train.rank import TrainJob, last_claim, read_state
 from tests.helpers import descendants
+from tests.stand_ins import ranks_here
 
 
 class Deadly(nn.Module):
@@ -93,6 +94,22 @@ def test_every_epoch_publishes_a_checkpoint_and_the_loss_falls(one_rank: TrainJo
     assert len(set(weights(one_rank))) == 3
     assert checkpoints.load(refs[2]).keys() == one_rank.model.build().state_dict().keys()
     assert not (one_rank.folder / "train" / "ray").exists()
+
+
+def test_a_rank_without_ray_train_gives_the_same_bytes(pool: Pool, tmp_path: Path, one_rank: TrainJob) -> None:
+    """What the tests of files and messages train with: weights, losses, and what a restarted rank needs."""
+    here = job(tmp_path, pool)
+    with ranks_here():
+        train(here, ranks(1))
+    assert weights(here) == weights(one_rank)
+    mine, theirs = (checkpoints.deserialize(read_state(of) or b"") for of in (here, one_rank))
+    assert {name: mine[name] for name in ("inputs", "epoch", "loss")} == {
+        name: theirs[name] for name in ("inputs", "epoch", "loss")
+    }
+    momenta = [of["optimizer"]["state"] for of in (mine, theirs)]
+    assert momenta[0].keys() == momenta[1].keys()
+    for one, other in zip(*(each.values() for each in momenta), strict=True):
+        assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from distal.hashing import mix64
 from distal.model.augment import crop_flip
 from distal.model.spec import ModelSpec
 from distal.storage import write_bytes
-from distal.train import loop
+from distal.train import rank as rank_module
 from distal.train.rank import TrainJob, _Rank, batches, claim, initial_network, learning_rate
 
 
@@ -217,7 +217,7 @@ def test_the_state_is_written_before_the_checkpoint_and_by_the_owner_alone(
         raise OSError(5, "input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_sealed", fail)
+        patch.setattr(rank_module, "write_sealed", fail)
         with pytest.raises(OSError, match="input/output error"):
             rank.save(1, 0.5)
     claim(tmp_path, "another")
