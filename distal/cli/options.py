@@ -15,3 +15,4 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Override keys, such as train.lr=0.1.", metavar="[KEY=VALUE]...")
 ]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+RunOrPool = Annotated[Path, typer.Argument(metavar="RUN|POOL", help="Run directory or pool folder.")]
