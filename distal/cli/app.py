@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distal import __version__
-from distal.cli.answer import answer, same_command
+from distal.cli.answer import Written, answer, same_command
 from distal.cli.labels import labels_app
 from distal.cli.options import (
     Annotate,
@@ -29,6 +29,8 @@ from distal.cli.pool import pool_app
 from distal.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from distal.compare.informativeness import InformativenessResult
+    from distal.compare.strategies import CompareResult
     from distal.driver.reanalyse import ReduceResult, SelectResult
     from distal.driver.run import RunResult
     from distal.driver.score_folder import ScoreResult
@@ -73,14 +75,14 @@ def _init(
     """Write a configuration file with every key, commented."""
     from distal.config import commented_yaml
 
-    def work() -> dict[str, Any]:
+    def work() -> Written:
         if path.exists():
             raise ConfigError(f"{path}: there is a file already; remove it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(commented_yaml())
-        return {"path": str(path)}
+        return Written(path)
 
-    answer(work, as_json, lambda result: f"wrote {result['path']}; next: distal run {result['path']}")
+    answer(work, as_json, lambda result: f"wrote {result.path}; next: distal run {result.path}")
 
 
 @app.command("run")
@@ -410,7 +412,7 @@ def _informativeness(
     from distal.cli.tables import informativeness_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> InformativenessResult:
         with Terminal() as terminal:
             from distal.compare.informativeness import informativeness as of_runs
 
@@ -442,7 +444,7 @@ def _compare(
     from distal.cli.terminal import Terminal
     from distal.config import CompareConfig, load
 
-    def work() -> dict[str, Any]:
+    def work() -> CompareResult:
         loaded = load(config, overrides or [], CompareConfig)
         cluster.secure(loaded.ray.address)
         with Terminal() as terminal:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from types import TracebackType
@@ -54,7 +54,7 @@ class JsonLines:
         """The event."""
         print(json.dumps(record), file=sys.stderr, flush=True)
 
-    def _write(self, name: str, values: JsonObject) -> None:
+    def _write(self, name: str, values: Mapping[str, object]) -> None:
         self.event({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **values})
 
 
