@@ -181,7 +181,7 @@ class Inspection:
                 if isinstance(config, Config):
                     self._own(run, cycle, config)
                 elif isinstance(config, ScoreConfig):
-                    self._foreign(cycle, config)
+                    self._of_folder(cycle, config)
             except (Damage, UnknownFormat, *UNREADABLE) as error:  # a record of a shape that no check expects
                 self.found.append(_unread(cycle.folder, error) or Damaged(_line(cycle.folder, error), advice=_COPY))
 
@@ -244,13 +244,13 @@ class Inspection:
                 self.found.append(Damaged(what, advice=_IMPORT_AGAIN))
         self._analyses(cycle)
 
-    def _foreign(self, cycle: Cycle, config: ScoreConfig) -> None:
+    def _of_folder(self, cycle: Cycle, config: ScoreConfig) -> None:
         """Check the one cycle of `distal score`."""
         self._look_at_file(read_json, cycle.folder / EXPECTED, advice=_COPY)
         scored = self._marker(cycle, "score", lambda: cycle.marker("score"))
-        entries = self._look(partial(known, cycle.foreign), advice=_COPY) or []
-        if not cycle.foreign.exists() and (scored or Assignments.begun(cycle.assignments)):
-            self.found.append(Damaged(f"{cycle.foreign}: missing", advice=_COPY))
+        entries = self._look(partial(known, cycle.folder_checkpoints), advice=_COPY) or []
+        if not cycle.folder_checkpoints.exists() and (scored or Assignments.begun(cycle.assignments)):
+            self.found.append(Damaged(f"{cycle.folder_checkpoints}: missing", advice=_COPY))
         for entry in entries:
             path = Path(config.checkpoints.path) / entry.path
             if path.exists():  # once its row is scored it may be deleted
@@ -462,7 +462,7 @@ def _indexed(cycle: Cycle, refs: Mapping[int, str], marker: Marker[ScoreOutputs]
     """The record of indices may have grown since; its first rows must be those that were scored."""
     scored = [refs.get(index) for index in range(marker.outputs.n_rows)]
     if digest(scored) != marker.inputs["checkpoints"]:
-        raise Damage(f"{cycle.foreign}: not the checkpoints that were scored")
+        raise Damage(f"{cycle.folder_checkpoints}: not the checkpoints that were scored")
 
 
 def _sound(path: Path) -> bool:
