@@ -206,7 +206,7 @@ def test_laying_out_that_was_cut_off_goes_on_as_it_began(tmp_path: Path, monkeyp
     path = tmp_path / "a.zarr"
     for name in ("create_json", "create_folder"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"distal.assignments.{name}", die)
+            patch.setattr(f"distal.artifacts.assignments.{name}", die)
             with pytest.raises(KeyboardInterrupt):
                 create(path)
         assert not Assignments.begun(path)
