@@ -183,8 +183,11 @@ class Progress:
 Stage = Literal["train", "score", "test", "reduce", "select", "label"]
 JsonObject = dict[str, Any]
 
-OPTIONAL = {"optional": True}
+OPTIONAL = {"json": "optional"}
 """Metadata of a field that the JSON leaves out when it is None."""
+
+PART = {"json": "part"}
+"""Metadata of a field, a `Result`, whose keys the JSON has beside those of its owner; None: none."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +196,14 @@ class Result:
 
     def to_record(self) -> JsonObject:
         """The object that `--json` prints."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        left_out = {f.name for f in fields(self) if "optional" in f.metadata and values[f.name] is None}
-        return {name: _plain(value) for name, value in values.items() if name not in left_out}
+        record: JsonObject = {}
+        for key in fields(self):
+            value, form = getattr(self, key.name), key.metadata.get("json")
+            if form == "part":
+                record |= value.to_record() if value is not None else {}
+            elif value is not None or form != "optional":
+                record[key.name] = _plain(value)
+        return record
 
 
 def _plain(value: object) -> object:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from distal.errors import Damage, one_line
-from distal.records import JsonObject
 from distal.storage import FORMAT, disk_errors, flush, is_durable, names_in, read_bytes, require_format
 
 METADATA = "zarr.json"
@@ -55,21 +54,21 @@ def create_array(
     return Array(path)
 
 
-def create_group(path: Path, attributes: JsonObject | None = None) -> None:
+def create_group(path: Path, attributes: Mapping[str, object] | None = None) -> None:
     """Make an empty group; an older one is replaced."""
     with disk_errors(path):
         zarr.create_group(path, overwrite=True, attributes={"format": FORMAT, **(attributes or {})})
         flush(path / METADATA, path.parent)
 
 
-def set_attributes(path: Path, attributes: JsonObject) -> None:
+def set_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
     """Set attributes of a group; the others stay. Only the driver does that: the last writer wins."""
     with disk_errors(path):
         zarr.open_group(path, mode="r+").attrs.update(attributes)
         flush(path / METADATA, path)
 
 
-def get_attributes(path: Path) -> JsonObject:
+def get_attributes(path: Path) -> dict[str, Any]:
     """The attributes of a group; empty when there is no group.
 
     Raises:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from distal.artifacts.arrays import METADATA, Array, create_array, create_group
 from distal.errors import ConfigError, Damage
-from distal.records import Block, JsonObject, split_blocks
+from distal.records import Block, split_blocks
 from distal.storage import create_folder, create_json, link, names_in, read_json, temporary_folder, write_bytes
 
 _ARRAY, ELIGIBLE = "assignments", "eligible"
@@ -75,7 +75,7 @@ class Assignments:
     path: Path
     n_classes: int
     recorded: tuple[str, ...]
-    attributes: JsonObject
+    attributes: Mapping[str, Any]
     _arrays: Mapping[str, Array]
 
     @classmethod

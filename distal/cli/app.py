@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,8 +28,11 @@ from distal.cli.options import (
 )
 from distal.cli.pool import pool_app
 from distal.errors import ConfigError, UserError
+from distal.records import Result
 
 if TYPE_CHECKING:
+    from distal.compare.informativeness import InformativenessResult
+    from distal.compare.strategies import CompareResult
     from distal.driver.reanalyse import ReduceResult, SelectResult
     from distal.driver.run import RunResult
     from distal.driver.score_folder import ScoreResult
@@ -54,6 +58,13 @@ app.add_typer(pool_app, name="pool")
 app.add_typer(labels_app, name="labels")
 
 
+@dataclass(frozen=True)
+class Written(Result):
+    """The file that a command wrote."""
+
+    path: Path
+
+
 def main() -> None:
     """Entry point of the `distal` command."""
     app()
@@ -73,14 +84,14 @@ def _init(
     """Write a configuration file with every key, commented."""
     from distal.config import commented_yaml
 
-    def work() -> dict[str, Any]:
+    def work() -> Written:
         if path.exists():
             raise ConfigError(f"{path}: there is a file already; remove it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(commented_yaml())
-        return {"path": str(path)}
+        return Written(path)
 
-    answer(work, as_json, lambda result: f"wrote {result['path']}; next: distal run {result['path']}")
+    answer(work, as_json, lambda result: f"wrote {result.path}; next: distal run {result.path}")
 
 
 @app.command("run")
@@ -410,7 +421,7 @@ def _informativeness(
     from distal.cli.tables import informativeness_table
     from distal.cli.terminal import Terminal
 
-    def work() -> dict[str, Any]:
+    def work() -> InformativenessResult:
         with Terminal() as terminal:
             from distal.compare.informativeness import informativeness as of_runs
 
@@ -442,7 +453,7 @@ def _compare(
     from distal.cli.terminal import Terminal
     from distal.config import CompareConfig, load
 
-    def work() -> dict[str, Any]:
+    def work() -> CompareResult:
         loaded = load(config, overrides or [], CompareConfig)
         cluster.secure(loaded.ray.address)
         with Terminal() as terminal:

@@ -10,9 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from distal.records import JsonObject
-
 if TYPE_CHECKING:
+    from distal.compare.informativeness import InformativenessResult
+    from distal.compare.strategies import CompareResult
     from distal.driver.reanalyse import ReduceResult, SelectResult
     from distal.driver.run import RunResult
     from distal.driver.score_folder import ScoreResult
@@ -230,35 +230,34 @@ def select_table(result: SelectResult) -> Table:
     return _facts({name: value for name, value in record.items() if name != "state" and value != ""})
 
 
-def comparison_table(result: JsonObject) -> Table:
+def comparison_table(result: CompareResult) -> Table:
     """The closing table of a comparison."""
+    verdicts = [f"{test.strategy} against {test.reference}: {test.verdict}" for test in result.tests.each]
     table = Table(
-        title=f"{result['run']}: {result['state']}",
-        caption="\n".join(f"{t['strategy']} against {t['reference']}: {t['verdict']}" for t in result["tests"]["each"])
-        + f"\nreport: {result['out']}/report.md",
+        title=f"{result.run}: {result.state}",
+        caption="\n".join([*verdicts, f"report: {result.out}/report.md"]),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=0,
         show_edge=False,
     )
-    for heading in ("strategy", f"AUBC of {result['metric']}", f"{1 - result['level']:.0%} interval", "seeds"):
+    for heading in ("strategy", f"AUBC of {result.metric}", f"{1 - result.level:.0%} interval", "seeds"):
         table.add_column(heading, no_wrap=True)
-    for row in result["aubc"]:
-        mean, low, high = (None if row[name] is None else f"{row[name]:.4f}" for name in ("mean", "low", "high"))
-        table.add_row(row["strategy"], mean or "-", f"{low} to {high}" if low else "-", str(row["n"]))
+    for row in result.aubc:
+        mean, low, high = ("-" if x is None else f"{x:.4f}" for x in (row.mean, row.low, row.high))
+        table.add_row(row.strategy, mean, "-" if row.low is None else f"{low} to {high}", str(row.n))
     return table
 
 
-def informativeness_table(result: JsonObject) -> Table:
+def informativeness_table(result: InformativenessResult) -> Table:
     """Error on the most uncertain part, measure by measure."""
-    from distal.compare.informativeness import figure_texts, share_names
-
-    table = Table(title=f"{len(result['runs'])} runs, 95% intervals", title_justify="left", box=SIMPLE_HEAD, padding=0)
-    for heading in ("measure", "checkpoints", *share_names(result), "rho, error", "rho, dispersion", "overlap"):
+    title = f"{len(result.runs)} runs, 95% intervals"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for heading in ("measure", "checkpoints", *result.share_names, "rho, error", "rho, dispersion", "overlap"):
         table.add_column(heading, overflow="fold")
-    for row in result["measures"]:
-        table.add_row(row["measure"], str(row["checkpoints"]), *figure_texts(row))
+    for row in result.measures:
+        table.add_row(row.measure, str(row.checkpoints), *row.texts())
     return table
 
 

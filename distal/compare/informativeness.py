@@ -1,7 +1,7 @@
-"""How informative is what each measure ranks first? Told from stored trajectories, without any retraining.
+"""How informative are the samples that each measure ranks first? From stored trajectories alone.
 
-For samples whose label is known, the final network's error on the most uncertain part of the pool: a measure that
-finds what the network gets wrong has a large one (the paper's own figure, arXiv 2107.14707).
+For samples with a known label: the final network's error on the most uncertain part of the pool. A
+measure that finds the network's mistakes has a large one (the paper's own figure, arXiv 2107.14707).
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from distal.driver.reanalyse import ScoredCycle
 from distal.errors import ConfigError, PoolError
 from distal.hashing import mix64
 from distal.progress import Display, Silent
-from distal.records import JsonObject, Window
+from distal.records import OPTIONAL, Result, Window
 from distal.reduce.measures import FROM_RECORDED, FROM_VOTES, SEEDED
 from distal.storage import write_bytes
 
@@ -36,8 +36,74 @@ PLOTTED = ("dispersion", "dispersion@last=0.5", "vote_entropy", "margin", "entro
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What one run tells of one measure."""
+class MeanInterval(Result):
+    """A mean over runs, and its interval at `LEVEL`; None for one run."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    each: list[float]
+
+    def __str__(self) -> str:
+        text = f"{self.mean:.3f}"
+        return text if self.low is None else f"{text} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class MeasureFigures(Result):
+    """The figures of one measure.
+
+    Attributes:
+        checkpoints: in its window.
+        error: of the final network, for each of `SHARES`.
+        spearman_error, spearman_dispersion: rank correlations with the error and with dispersion.
+        overlap_dispersion: share of the batch that dispersion would select too.
+    """
+
+    measure: str
+    checkpoints: int
+    error: list[MeanInterval]
+    spearman_error: MeanInterval
+    spearman_dispersion: MeanInterval
+    overlap_dispersion: MeanInterval
+
+    def texts(self) -> list[str]:
+        """Errors, correlations and overlap, in this order."""
+        others = (self.spearman_error, self.spearman_dispersion, self.overlap_dispersion)
+        return [str(figure) for figure in (*self.error, *others)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InformativenessResult(Result):
+    """Measures compared over runs.
+
+    Attributes:
+        cycles: of each run.
+        samples: with a known label, of each run.
+        budget: size of the batch for the overlap.
+        shares: parts of the pool, most uncertain first.
+        out: folder that it was written into.
+    """
+
+    state: Literal["complete"] = "complete"
+    runs: list[Path]
+    cycles: list[int]
+    samples: list[int]
+    budget: int
+    shares: list[float]
+    level: float
+    measures: list[MeasureFigures]
+    out: Path | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def share_names(self) -> list[str]:
+        """Headings of the parts of the pool."""
+        return [f"top {share:.0%}" if share < 1 else "all" for share in self.shares]
+
+
+@dataclass(frozen=True)
+class _MeasureResult:
+    """The figures of one measure in one run."""
 
     checkpoints: int
     errors: list[float]
@@ -55,21 +121,17 @@ def informativeness(
     out: Path | None = None,
     pool: Path | None = None,
     display: Display | None = None,
-) -> JsonObject:
-    """Compare measures, and windows of them, by the error of the final network on what they rank first.
+) -> InformativenessResult:
+    """Compare measures, and windows of them, by the error of the final network on their first samples.
 
     Args:
         paths: run directories; with several, means and intervals over them.
-        measures: names, with a window if need be; by default all that a run can be reduced to, and windows and strides
-            of dispersion.
+        measures: names, with a window if need be; by default all that a run can be reduced to, and
+            windows and strides of dispersion.
         cycle: by default the last one that has been scored.
-        budget: samples of which the overlap is told; by default the run's own.
+        budget: size of the batch for the overlap; by default the run's own.
         out: folder for `informativeness.json`, `.md` and `.png`; None: nothing is written.
         pool: where the pool of the runs is now, if it has moved.
-
-    Returns:
-        `{"runs", "shares", "measures": [{"measure", "checkpoints", "error": [...], ...}]}`; each figure is
-        `{"mean", "low", "high", "each"}`, the interval at 95% by Student's t, None for one run.
 
     Raises:
         PoolError: the pool has no labels.
@@ -78,53 +140,52 @@ def informativeness(
     display = display or Silent()
     runs = [ScoredCycle(path, cycle, pool) for path in paths]
     names = tuple(dict.fromkeys(measures)) or _all_measures(runs)
-    told: dict[str, list[_Told]] = {name: [] for name in names}
+    results: dict[str, list[_MeasureResult]] = {name: [] for name in names}
     sizes = []
     for run in runs:
         display.say(f"{run.directory.path}: cycle {run.cycle.index}")
-        known = _Known.of(run)
-        sizes.append(len(known.wrong))
-        reference = known.scores(REFERENCE, display)
+        labelled = _LabelledScores.of(run)
+        sizes.append(len(labelled.wrong))
+        reference = labelled.scores(REFERENCE, display)
         k = min(budget or run.budget, len(reference))
-        best = known.top(reference, k)
+        best = labelled.top(reference, k)
         for name in names:
-            score = known.scores(name, display)
-            told[name].append(
-                _Told(
+            score = labelled.scores(name, display)
+            results[name].append(
+                _MeasureResult(
                     len(Window.of_name(name)[1].rows(run.n_rows)),
-                    [error_of_top(score, known.wrong, share) for share in SHARES],
-                    _spearman(score, known.wrong),
+                    [error_of_top(score, labelled.wrong, share) for share in SHARES],
+                    _spearman(score, labelled.wrong),
                     _spearman(score, reference),
-                    len(np.intersect1d(known.top(score, k), best)) / k,
+                    len(np.intersect1d(labelled.top(score, k), best)) / k,
                 )
             )
-    result: JsonObject = {
-        "state": "complete",
-        "runs": [str(run.directory.path) for run in runs],
-        "cycles": [run.cycle.index for run in runs],
-        "samples": sizes,
-        "budget": budget or runs[0].budget,
-        "shares": list(SHARES),
-        "level": LEVEL,
-        "measures": [_row(name, each) for name, each in told.items()],
-    }
-    if out is not None:
-        write_bytes(out / "informativeness.json", (json.dumps(result, indent=1) + "\n").encode())
-        write_bytes(out / "informativeness.md", markdown(result).encode())
-        _plot(result, out / "informativeness.png")
-        result["out"] = str(out)
-    return result
+    result = InformativenessResult(
+        runs=[run.directory.path for run in runs],
+        cycles=[run.cycle.index for run in runs],
+        samples=sizes,
+        budget=budget or runs[0].budget,
+        shares=list(SHARES),
+        level=LEVEL,
+        measures=[_figures(name, of_runs) for name, of_runs in results.items()],
+    )
+    if out is None:
+        return result
+    text = json.dumps(result.to_record(), indent=1) + "\n"
+    write_bytes(out / "informativeness.json", text.encode())
+    write_bytes(out / "informativeness.md", markdown(result).encode())
+    _plot(result, out / "informativeness.png")
+    return replace(result, out=out)
 
 
 def error_of_top(score: NDArray[np.floating[Any]], wrong: NDArray[np.bool_], share: float) -> float:
     """The error on the `share` of the samples with the largest scores.
 
-    Of samples that tie at the border, each counts with the part that is needed of them: the mean over all ways to break
-    the tie.
+    Samples that tie at the border count in part: the error is the mean over all ways to break the tie.
 
     Args:
         score: (n,) without NaN.
-        wrong: (n,) whether the network is.
+        wrong: (n,) whether the network errs.
         share: in (0, 1]; rounded up to whole samples.
     """
     k = max(1, int(np.ceil(share * len(score))))
@@ -133,16 +194,16 @@ def error_of_top(score: NDArray[np.floating[Any]], wrong: NDArray[np.bool_], sha
     return float((wrong[above].sum() + wrong[tied].mean() * (k - above.sum())) / k)
 
 
-def interval(values: Iterable[float]) -> JsonObject:
-    """Mean, and where it lies with a confidence of 95% by Student's t; no interval for a single value."""
+def interval(values: Iterable[float]) -> MeanInterval:
+    """The mean, and its 95% interval by Student's t; no interval for a single value."""
     each = list(values)
     low, high = t_interval(each, LEVEL) or (None, None)
-    return {"mean": float(np.mean(each)), "low": low, "high": high, "each": each}
+    return MeanInterval(float(np.mean(each)), low, high, each)
 
 
 @dataclass(frozen=True)
-class _Known:
-    """The samples of a cycle that were scored to the end and whose label the pool knows.
+class _LabelledScores:
+    """The samples of a cycle that were scored to the end and have a label in the pool.
 
     Attributes:
         index: (n,) int64.
@@ -154,7 +215,7 @@ class _Known:
     wrong: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, run: ScoredCycle) -> _Known:
+    def of(cls, run: ScoredCycle) -> _LabelledScores:
         if run.config.score.eliminate == "exact":
             raise ConfigError(
                 f"{run.directory.path}: samples were left out (score.eliminate: exact), so no measure can be compared "
@@ -168,12 +229,12 @@ class _Known:
             last = assignments.read(block.start, block.stop, [run.n_rows - 1])[0]
             index.append(block.start + np.flatnonzero(known))
             wrong.append((last != label)[known])
-        found = np.concatenate(index)
-        if not len(found):
+        labelled = np.concatenate(index)
+        if not len(labelled):
             raise PoolError(
                 f"{run.pool.path}: no label is known of what was scored; this comparison needs a pool with labels"
             )
-        return cls(run, found, np.concatenate(wrong))
+        return cls(run, labelled, np.concatenate(wrong))
 
     def scores(self, name: str, display: Display) -> NDArray[np.float32]:
         """Of these samples: (n,) float32."""
@@ -190,14 +251,14 @@ class _Known:
 
 
 def _spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Rank correlation; 0 when one of them is constant, of which nothing can be told."""
+    """Rank correlation; 0 when one of them is constant."""
     if np.ptp(first) == 0 or np.ptp(second.astype(np.float32)) == 0:
         return 0.0
     return float(stats.spearmanr(first, second).statistic)
 
 
 def _all_measures(runs: Sequence[ScoredCycle]) -> tuple[str, ...]:
-    """What all runs can be reduced to, and windows of dispersion that have at least two checkpoints."""
+    """The measures that all runs have, and windows of dispersion with at least two checkpoints."""
     recorded = [name for name in FROM_RECORDED if all(name in run.config.score.record for run in runs)]
     n_rows = min(run.n_rows for run in runs)
     windows = [f"{REFERENCE}{each}" for each in WINDOWS]
@@ -206,44 +267,46 @@ def _all_measures(runs: Sequence[ScoredCycle]) -> tuple[str, ...]:
     return (*votes, *wide, *recorded, *SEEDED)
 
 
-def _row(name: str, told: Sequence[_Told]) -> JsonObject:
-    return {
-        "measure": name,
-        "checkpoints": told[0].checkpoints,
-        "error": [interval(each.errors[i] for each in told) for i in range(len(SHARES))],
-        "spearman_error": interval(each.spearman_error for each in told),
-        "spearman_dispersion": interval(each.spearman_reference for each in told),
-        "overlap_dispersion": interval(each.overlap for each in told),
-    }
+def _figures(name: str, results: Sequence[_MeasureResult]) -> MeasureFigures:
+    return MeasureFigures(
+        measure=name,
+        checkpoints=results[0].checkpoints,
+        error=[interval(result.errors[i] for result in results) for i in range(len(SHARES))],
+        spearman_error=interval(result.spearman_error for result in results),
+        spearman_dispersion=interval(result.spearman_reference for result in results),
+        overlap_dispersion=interval(result.overlap for result in results),
+    )
 
 
-def markdown(result: JsonObject) -> str:
-    """The table, as kept beside the figures."""
-    names = share_names(result)
+def markdown(result: InformativenessResult) -> str:
+    """The table in Markdown."""
+    names = result.share_names
     lines = [
-        f"Error of the final network on the most uncertain part of {len(result['runs'])} run(s); mean "
-        f"[{result['level']:.0%} interval].",
+        f"Error of the final network on the most uncertain part of {len(result.runs)} run(s); mean "
+        f"[{result.level:.0%} interval].",
         "",
         "| measure | " + " | ".join([*names, "Spearman with error", f"with {REFERENCE}", "overlap at budget"]) + " |",
         "|---" * (len(names) + 4) + "|",
     ]
-    for row in result["measures"]:
-        lines.append(f"| {row['measure']} | " + " | ".join(figure_texts(row)) + " |")
+    for row in result.measures:
+        lines.append(f"| {row.measure} | " + " | ".join(row.texts()) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _plot(result: JsonObject, path: Path) -> None:
+def _plot(result: InformativenessResult, path: Path) -> None:
     """Error against the share of the pool, most uncertain first."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    shares = [100 * share for share in result["shares"]]
-    for row in result["measures"]:
-        if row["measure"] in PLOTTED:
-            (line,) = axes.plot(shares, [each["mean"] for each in row["error"]], marker="o", label=row["measure"])
-            if row["error"][0]["low"] is not None:
-                low, high = ([each[end] for each in row["error"]] for end in ("low", "high"))
+    shares = [100 * share for share in result.shares]
+    for row in result.measures:
+        if row.measure in PLOTTED:
+            mean = [error.mean for error in row.error]
+            (line,) = axes.plot(shares, mean, marker="o", label=row.measure)
+            if row.error[0].low is not None:
+                low = np.array([error.low for error in row.error], np.float64)
+                high = np.array([error.high for error in row.error], np.float64)
                 axes.fill_between(shares, low, high, alpha=0.15, color=line.get_color())
     axes.set(
         xscale="log", xlabel="most uncertain part of the pool, %", ylabel="error of the final network", ylim=(0, 1)
@@ -253,20 +316,3 @@ def _plot(result: JsonObject, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes(path, buffer.getvalue())
-
-
-def share_names(result: JsonObject) -> list[str]:
-    """Headings of the parts of the pool that errors are told of."""
-    return [f"top {share:.0%}" if share < 1 else "all" for share in result["shares"]]
-
-
-def figure_texts(row: JsonObject) -> list[str]:
-    """What is told of a measure: errors, correlations and overlap, in this order."""
-    figures = [*row["error"], row["spearman_error"], row["spearman_dispersion"], row["overlap_dispersion"]]
-    return [_figure_text(each) for each in figures]
-
-
-def _figure_text(figure: JsonObject) -> str:
-    """A mean with its interval, if there is one."""
-    text = f"{figure['mean']:.3f}"
-    return text if figure["low"] is None else f"{text} [{figure['low']:.3f}, {figure['high']:.3f}]"

@@ -1,7 +1,7 @@
-"""What strategies x seeds come to: figures and paired tests, from what was measured.
+"""Figures and paired tests of strategies x seeds, from one table and the selections; nothing is run.
 
-Everything here is computed from one table and the selections; nothing is run. Strategies are compared by their AUBC,
-one number per seed, so that the family of tests stays small enough for a handful of seeds.
+Strategies are compared by their AUBC, one number per seed, so that the family of tests stays small
+enough for a handful of seeds.
 """
 
 from __future__ import annotations
@@ -17,21 +17,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distal.compare import render
+from distal.compare.comparison import (
+    Aubc,
+    Budget,
+    BudgetSpread,
+    ClassCounts,
+    ClassesSelected,
+    Comparison,
+    Cost,
+    LabelsSaved,
+    Missing,
+    MissingCycles,
+    MissingValue,
+    Overlap,
+    PairedTest,
+    PairedTests,
+    Saved,
+    Spread,
+)
 from distal.compare.statistics import POWER, Paired, aubc, bootstrap_mean, compare_pairs, holm, labels_saved
 from distal.errors import ConfigError
 from distal.pool.sample_files import csv_text
-from distal.records import JsonObject
 from distal.storage import write_bytes, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-KEYS = ("seed", "strategy", "cycle", "n_labeled", "seconds", "images_scored")
-SMALLER_IS_BETTER = {"ece"}
+_KEYS = ("seed", "strategy", "cycle", "n_labeled", "seconds", "images_scored")
+_SMALLER_IS_BETTER = {"ece"}
 
 _BOOTSTRAP_SEED = 0
 
+_NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 Selections = Mapping[tuple[int, str, int], tuple[NDArray[np.int64], NDArray[np.int64]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Comparison):
+    """A comparison, and the folder that it was written into."""
+
+    out: Path
 
 
 def report(
@@ -44,28 +69,25 @@ def report(
     level: float = 0.05,
     conditions: Mapping[str, Any],
     classes: Sequence[str] = (),
-) -> JsonObject:
-    """Compare strategies over seeds, and write what was found.
+) -> Report:
+    """Compare strategies over seeds, and write the comparison.
 
-    Into `out` go `results.parquet` and `results.csv`, `comparison.json`, `report.md`, `curves.png` and `.svg`, and,
-    when there are selections, `classes.png`. The same arguments give the same JSON, Markdown and SVG; the order of the
-    rows changes nothing but the order of the strategies.
+    Into `out` go `results.parquet` and `results.csv`, `comparison.json`, `report.md`, `curves.png`
+    and `.svg`, and, when there are selections, `classes.png`. The same arguments give the same
+    JSON, Markdown and SVG; the order of the rows changes nothing but the order of the strategies.
 
     Args:
-        results: one row per seed, strategy and cycle: `seed` int64, `strategy` string, `cycle` int64, `n_labeled` int64
-            (what has been paid for), `seconds` float64 and `images_scored` int64 of that cycle, and a nullable float64
-            column for each metric; NaN counts as null. Strategies are told in the order of their first row.
-        selections: (seed, strategy, cycle) -> what that cycle selected: `sample_index` (n,) int64, and its class (n,)
-            int64, below 0 where unknown.
-        references: strategies that all others are tested against; one that is not in `results` is named and left out.
-        metric: the column that is compared.
-        level: of the whole family of tests; intervals are at 1 - level.
-        conditions: what is told above the tables, in this order. `initial_set`, such as "class-balanced", is named in
-            every table.
+        results: one row per seed, strategy and cycle: `seed` int64, `strategy` string, `cycle`
+            int64, `n_labeled` int64 (labels paid for), `seconds` float64 and `images_scored` int64
+            of that cycle, and a nullable float64 column for each metric; NaN counts as null.
+            Strategies come in the order of their first row.
+        selections: (seed, strategy, cycle) -> the samples of that cycle: `sample_index` (n,) int64,
+            and the class (n,) int64, below 0 where unknown.
+        references: see `Comparison`; one that is not in `results` is named and left out.
+        metric, level: see `Comparison`.
+        conditions: see `Comparison`. `initial_set`, such as "class-balanced", is named in every
+            table.
         classes: names of the classes; by default their numbers, as far as they were selected.
-
-    Returns:
-        What `comparison.json` holds, and `out`.
 
     Raises:
         ConfigError: there are no results, or no such metric.
@@ -76,36 +98,38 @@ def report(
         raise ConfigError(f"metric: {metric!r} was not measured; measured were {', '.join(runs.metrics) or 'none'}")
     areas = _areas(runs, metric)
     against = [name for name in references if name in runs.strategies]
-    told: JsonObject = {
-        "conditions": dict(conditions),
-        "metric": metric,
-        "level": level,
-        "seeds": runs.seeds,
-        "strategies": runs.strategies,
-        "references": against,
-        "missing": {
-            "references": [name for name in references if name not in runs.strategies],
-            "cycles": _missing_cycles(runs),
-            "values": {name: _missing_values(runs, name) for name in runs.metrics},
-        },
-        "budgets": {name: _budgets(runs, name) for name in (metric, *(n for n in runs.metrics if n != metric))},
-        "aubc": _aubc(runs, areas, level),
-        "tests": _tests(runs, areas, against, level),
-        "labels_saved": _labels_saved(runs, metric, against),
-        "classes": _classes(runs, selections, classes),
-        "overlap": _overlap(runs, selections),
-        "cost": _cost(runs),
-    }
+    others = [name for name in runs.metrics if name != metric]
+    comparison = Comparison(
+        conditions=dict(conditions),
+        metric=metric,
+        level=level,
+        seeds=runs.seeds,
+        strategies=runs.strategies,
+        references=against,
+        missing=Missing(
+            references=[name for name in references if name not in runs.strategies],
+            cycles=_missing_cycles(runs),
+            values={name: _missing_values(runs, name) for name in runs.metrics},
+        ),
+        budgets={name: _budgets(runs, name) for name in (metric, *others)},
+        aubc=_aubc(runs, areas, level),
+        tests=_tests(runs, areas, against, level),
+        labels_saved=_labels_saved(runs, metric, against),
+        classes=_classes(runs, selections, classes),
+        overlap=_overlap(runs, selections),
+        cost=_cost(runs),
+    )
     write_table(out / "results.parquet", results)
     write_bytes(out / "results.csv", _csv(results))
-    write_bytes(out / "comparison.json", (json.dumps(told, indent=1, allow_nan=False) + "\n").encode())
-    write_bytes(out / "report.md", render.markdown(told).encode())
-    curves = render.plot_curves(told)
+    text = json.dumps(comparison.to_record(), indent=1, allow_nan=False) + "\n"
+    write_bytes(out / "comparison.json", text.encode())
+    write_bytes(out / "report.md", render.markdown(comparison).encode())
+    curves = render.plot_curves(comparison)
     for name in ("curves.png", "curves.svg"):
         render.save(curves, out / name)
-    if told["classes"] is not None:
-        render.save(render.plot_classes(told), out / "classes.png")
-    return {**told, "out": str(out)}
+    if comparison.classes is not None:
+        render.save(render.plot_classes(comparison.classes), out / "classes.png")
+    return Report(**vars(comparison), out=out)
 
 
 @dataclass(frozen=True)
@@ -131,7 +155,7 @@ class _Runs:
 
     @classmethod
     def of(cls, results: pa.Table) -> _Runs:
-        lacking = [name for name in KEYS if name not in results.column_names]
+        lacking = [name for name in _KEYS if name not in results.column_names]
         if lacking:
             raise ValueError(f"results lack the column {lacking[0]}")
         if not results.num_rows:
@@ -158,7 +182,7 @@ class _Runs:
             cycles=cycles.tolist(),
             present=present,
             n_labeled=column("n_labeled", 0, np.int64),
-            metrics={name: column(name, np.nan, np.float64) for name in results.column_names if name not in KEYS},
+            metrics={name: column(name, np.nan, np.float64) for name in results.column_names if name not in _KEYS},
             seconds=column("seconds", 0, np.float64),
             images=column("images_scored", 0, np.int64),
         )
@@ -170,43 +194,44 @@ class _Runs:
         return [int(each) for each in np.flatnonzero(whole & same)]
 
 
-def _spread(values: NDArray[np.float64]) -> JsonObject:
-    """Of the numbers among them; no standard deviation of a single one."""
-    each = values[~np.isnan(values)]
-    return {
-        "n": len(each),
-        "mean": float(each.mean()) if len(each) else None,
-        "sd": float(each.std(ddof=1)) if len(each) > 1 else None,
-    }
+def _spread(values: NDArray[np.float64]) -> Spread:
+    """Of the values that are not NaN; a single one has no standard deviation."""
+    numbers = values[~np.isnan(values)]
+    return Spread(
+        n=len(numbers),
+        mean=float(numbers.mean()) if len(numbers) else None,
+        sd=float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
+    )
 
 
-def _missing_cycles(runs: _Runs) -> list[JsonObject]:
+def _missing_cycles(runs: _Runs) -> list[MissingCycles]:
+    n_cycles = len(runs.cycles)
     return [
-        {"seed": runs.seeds[s], "strategy": runs.strategies[k], "cycles": int(n), "of": len(runs.cycles)}
+        MissingCycles(seed=runs.seeds[s], strategy=runs.strategies[k], cycles=int(n), of=n_cycles)
         for (s, k), n in np.ndenumerate(runs.present.sum(axis=2))
-        if n < len(runs.cycles)
+        if n < n_cycles
     ]
 
 
-def _missing_values(runs: _Runs, metric: str) -> list[JsonObject]:
+def _missing_values(runs: _Runs, metric: str) -> list[MissingValue]:
     null = runs.present & np.isnan(runs.metrics[metric])
     return [
-        {"seed": runs.seeds[s], "strategy": runs.strategies[k], "cycle": runs.cycles[c]}
+        MissingValue(seed=runs.seeds[s], strategy=runs.strategies[k], cycle=runs.cycles[c])
         for s, k, c in np.argwhere(null)
     ]
 
 
-def _budgets(runs: _Runs, metric: str) -> list[JsonObject]:
+def _budgets(runs: _Runs, metric: str) -> list[Budget]:
     """Mean and spread over the seeds, per budget and strategy."""
-    rows = []
+    budgets = []
     for n_labeled in np.unique(runs.n_labeled[runs.present]):
         at = runs.present & (runs.n_labeled == n_labeled)
-        values = {
-            name: {**_spread(runs.metrics[metric][:, k][at[:, k]]), "rows": int(at[:, k].sum())}
-            for k, name in enumerate(runs.strategies)
-        }
-        rows.append({"n_labeled": int(n_labeled), "strategies": values})
-    return rows
+        spreads = {}
+        for k, name in enumerate(runs.strategies):
+            spread = _spread(runs.metrics[metric][:, k][at[:, k]])
+            spreads[name] = BudgetSpread(**vars(spread), rows=int(at[:, k].sum()))
+        budgets.append(Budget(n_labeled=int(n_labeled), strategies=spreads))
+    return budgets
 
 
 def _areas(runs: _Runs, metric: str) -> NDArray[np.float64]:
@@ -219,18 +244,19 @@ def _areas(runs: _Runs, metric: str) -> NDArray[np.float64]:
     return areas
 
 
-def _aubc(runs: _Runs, areas: NDArray[np.float64], level: float) -> list[JsonObject]:
+def _aubc(runs: _Runs, areas: NDArray[np.float64], level: float) -> list[Aubc]:
     rows = []
     for k, name in enumerate(runs.strategies):
-        found = areas[:, k][~np.isnan(areas[:, k])]
-        low, high = bootstrap_mean(found, seed=_BOOTSTRAP_SEED, level=1 - level) or (None, None)
+        known = areas[:, k][~np.isnan(areas[:, k])]
+        low, high = bootstrap_mean(known, seed=_BOOTSTRAP_SEED, level=1 - level) or (None, None)
         each = [None if np.isnan(area) else float(area) for area in areas[:, k]]
-        rows.append({"strategy": name, **_spread(areas[:, k]), "low": low, "high": high, "each": each})
+        spread = _spread(areas[:, k])
+        rows.append(Aubc(**vars(spread), strategy=name, low=low, high=high, each=each))
     return rows
 
 
-def _tests(runs: _Runs, areas: NDArray[np.float64], references: Sequence[str], level: float) -> JsonObject:
-    """Each strategy against each reference; two references meet once. Tests that were not run count in the family."""
+def _tests(runs: _Runs, areas: NDArray[np.float64], references: Sequence[str], level: float) -> PairedTests:
+    """Each strategy against each reference; two references meet once. Tests that were not run count."""
     family: list[tuple[str, str]] = []
     for reference in references:
         family += [(n, reference) for n in runs.strategies if n != reference and (reference, n) not in family]
@@ -239,32 +265,32 @@ def _tests(runs: _Runs, areas: NDArray[np.float64], references: Sequence[str], l
         first, second = (runs.strategies.index(name) for name in pair)
         seeds = runs.pairs(areas[:, :, np.newaxis], first, second)
         compared.append(compare_pairs(areas[seeds, first], areas[seeds, second], level=level, n_tests=len(family)))
-    corrected = holm([1.0 if each.p is None else each.p for each in compared])
-    return {
-        "n_tests": len(family),
-        "needed_seeds": compared[0].needed if compared else None,
-        "power": POWER,
-        "each": [
-            {
-                "strategy": first,
-                "reference": second,
-                "n": each.n,
-                "difference": each.difference,
-                "interval": each.interval,
-                "p": each.p,
-                "corrected_p": None if each.p is None else p,
-                "rank_biserial": each.rank_biserial,
-                "smallest_detectable_difference": each.detectable,
-                "shown": None if each.p is None else each.shown(p),
-                "verdict": each.verdict(p),
-            }
-            for (first, second), each, p in zip(family, compared, corrected, strict=True)
+    corrected = holm([1.0 if paired.p is None else paired.p for paired in compared])
+    return PairedTests(
+        n_tests=len(family),
+        needed_seeds=compared[0].needed if compared else None,
+        power=POWER,
+        each=[
+            PairedTest(
+                strategy=first,
+                reference=second,
+                n=paired.n,
+                difference=paired.difference,
+                interval=paired.interval,
+                p=paired.p,
+                corrected_p=None if paired.p is None else p,
+                rank_biserial=paired.rank_biserial,
+                smallest_detectable_difference=paired.detectable,
+                shown=None if paired.p is None else paired.shown(p),
+                verdict=paired.verdict(p),
+            )
+            for (first, second), paired, p in zip(family, compared, corrected, strict=True)
         ],
-    }
+    )
 
 
-def _labels_saved(runs: _Runs, metric: str, references: Sequence[str]) -> list[JsonObject]:
-    values = -runs.metrics[metric] if metric in SMALLER_IS_BETTER else runs.metrics[metric]
+def _labels_saved(runs: _Runs, metric: str, references: Sequence[str]) -> list[LabelsSaved]:
+    values = -runs.metrics[metric] if metric in _SMALLER_IS_BETTER else runs.metrics[metric]
     rows = []
     for reference in references:
         b = runs.strategies.index(reference)
@@ -272,22 +298,28 @@ def _labels_saved(runs: _Runs, metric: str, references: Sequence[str]) -> list[J
             if a != b:
                 seeds = runs.pairs(values, a, b)
                 x = runs.n_labeled
-                each = {runs.seeds[s]: labels_saved(x[s, a], values[s, a], x[s, b], values[s, b]) for s in seeds}
-                reached = [saved for saved in each.values() if saved is not None]
+                each = [
+                    Saved(
+                        seed=runs.seeds[s],
+                        saved=labels_saved(x[s, a], values[s, a], x[s, b], values[s, b]),
+                    )
+                    for s in seeds
+                ]
+                reached = [one.saved for one in each if one.saved is not None]
                 rows.append(
-                    {
-                        "strategy": name,
-                        "reference": reference,
-                        "n": len(each),
-                        "not_reached": len(each) - len(reached),
-                        "mean": float(np.mean(reached)) if reached else None,
-                        "each": [{"seed": seed, "saved": saved} for seed, saved in each.items()],
-                    }
+                    LabelsSaved(
+                        strategy=name,
+                        reference=reference,
+                        n=len(each),
+                        not_reached=len(each) - len(reached),
+                        mean=float(np.mean(reached)) if reached else None,
+                        each=each,
+                    )
                 )
     return rows
 
 
-def _classes(runs: _Runs, selections: Selections, names: Sequence[str]) -> JsonObject | None:
+def _classes(runs: _Runs, selections: Selections, names: Sequence[str]) -> ClassesSelected | None:
     """How often each class was selected, over all cycles and seeds; None when nothing was."""
     largest = max((int(label.max()) for _, label in selections.values() if len(label)), default=-1)
     if largest < 0:
@@ -306,18 +338,15 @@ def _classes(runs: _Runs, selections: Selections, names: Sequence[str]) -> JsonO
         chosen = per_seed[per_seed.sum(axis=1) > 0]
         counts = chosen.sum(axis=0)
         rows.append(
-            {
-                "strategy": strategy,
-                "seeds": len(chosen),
-                "counts": counts.tolist(),
-                "unknown": unknown,
-                "balance": float(np.mean([_balance(each) for each in chosen])) if len(chosen) else None,
-            }
+            ClassCounts(
+                strategy=strategy,
+                seeds=len(chosen),
+                counts=counts.tolist(),
+                unknown=unknown,
+                balance=float(np.mean([_balance(each) for each in chosen])) if len(chosen) else None,
+            )
         )
-    return {"names": names, "strategies": rows}
-
-
-_NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+    return ClassesSelected(names=names, strategies=rows)
 
 
 def _balance(counts: NDArray[np.int64]) -> float:
@@ -326,8 +355,8 @@ def _balance(counts: NDArray[np.int64]) -> float:
     return float(-(share * np.log(share)).sum() / np.log(len(counts))) if len(counts) > 1 else 1.0
 
 
-def _overlap(runs: _Runs, selections: Selections) -> JsonObject | None:
-    """What the first batches have in common, as a share of the larger one; None when there are none."""
+def _overlap(runs: _Runs, selections: Selections) -> Overlap | None:
+    """The common samples of first batches, as a share of the larger one; None without batches."""
     cycle, size = runs.cycles[0], len(runs.strategies)
     first = {(seed, name): np.unique(index) for (seed, name, at), (index, _) in selections.items() if at == cycle}
     if not first:
@@ -340,20 +369,20 @@ def _overlap(runs: _Runs, selections: Selections) -> JsonObject | None:
             common = [len(np.intersect1d(x, y)) / max(len(x), len(y)) for x, y in batches if len(x) and len(y)]
             mean[i][j] = float(np.mean(common)) if common else None
             n[i][j] = len(common)
-    return {"cycle": cycle, "strategies": runs.strategies, "mean": mean, "seeds": n}
+    return Overlap(cycle=cycle, strategies=runs.strategies, mean=mean, seeds=n)
 
 
-def _cost(runs: _Runs) -> list[JsonObject]:
+def _cost(runs: _Runs) -> list[Cost]:
     """Per seed, over all cycles; a seed that lacks a cycle is left out."""
     whole: NDArray[np.bool_] = np.all(runs.present, axis=2)
     seconds, images = runs.seconds.sum(axis=2), runs.images.sum(axis=2)
     return [
-        {
-            "strategy": name,
-            "n": int(whole[:, k].sum()),
-            "seconds": _spread(seconds[whole[:, k], k]),
-            "images_scored": _spread(images[whole[:, k], k].astype(np.float64)),
-        }
+        Cost(
+            strategy=name,
+            n=int(whole[:, k].sum()),
+            seconds=_spread(seconds[whole[:, k], k]),
+            images_scored=_spread(images[whole[:, k], k].astype(np.float64)),
+        )
         for k, name in enumerate(runs.strategies)
     ]
 

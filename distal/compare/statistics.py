@@ -123,9 +123,10 @@ def min_pairs(level: float) -> int:
 def signed_rank(differences: ArrayLike, rounding: float = 0.0) -> tuple[float, float]:
     """Wilcoxon's signed-rank test, two-sided and exact also with ties.
 
-    Differences of zero are left out (Wilcoxon 1945). Sizes that tie share their mean rank, and p comes from all 2^n
-    ways to give these very ranks a sign, counted by convolution. SciPy's exact method is for samples without ties and
-    zeros, and accuracies on a small test set have both.
+    Differences of zero are left out (Wilcoxon 1945). Sizes that tie share their mean rank, and p
+    comes from all 2^n ways to give these ranks a sign, counted by convolution. SciPy's exact method
+    is for samples without ties and zeros, and accuracies on a small test set have both; its
+    PermutationMethod gives the same p, but visits all 2^n one by one: seconds at 16 pairs, never at 30.
 
     Args:
         differences: (n,) one per pair.

@@ -1,14 +1,14 @@
-"""The conductor of `distal compare`: strategies x seeds, each a run of its own, and what they come to.
+"""`distal compare`: strategies x seeds, each a run of its own, and their comparison.
 
 ::
 
     RUN/
-      seeds/<seed>/first/          the first cycle, trained and scored once with all that any strategy looks at
+      seeds/<seed>/first/          the first cycle, trained and scored once, with the records of all strategies
       seeds/<seed>/<strategy>/     a run; its first cycle is linked from there
       results.parquet  results.csv  comparison.json  report.md  curves.png  curves.svg  classes.png
 
-All strategies of a seed start from the same labelled set, the same weights and the same order of images: what differs
-is what they selected. Storage is the only truth here too: the same call continues where it stopped.
+All strategies of a seed start from the same labelled set, the same weights and the same order of
+images: they differ in their selections alone. The same call resumes from storage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import os
 import platform
 import shutil
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,23 +30,26 @@ from distal import __version__, cluster
 from distal.artifacts.assignments import begun_path, record_path
 from distal.artifacts.cycles import Cycle
 from distal.artifacts.runs import CycleSummary, Run
-from distal.compare.results import report
+from distal.compare.results import Report, report
 from distal.config import FIRST, CompareConfig, Config, SelectSection
 from distal.config.needs import recorded, scored_epochs
 from distal.driver import run as driver
-from distal.driver.run import RunResult
 from distal.errors import ConfigError
 from distal.pool import Pool
 from distal.progress import Display, Silent
-from distal.records import JsonObject
 from distal.storage import be_durable, write_yaml
 
 
-def compare(config: CompareConfig, display: Display | None = None) -> JsonObject:
-    """Run every strategy with every seed, as far as that is not done, and compare what came of it.
+@dataclass(frozen=True, kw_only=True)
+class CompareResult(Report):
+    """The comparison of a finished `distal compare`."""
 
-    Returns:
-        What `report` returns, with `"state": "complete"` and `run`.
+    state: Literal["complete"] = "complete"
+    run: Path
+
+
+def compare(config: CompareConfig, display: Display | None = None) -> CompareResult:
+    """Run every strategy with every seed, as far as that is not done, and compare them.
 
     Raises:
         UserError: the configuration, the pool and what is in the folder do not fit together.
@@ -55,8 +60,8 @@ def compare(config: CompareConfig, display: Display | None = None) -> JsonObject
     if config.eval.test is None:
         raise ConfigError("eval.test: null: strategies are compared on test images; give some")
     folder = Path(config.run)
-    runs: dict[tuple[int, str], RunResult] = {}
-    be_durable(config.durable)  # before the connection, which tells actors and ranks
+    runs: dict[tuple[int, str], Run] = {}
+    be_durable(config.durable)  # before the connection, which hands it to actors and ranks
     with ExitStack() as stack:
         stack.enter_context(cluster.connect(config.ray.address))
         for seed in config.seeds:
@@ -66,13 +71,12 @@ def compare(config: CompareConfig, display: Display | None = None) -> JsonObject
     pool = Pool.open(Path(config.pool.path))
     selections = {}
     rows = []
-    for (seed, name), result in runs.items():
-        run = Run.open(result.run)
-        for summary in result.cycles:
+    for (seed, name), run in runs.items():
+        for summary in run.summary().cycles:
             cycle = run.cycle(summary.cycle)
             rows.append(_row(config, seed, name, cycle, summary))
             selections[seed, name, cycle.index] = _selected(pool, cycle)
-    told = report(
+    comparison = report(
         pa.Table.from_pylist(rows),
         selections,
         out=folder,
@@ -82,22 +86,22 @@ def compare(config: CompareConfig, display: Display | None = None) -> JsonObject
         conditions=_conditions(config, pool),
         classes=pool.classes or (),
     )
-    return {"state": "complete", "run": config.run, **told}
+    return CompareResult(**vars(comparison), run=folder)
 
 
 def strategy_config(config: CompareConfig, name: str, seed: int, folder: Path) -> Config:
-    """The configuration of a run by one strategy, which scores and records nothing that it does not need."""
+    """The configuration of a run by one strategy, which scores and records only what it needs."""
     select = config.compare.strategies[name]
     return _single(config, seed, folder, select, recorded(select), "needed")
 
 
 def first_config(config: CompareConfig, seed: int, folder: Path) -> Config:
-    """The configuration of the first cycle, which has what any of the strategies needs."""
+    """The configuration of the first cycle, which scores and records what any strategy needs."""
     each = [strategy_config(config, name, seed, folder) for name in config.compare.strategies]
     names = dict.fromkeys(name for one in each for name in one.score.record)
     neediest = max(each, key=lambda one: len(scored_epochs(one)))
     whole = len(scored_epochs(neediest)) == len(config.train.checkpoint_epochs)
-    select = neediest.select.model_copy(update={"subpool": None})  # of a part not every strategy could select
+    select = neediest.select.model_copy(update={"subpool": None})  # from a part not every strategy could select
     return _single(config, seed, folder, select, tuple(names), "all" if whole else "needed", cycles=1)
 
 
@@ -118,8 +122,8 @@ def _single(
     return Config.model_validate(tree)
 
 
-def _run(config: CompareConfig, folder: Path, seed: int, name: str, display: Display) -> RunResult:
-    """One run to its end: its first cycle from what is shared, then the others."""
+def _run(config: CompareConfig, folder: Path, seed: int, name: str, display: Display) -> Run:
+    """One run to its end: its first cycle from the shared one, then the others."""
     shared, own = folder / FIRST, folder / name
     wanted = strategy_config(config, name, seed, own)
     if Run(own).identity is None:
@@ -127,18 +131,17 @@ def _run(config: CompareConfig, folder: Path, seed: int, name: str, display: Dis
         driver.run(first, display)
         _fork(Run.open(shared), own, wanted)
     cycle = Run.open(own).cycle(0)
-    if cycle.marker("select") is None:
+    if not cycle.is_complete("select"):
         assert isinstance(cycle.config, Config)
         driver.run(cycle.config.with_values({"run": str(own), "loop.cycles": 1}), display)
-    result = driver.run(wanted, display)
-    assert isinstance(result, RunResult)  # the labels are those of the pool
-    return result
+    driver.run(wanted, display)
+    return Run.open(own)
 
 
 def _fork(shared: Run, dest: Path, wanted: Config) -> None:
     """Begin a run with the first cycle of another one, by links: files are never changed, only replaced.
 
-    `run.yaml` comes last: a folder without it was cut off, and is begun again.
+    `run.yaml` comes last: a folder without it was left half-made, and is made again.
     """
     shutil.rmtree(dest, ignore_errors=True)
     source = shared.cycle(0)
@@ -146,7 +149,7 @@ def _fork(shared: Run, dest: Path, wanted: Config) -> None:
     assert isinstance(begun, Config)
     select = wanted.select
     stages, arrays = ["train", "test"], [source.held_out("test"), source.held_out("val")]
-    if select.subpool is None:  # of a part of the pool other samples are scored
+    if select.subpool is None:  # with a subpool other samples are scored
         stages.append("score")
         arrays.append(source.assignments)
     beside = [of(path) for of in (record_path, begun_path) for path in arrays]
@@ -168,15 +171,15 @@ def _link(source: Path, dest: Path) -> None:
         os.link(source, dest)
 
 
-def _row(config: CompareConfig, seed: int, name: str, cycle: Cycle, summary: CycleSummary) -> JsonObject:
-    """The figures of a cycle. The first one is shared: it counts the images that this strategy needs."""
-    took = summary.seconds
+def _row(config: CompareConfig, seed: int, name: str, cycle: Cycle, summary: CycleSummary) -> dict[str, object]:
+    """A row of the results. Of the shared first cycle, only the images that this strategy needs count."""
+    took, test = summary.seconds, summary.test
     scored = cycle.marker("score")
     assert scored is not None
-    assert summary.test is not None
+    assert test is not None
     needed = len(scored_epochs(strategy_config(config, name, seed, Path(config.run))))
     images = needed * scored.outputs.n_eligible
-    # Scoring goes on beside training; without anything to score it only waits for it.
+    # Scoring runs beside training; with nothing to score it only waits for training.
     stages = [max(took["train"], took["score"]) if images else took["train"]]
     stages += [took.get(stage, 0.0) for stage in ("test", "reduce", "select", "label")]
     return {
@@ -184,7 +187,7 @@ def _row(config: CompareConfig, seed: int, name: str, cycle: Cycle, summary: Cyc
         "strategy": name,
         "cycle": cycle.index,
         "n_labeled": summary.n_paid,
-        **{metric: summary.test[metric] for metric in config.eval.metrics},
+        **{metric: test[metric] for metric in config.eval.metrics},
         "seconds": float(sum(stages)),
         "images_scored": images,
     }
@@ -196,7 +199,7 @@ def _selected(pool: Pool, cycle: Cycle) -> tuple[NDArray[np.int64], NDArray[np.i
     return indices, labels
 
 
-def _conditions(config: CompareConfig, pool: Pool) -> JsonObject:
+def _conditions(config: CompareConfig, pool: Pool) -> dict[str, object]:
     initial, loop, train = config.loop.initial, config.loop, config.train
     balanced = config.loop.balance and isinstance(initial, int)
     return {

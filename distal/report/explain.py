@@ -23,7 +23,7 @@ from distal.hashing import digest, mix64
 from distal.pool import Pool
 from distal.pool.images import OK, SAMPLES
 from distal.pool.sample_files import find
-from distal.records import OPTIONAL, STRIPE_SAMPLES, JsonObject, Result, Window, split_blocks
+from distal.records import OPTIONAL, PART, STRIPE_SAMPLES, Result, Window, split_blocks
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Standing(Result):
 
 @dataclass(frozen=True)
 class CycleExplanation(Result):
-    """What became of a sample in one cycle. The JSON has the keys of its parts beside its own.
+    """What became of a sample in one cycle.
 
     Attributes:
         labels: the class at every checkpoint; None where not assigned.
@@ -109,17 +109,11 @@ class CycleExplanation(Result):
     labels: list[str | None]
     changes: int
     scores: dict[str, float | None]
-    before: LabelBefore | None
-    rank: Rank | None
-    choice: Choice | None
-    standing: Standing | None
+    before: LabelBefore | None = field(metadata=PART)
+    rank: Rank | None = field(metadata=PART)
+    choice: Choice | None = field(metadata=PART)
+    standing: Standing | None = field(metadata=PART)
     why: str
-
-    def to_record(self) -> JsonObject:
-        """See `Result.to_record`."""
-        record = super().to_record()
-        parts = [record.pop(name) or {} for name in ("before", "rank", "choice", "standing")]
-        return record | parts[0] | parts[1] | parts[2] | parts[3]
 
 
 @dataclass(frozen=True)

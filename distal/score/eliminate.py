@@ -10,37 +10,35 @@ same in every run. A sample that is left out stays UNASSIGNED from there on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distal.artifacts.assignments import LabelArray
 from distal.kernels import mode_counts
-from distal.records import JsonObject
+from distal.records import Result
 
 _STEP = 2  # rows between barriers
 
 
-@dataclass(frozen=True, slots=True)
-class Barrier:
-    """What was decided after the rows below `row`.
+@dataclass(frozen=True)
+class Barrier(Result):
+    """The decision after the rows below `row`, kept in `assignments.zarr.elimination/<row>.json`.
 
     Attributes:
         theta: samples with a larger mode count are left out from `row` on.
-        remaining: of each block, how many samples go on.
+        remaining: samples of each block that are scored from `row` on.
     """
 
     row: int
     theta: int
     remaining: tuple[int, ...]
 
-    def to_record(self) -> JsonObject:
-        """As kept in `assignments.zarr.elimination/<row>.json`."""
-        return {"row": self.row, "theta": self.theta, "remaining": list(self.remaining)}
-
     @classmethod
-    def from_record(cls, record: JsonObject) -> Barrier:
+    def from_record(cls, record: Mapping[str, Any]) -> Barrier:
         """The inverse of `to_record`."""
         return cls(record["row"], record["theta"], tuple(record["remaining"]))
 

@@ -42,10 +42,10 @@ def test_ties_at_the_border_count_as_the_mean_over_all_orders(samples: list[tupl
 def test_an_interval_by_hand() -> None:
     """1, 2, 3: mean 2, standard error 1/sqrt(3), and 4.303 of them on two degrees of freedom."""
     told = interval([1.0, 2.0, 3.0])
-    assert told["mean"] == 2
-    assert told["high"] - 2 == pytest.approx(4.302653 / np.sqrt(3), abs=1e-5)
-    assert told["low"] == pytest.approx(4 - told["high"])
-    assert interval([5.0]) == {"mean": 5.0, "low": None, "high": None, "each": [5.0]}
+    assert told.mean == 2
+    assert told.high - 2 == pytest.approx(4.302653 / np.sqrt(3), abs=1e-5)
+    assert told.low == pytest.approx(4 - told.high)
+    assert interval([5.0]).to_record() == {"mean": 5.0, "low": None, "high": None, "each": [5.0]}
 
 
 def test_a_run(pool: Pool, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_run(pool: Pool, tmp_path: Path) -> None:
             )
         )  # fmt: skip
     runs = [tmp_path / "run0", tmp_path / "run1"]
-    told = informativeness(runs, out=tmp_path / "out", budget=16)
+    told = informativeness(runs, out=tmp_path / "out", budget=16).to_record()
     rows = {row["measure"]: row for row in told["measures"]}
     assert {"dispersion", "dispersion@last=0.5", "dispersion@every=2", "margin", "entropy", "random"} <= rows.keys()
     assert "dispersion@every=8" not in rows  # one checkpoint
@@ -83,7 +83,7 @@ def test_a_run(pool: Pool, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--measure: least_confidence was not recorded"):
         informativeness(runs, measures=["least_confidence"])
     only = informativeness(runs[:1], measures=["flips@last=3"])
-    assert [row["measure"] for row in only["measures"]] == ["flips@last=3"]
+    assert [row.measure for row in only.measures] == ["flips@last=3"]
 
 
 def test_what_cannot_be_compared(pool: Pool, cluster: str, tmp_path: Path) -> None:

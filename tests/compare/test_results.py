@@ -51,7 +51,7 @@ def compared(told: Row) -> dict[tuple[str, str], Row]:
 
 def test_a_planted_effect_is_shown_and_an_absent_one_not_denied(tmp_path: Path) -> None:
     rows = rows_of(9)
-    told = report(table(rows), {}, out=tmp_path, conditions=CONDITIONS)
+    told = report(table(rows), {}, out=tmp_path, conditions=CONDITIONS).to_record()
     tests = compared(told)
     # Two references meet once: three strategies against random, and two against entropy.
     assert list(tests) == [
@@ -97,7 +97,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     rows[4]["auroc"] = None
     results = table(rows)
     chosen = {(0, "random", 0): (np.array([1, 2]), np.array([0, 1]))}
-    told = report(results, chosen, out=tmp_path / "a", conditions=CONDITIONS)
+    told = report(results, chosen, out=tmp_path / "a", conditions=CONDITIONS).to_record()
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         "results.parquet", "results.csv", "comparison.json", "report.md", "curves.png", "curves.svg", "classes.png",
     }  # fmt: skip
@@ -115,15 +115,15 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 def test_the_order_of_the_seeds_changes_nothing(tmp_path: Path) -> None:
     rows = rows_of(6)
-    told = report(table(rows), {}, out=tmp_path / "a", conditions=CONDITIONS)
+    told = report(table(rows), {}, out=tmp_path / "a", conditions=CONDITIONS).to_record()
     turned = sorted(rows, key=lambda row: -row["seed"])
-    again = report(table(turned), {}, out=tmp_path / "b", conditions=CONDITIONS)
+    again = report(table(turned), {}, out=tmp_path / "b", conditions=CONDITIONS).to_record()
     assert {**told, "out": 0} == {**again, "out": 0}
     assert (tmp_path / "a" / "report.md").read_bytes() == (tmp_path / "b" / "report.md").read_bytes()
 
 
 def test_one_seed_tells_how_many_are_needed(tmp_path: Path) -> None:
-    told = report(table(rows_of(1)), {}, out=tmp_path, conditions={})
+    told = report(table(rows_of(1)), {}, out=tmp_path, conditions={}).to_record()
     text = (tmp_path / "report.md").read_text()
     assert "One seed: no spread, no interval and no test; tests need 8 seeds" in text
     assert "±" not in text.split("## Cost")[0]
@@ -133,7 +133,7 @@ def test_one_seed_tells_how_many_are_needed(tmp_path: Path) -> None:
 
 
 def test_too_few_seeds_are_not_tested(tmp_path: Path) -> None:
-    told = report(table(rows_of(5)), {}, out=tmp_path, conditions={}, references=["random", "nobody"])
+    told = report(table(rows_of(5)), {}, out=tmp_path, conditions={}, references=["random", "nobody"]).to_record()
     assert [each["p"] for each in told["tests"]["each"]] == [None] * 3
     assert told["tests"]["each"][1]["verdict"].startswith(
         "not tested: needs 7 seeds, has 5; so far mean difference +0.03"
@@ -150,11 +150,11 @@ def test_only_complete_pairs_are_compared(tmp_path: Path) -> None:
             row["accuracy"] = None
         if (row["seed"], row["strategy"]) == (5, "same"):
             row["n_labeled"] += 1
-    told = report(table(rows), {}, out=tmp_path, conditions={})
+    told = report(table(rows), {}, out=tmp_path, conditions={}).to_record()
     tests = compared(told)
     assert [tests[pair]["n"] for pair in (("better", "random"), ("same", "random"), ("better", "entropy"))] == [8, 8, 9]
     clean = [row for row in rows if row["seed"] not in (3, 4)]
-    other = report(table(clean), {}, out=tmp_path / "clean", conditions={})
+    other = report(table(clean), {}, out=tmp_path / "clean", conditions={}).to_record()
     assert tests["better", "random"]["difference"] == pytest.approx(compared(other)["better", "random"]["difference"])
     assert told["missing"]["cycles"] == [{"seed": 3, "strategy": "better", "cycles": 2, "of": 3}]
     assert told["missing"]["values"] == {"accuracy": [{"seed": 4, "strategy": "random", "cycle": 1}], "auroc": []}
@@ -183,7 +183,7 @@ def test_labels_saved(tmp_path: Path) -> None:
          "seconds": 1.0, "images_scored": 0}
         for (seed, name), values in curves.items() for c, value in enumerate(values)
     ]  # fmt: skip
-    told = report(table(rows), {}, out=tmp_path, conditions={}, references=["a"])
+    told = report(table(rows), {}, out=tmp_path, conditions={}, references=["a"]).to_record()
     (saved,) = told["labels_saved"]
     assert saved["each"] == [{"seed": 0, "saved": pytest.approx(150)}, {"seed": 1, "saved": None}]
     assert (saved["mean"], saved["n"], saved["not_reached"]) == (pytest.approx(150), 2, 1)
@@ -191,7 +191,7 @@ def test_labels_saved(tmp_path: Path) -> None:
     ece = table(rows).rename_columns(
         {name: "ece" if name == "auroc" else name for name in table(rows).column_names}
     )  # smaller is better
-    assert report(ece, {}, out=tmp_path, conditions={}, references=["a"], metric="ece")["labels_saved"] == [
+    assert report(ece, {}, out=tmp_path, conditions={}, references=["a"], metric="ece").to_record()["labels_saved"] == [
         {**saved, "each": [{"seed": 0, "saved": pytest.approx(150)}, {"seed": 1, "saved": None}]}
     ]
 
@@ -205,7 +205,7 @@ def test_classes_and_overlap(tmp_path: Path) -> None:
         (1, "better", 0): (np.array([4, 5, 6, 7]), np.array([0, 0, 0, -1])),
         (1, "better", 1): (np.array([1, 2]), np.array([0, 0])),  # not of the first cycle
     }
-    told = report(table(rows), chosen, out=tmp_path, conditions={}, classes=["cat", "dog"])
+    told = report(table(rows), chosen, out=tmp_path, conditions={}, classes=["cat", "dog"]).to_record()
     assert told["overlap"]["mean"] == [[1.0, (2 / 4 + 1 / 4) / 2], [(2 / 4 + 1 / 4) / 2, 1.0]]
     random, better = told["classes"]["strategies"]
     assert (random["counts"], random["balance"], random["unknown"]) == ([4, 4], pytest.approx(1), 0)
@@ -278,7 +278,7 @@ def test_names_are_data(tmp_path: Path) -> None:
 
 
 def test_one_budget_has_no_area(tmp_path: Path) -> None:
-    told = report(table([row for row in rows_of(3) if not row["cycle"]]), {}, out=tmp_path, conditions={})
+    told = report(table([row for row in rows_of(3) if not row["cycle"]]), {}, out=tmp_path, conditions={}).to_record()
     assert told["aubc"][0]["mean"] is None
     assert "needs at least two cycles" in (tmp_path / "report.md").read_text()
 

@@ -95,6 +95,14 @@ def test_signed_rank_is_that_of_scipy_without_ties(sizes: list[int], signs: list
     assert signed_rank(d)[1] == pytest.approx(stats.wilcoxon(d, method="exact").pvalue)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_signed_rank_is_that_of_scipy_over_all_permutations(seed: int) -> None:
+    """SciPy visits all 2^n signs, which no more than a handful of pairs allows."""
+    d = np.random.default_rng(seed).integers(1, 4, 8) * np.array([1, -1, 1, 1, -1, 1, 1, 1])
+    every = stats.PermutationMethod(n_resamples=2**8)
+    assert signed_rank(d)[1] == pytest.approx(stats.wilcoxon(d, method=every).pvalue, abs=1e-12)
+
+
 def test_rounding_breaks_no_ties() -> None:
     """0.3 - 0.2 and 0.2 - 0.1 are the same difference, and 0.1 + 0.2 is 0.3."""
     told = compare_pairs([0.3, 0.2, 0.2, 0.4, 0.9, 0.1 + 0.2], [0.2, 0.1, 0.3, 0.3, 0.8, 0.3])
