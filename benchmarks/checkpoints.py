@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.model.augment import crop_flip
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
@@ -34,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     pool = Pool.open(options.pool)
-    spec = ModelSpec.of(ModelConfig(name=options.model), pool)
+    spec = ModelSpec.of(ModelSection(name=options.model), pool)
     net, preprocess = spec.build().train(), spec.preprocess()
     images = torch.from_numpy(pool.read(0, options.labelled))
     labels = torch.from_numpy(pool.columns(0, options.labelled, "label")[0].astype(np.int64))

@@ -25,7 +25,7 @@ from common import conditions, peak_rss_bytes, report
 from distal.artifacts.assignments import Assignments
 from distal.records import MAX_BLOCK_SIZE, auto_block_size, split_blocks
 from distal.score.loop import HAND_OUT_S
-from distal.score.plan import IN_FLIGHT, Plan, Work
+from distal.score.plan import IN_FLIGHT, Plan, Task
 
 IMAGE_BYTES = 32 * 32 * 3
 
@@ -85,7 +85,7 @@ def simulate(
     slow: float = 0.0,
     slowness: float = 4.0,
     timer: Callable[[], float] = time.thread_time,
-    on_commit: Callable[[Work], None] = lambda work: None,
+    on_commit: Callable[[Task], None] = lambda task: None,
 ) -> Simulated:
     """One pass, as `distal.score.loop` drives it: one commit, then whatever can be handed out, and so on.
 
@@ -99,7 +99,7 @@ def simulate(
     n_slow = round(slow * n_actors)
     speed = [costs.images_per_s / (slowness if actor < n_slow else 1) for actor in range(n_actors)]
     free_at = [0.0] * n_actors  # when an actor has finished all it has in hand
-    coming: list[tuple[float, int, Work]] = []  # commits, by time
+    coming: list[tuple[float, int, Task]] = []  # commits, by time
     clock = busy_s = driver_s = plan_s = 0.0
     hand_outs = images = n_published = 0
     for actor in range(n_actors):
@@ -109,36 +109,36 @@ def simulate(
         while n_published < n_rows and n_published * publish_every <= clock:
             plan.published(n_published)
             n_published += 1
-        handed_out = plan.next_work()
+        handed_out = plan.next_tasks()
         spent = timer() - began
         plan_s += spent
         clock += spent
         driver_s += spent
-        for work in handed_out:
+        for task in handed_out:
             spent = costs.hand_out_s + costs.pending_s * len(coming)
             clock += spent
             driver_s += spent
-            seconds = len(work.rows) * len(blocks[work.block]) / speed[work.actor]
-            free_at[work.actor] = max(free_at[work.actor], clock) + seconds
+            seconds = len(task.rows) * len(blocks[task.block]) / speed[task.actor]
+            free_at[task.actor] = max(free_at[task.actor], clock) + seconds
             busy_s += seconds
             hand_outs += 1
-            heappush(coming, (free_at[work.actor], hand_outs, work))
+            heappush(coming, (free_at[task.actor], hand_outs, task))
         next_published = n_published * publish_every if n_published < n_rows else float("inf")
         if not coming or next_published < coming[0][0]:
             clock = max(clock, next_published)
             continue
-        at, _, work = heappop(coming)
+        at, _, task = heappop(coming)
         clock = max(clock, at)
         began = timer()
-        plan.done(work)
+        plan.done(task)
         spent = timer() - began
         plan_s += spent
         clock += spent
         driver_s += spent
-        images += len(work.rows) * len(blocks[work.block])
-        # As `_Pass._limit_hand_outs`: an actor has no more than so many seconds of work in hand.
+        images += len(task.rows) * len(blocks[task.block])
+        # As `ScoringPass._limit_hand_outs`: an actor has no more than so many seconds of work in hand.
         plan.max_rows = max(1, int(HAND_OUT_S * images / (clock * n_actors) / (n_samples / len(blocks))))
-        on_commit(work)
+        on_commit(task)
     lag_s = clock - (n_rows - 1) * publish_every
     return Simulated(clock, hand_outs, n_rows * len(blocks), images, busy_s, driver_s, plan_s, lag_s)
 

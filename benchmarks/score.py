@@ -42,12 +42,12 @@ def natural(path: Path) -> list[Any]:
 
 def build(options: argparse.Namespace) -> tuple[Any, Any, np.ndarray]:
     """Network, preprocessing and images, the same for every variant."""
-    from distal.config import ModelConfig
+    from distal.config import ModelSection
     from distal.model.spec import ModelSpec
     from distal.pool import Pool
 
     pool = Pool.open(options.pool)
-    spec = ModelSpec.of(ModelConfig(name=options.model), pool)
+    spec = ModelSpec.of(ModelSection(name=options.model), pool)
     return spec.build(pretrained=False).eval(), spec.preprocess(), pool.read(0, pool.n_samples)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-UInt64 = NDArray[np.uint64]
+_UInt64 = NDArray[np.uint64]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -24,12 +24,12 @@ def sample_key(sample_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "little")
 
 
-def sample_keys(sample_ids: Iterable[str]) -> UInt64:
+def sample_keys(sample_ids: Iterable[str]) -> _UInt64:
     """`sample_key` of each id: (n,) uint64."""
     return np.fromiter((sample_key(sample_id) for sample_id in sample_ids), dtype=np.uint64)
 
 
-def mix64(purpose: str, *parts: int | NDArray[np.integer[Any]]) -> UInt64:
+def mix64(purpose: str, *parts: int | NDArray[np.integer[Any]]) -> _UInt64:
     """Hash `parts` under a named purpose to uniform 64-bit integers.
 
     Each part is absorbed with the finaliser of SplitMix64 (Steele, Lea and Flood 2014). Different purposes
@@ -43,7 +43,7 @@ def mix64(purpose: str, *parts: int | NDArray[np.integer[Any]]) -> UInt64:
         uint64 of the broadcast shape of `parts`.
     """
     with np.errstate(over="ignore"):  # wrapping is the arithmetic of a hash
-        state: UInt64 = np.asarray(sample_key(purpose), dtype=np.uint64)
+        state: _UInt64 = np.asarray(sample_key(purpose), dtype=np.uint64)
         for part in parts:
             if isinstance(part, int):
                 part = np.asarray(part & 0xFFFF_FFFF_FFFF_FFFF, dtype=np.uint64)
@@ -51,7 +51,7 @@ def mix64(purpose: str, *parts: int | NDArray[np.integer[Any]]) -> UInt64:
     return state
 
 
-def _splitmix(x: UInt64) -> UInt64:
+def _splitmix(x: _UInt64) -> _UInt64:
     x = x + _GAMMA
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

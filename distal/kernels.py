@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 ENTROPY_SCALE = 2.0**40
-TILE_BYTES = 2**15  # of counts: they stay in the level-one cache
-FEW_CLASSES = 255  # up to here the counts of all classes are compared in the end; beyond, while counting
+_TILE_BYTES = 2**15  # of counts: they stay in the level-one cache
+_FEW_CLASSES = 255  # up to here the counts of all classes are compared in the end; beyond, while counting
 
 
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
@@ -28,10 +28,10 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
         return numba.njit(nogil=True)(function)
 
 
-Unsigned = NDArray[np.unsignedinteger[Any]]
+_Unsigned = NDArray[np.unsignedinteger[Any]]
 
 
-def mode_counts(assignments: Unsigned, n_classes: int) -> tuple[Unsigned, Unsigned]:
+def mode_counts(assignments: _Unsigned, n_classes: int) -> tuple[_Unsigned, _Unsigned]:
     """How often each sample's most frequent class was assigned; all that dispersion needs.
 
     Args:
@@ -43,7 +43,7 @@ def mode_counts(assignments: Unsigned, n_classes: int) -> tuple[Unsigned, Unsign
     n_rows, n_samples = assignments.shape
     dtype = np.min_scalar_type(n_rows)
     mode_count, n_missing = np.empty(n_samples, dtype), np.empty(n_samples, dtype)
-    if n_classes <= FEW_CLASSES:
+    if n_classes <= _FEW_CLASSES:
         counts = np.empty((n_classes + 1, _tile(n_classes, dtype)), dtype)
         _mode_counts_of_few(assignments, counts, mode_count, n_missing)
     else:
@@ -54,7 +54,7 @@ def mode_counts(assignments: Unsigned, n_classes: int) -> tuple[Unsigned, Unsign
 
 def _tile(n_classes: int, dtype: np.dtype[Any]) -> int:
     """Samples counted together: a power of two."""
-    fitting = TILE_BYTES // ((n_classes + 1) * dtype.itemsize)
+    fitting = _TILE_BYTES // ((n_classes + 1) * dtype.itemsize)
     return max(64, min(256, 2 ** int(fitting).bit_length() // 2))
 
 
@@ -144,7 +144,7 @@ def entropy_table(n_rows: int) -> NDArray[np.int64]:
     return np.rint(k * np.log(np.maximum(k, 1)) * ENTROPY_SCALE).astype(np.int64)
 
 
-def tally(assignments: Unsigned, n_classes: int) -> Tally:
+def tally(assignments: _Unsigned, n_classes: int) -> Tally:
     """Look at the counts of all classes of (T, N) assignments."""
     n_rows, n_samples = assignments.shape
     out = np.empty((6, n_samples), np.int64)
@@ -182,7 +182,7 @@ def _tally(assignments: Any, C: int, table: NDArray[np.int64], out: NDArray[np.i
         out[4, i], out[5, i] = squares, k_ln_k
 
 
-def changes(assignments: Unsigned) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def changes(assignments: _Unsigned) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """When the class changed from one checkpoint to the next.
 
     Returns:
@@ -208,7 +208,7 @@ def _changes(assignments: Any, flips: NDArray[np.int64], last_flip: NDArray[np.i
             last_flip[i] = t + 1 if row[i] != final[i] else last_flip[i]
 
 
-def largest_weights(assignments: Unsigned, n_classes: int, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def largest_weights(assignments: _Unsigned, n_classes: int, weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """The largest sum of the weights of the checkpoints that agree on a class: (N,). `weights` is (T,)."""
     largest = np.empty(assignments.shape[1], np.float64)
     _largest_weights(assignments, n_classes, weights, largest)

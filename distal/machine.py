@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path("/")
-UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a number of about 2^63
+_ROOT = Path("/")
+_UNLIMITED = 2**60  # version 1 of control groups writes "no limit" as a number of about 2^63
 
 
-def cpus(root: Path = ROOT) -> int:
+def cpus(root: Path = _ROOT) -> int:
     """CPUs that this process may use, at least 1: those it is bound to, and no more than its control groups allow."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([bound, *_quotas(root)])))
 
 
-def memory_bytes(root: Path = ROOT) -> int:
+def memory_bytes(root: Path = _ROOT) -> int:
     """Memory that this process may use: that of the machine, and no more than its control groups allow."""
     limits = [int(found[0]) for names in (("memory.max",), ("memory.limit_in_bytes",)) for found in _read(root, names)]
-    return min([_installed(root), *(limit for limit in limits if limit < UNLIMITED)])
+    return min([_installed(root), *(limit for limit in limits if limit < _UNLIMITED)])
 
 
 def _installed(root: Path) -> int:

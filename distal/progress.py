@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from distal.records import JsonObject, Progress
 
-SPOKEN = (  # events that a person should know of; each has a `reason`
+_SPOKEN = (  # events that a person should know of; each has a `reason`
     "training_waits",
     "training_failed",
     "training_anew",
@@ -36,6 +37,11 @@ class Display(Protocol):
         ...
 
 
+def counter(show: Callable[[Progress], None], stage: str, cycle: int = -1) -> Callable[[int, int], None]:
+    """A function of (images done, images in all) that shows how far a stage is."""
+    return lambda done, total: show(Progress(cycle, stage, images_scored=done, images=total))
+
+
 class Silent:
     """Shows nothing."""
 
@@ -51,7 +57,7 @@ class Silent:
 
 def spoken(record: JsonObject) -> str | None:
     """An event in words; None when nobody need know of it."""
-    if record["event"] not in SPOKEN:
+    if record["event"] not in _SPOKEN:
         return None
     where = f"cycle {record['cycle']}: " if "cycle" in record else ""
     return f"{where}{record['event'].replace('_', ' ')}: {record['reason']}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-SAMPLES_PER_BLOCK_STEP = 128
+_SAMPLES_PER_BLOCK_STEP = 128
 MAX_BLOCK_SIZE = 65_536
 STRIPE_SAMPLES = 2**20  # looked at together in a pass over a pool: some 100 bytes each
 
@@ -39,8 +40,8 @@ def auto_block_size(n_samples: int) -> int:
     It depends on n alone, so every machine cuts a pool alike, and being a power of two it nests: image
     chunks, row groups and assignment chunks always share their borders. Within [128, 65536].
     """
-    steps = max(1.0, n_samples / 64 / SAMPLES_PER_BLOCK_STEP)
-    return min(MAX_BLOCK_SIZE, SAMPLES_PER_BLOCK_STEP * 2 ** round(math.log2(steps)))
+    steps = max(1.0, n_samples / 64 / _SAMPLES_PER_BLOCK_STEP)
+    return min(MAX_BLOCK_SIZE, _SAMPLES_PER_BLOCK_STEP * 2 ** round(math.log2(steps)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,11 @@ class Progress:
         return (self.images - self.images_scored) / self.images_per_s
 
 
+Stage = Literal["train", "score", "test", "reduce", "select", "label"]
 JsonObject = dict[str, Any]
+
+OPTIONAL = {"optional": True}
+"""Metadata of a field that the JSON leaves out when it is None."""
 
 
 @dataclass(frozen=True)
@@ -188,4 +193,17 @@ class Result:
 
     def to_record(self) -> JsonObject:
         """The object that `--json` prints."""
-        return asdict(self)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        left_out = {f.name for f in fields(self) if "optional" in f.metadata and values[f.name] is None}
+        return {name: _plain(value) for name, value in values.items() if name not in left_out}
+
+
+def _plain(value: object) -> object:
+    """A value as JSON has it."""
+    if isinstance(value, Result):
+        return value.to_record()
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value

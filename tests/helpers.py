@@ -25,7 +25,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from distal.cli import app as app_module
-from distal.config import Config, ForeignConfig, ModelConfig, parse, parse_foreign
+from distal.config import Config, ModelSection, ScoreConfig, parse
 from distal.model.spec import ModelSpec, seeded_build
 from distal.pool import Pool
 
@@ -109,7 +109,7 @@ def descendants(title: str) -> list[int]:
 
 def write_checkpoints(folder: Path, pool: Pool, rows: Sequence[int]) -> None:
     """state_dicts of `small_cnn` that agree on some images and not on others, as a training run leaves them."""
-    spec = ModelSpec(ModelConfig(), 4, pool.image_shape, pool.mean, pool.std)
+    spec = ModelSpec(ModelSection(), 4, pool.image_shape, pool.mean, pool.std)
     folder.mkdir(parents=True, exist_ok=True)
     settled = seeded_build(spec, seed=0, cycle=0).state_dict()
     for row in rows:
@@ -124,7 +124,7 @@ def write_checkpoints(folder: Path, pool: Pool, rows: Sequence[int]) -> None:
         os.utime(path, (long_ago, long_ago))
 
 
-def foreign_config(run: Path, pool: Pool, checkpoints: Path, *overrides: str) -> ForeignConfig:
+def foreign_config(run: Path, pool: Pool, checkpoints: Path, *overrides: str) -> ScoreConfig:
     """Scoring the small pool at some checkpoints of `small_cnn`."""
     tree = {
         "run": str(run),
@@ -134,7 +134,7 @@ def foreign_config(run: Path, pool: Pool, checkpoints: Path, *overrides: str) ->
         "checkpoints": {"path": str(checkpoints)},
         "score": {"precision": "fp32", "batch_size": 32, "budget": 20, "actors": 1},
     }
-    return parse_foreign(tree, overrides)
+    return parse(tree, overrides, ScoreConfig)
 
 
 def flip(path: Path, where: float = 0.5) -> None:

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from projection import Costs, simulate
 
-from distal.score.plan import Work
+from distal.score.plan import Task
 
 FREE = Costs(images_per_s=100.0, hand_out_s=0.0, pending_s=0.0)
 
@@ -26,8 +26,8 @@ def no_time() -> float:
 def test_every_block_of_every_checkpoint_is_committed_once(n_actors: int, slow: float, publish_every: float) -> None:
     committed: Counter[tuple[int, int]] = Counter()
 
-    def count(work: Work) -> None:
-        committed.update((row, work.block) for row in work.rows)
+    def count(task: Task) -> None:
+        committed.update((row, task.block) for row in task.rows)
 
     found = simulate(
         1050, 100, 6, n_actors, FREE, publish_every=publish_every, slow=slow, timer=no_time, on_commit=count

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def answer(path: Path) -> dict[str, object]:
         told[f"{index} weights"] = [(ref.epoch, ref.sha256, ref.metrics) for ref in weights]
         told[f"{index} selection"] = Selection.read(cycle.selection).table.to_pylist()
         told[f"{index} ledger"] = run.ledger(before=index).sha256
-    told["summary"] = [{**cycle, "seconds": None} for cycle in run.summary()["cycles"]]
+    told["summary"] = [replace(cycle, seconds={}) for cycle in run.summary().cycles]
     return told
 
 

@@ -61,7 +61,7 @@ class TestReadRegular:
         assert storage.read_regular(path, 2**63 - 1) == whole
 
     def test_it_is_read_on_in_pieces(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(storage, "PIECE_BYTES", 3)
+        monkeypatch.setattr("distal.storage.files._PIECE_BYTES", 3)
         whole = Path("/proc/self/cmdline").read_bytes()
         for limit in (len(whole), len(whole) + 1, 2**63 - 1):
             assert storage.read_regular(Path("/proc/self/cmdline"), limit) == whole
@@ -176,7 +176,7 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
 
 
 def test_parquet_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FORMAT", 4)
+    monkeypatch.setattr("distal.storage.parquet.FORMAT", 4)
     storage.write_table(tmp_path / "table.parquet", pa.table({"a": [1]}))
     monkeypatch.undo()
     with pytest.raises(
@@ -270,7 +270,7 @@ def test_a_flipped_bit_in_parquet_is_damage(tmp_path: Path, streamed: bool) -> N
 
 
 def test_a_large_file_is_hashed_unless_it_is_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.machine, "memory_bytes", lambda: 2000)
+    monkeypatch.setattr("distal.machine.memory_bytes", lambda: 2000)
     storage.write_sealed(tmp_path / "state", b"x" * 10**6)
     storage.check_sealed(tmp_path / "state")
     assert storage.file_sha256(tmp_path / "state") == storage.sha256((tmp_path / "state").read_bytes())

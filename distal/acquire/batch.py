@@ -18,7 +18,7 @@ from distal.acquire.topk import Candidates, TopK
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
-from distal.config import SelectConfig
+from distal.config import SelectSection
 from distal.config.needs import K_CENTER
 from distal.errors import ConfigError, Damage
 from distal.hashing import mix64, sample_keys, seed_for
@@ -27,7 +27,7 @@ from distal.pool.eligibility import Eligibility
 from distal.pool.sample_files import listed
 from distal.records import STRIPE_SAMPLES, split_blocks
 
-Outputs = Callable[[NDArray[np.int64], Collection[str]], dict[str, NDArray[np.float32]]]
+_Outputs = Callable[[NDArray[np.int64], Collection[str]], dict[str, NDArray[np.float32]]]
 """Of samples, ascending, what the last checkpoint gives under some names: "probabilities", "embeddings"."""
 
 
@@ -39,14 +39,14 @@ def select(
     scores: Scores,
     assignments: Assignments,
     pool: Pool,
-    config: SelectConfig,
+    config: SelectSection,
     dest: Path,
     *,
     budget: int,
     seed: int,
     cycle: int,
     last_row: int,
-    outputs: Outputs = _no_outputs,
+    outputs: _Outputs = _no_outputs,
     expected: str | None = None,
 ) -> Selection:
     """Choose `budget` samples by their scores, and write `selection.parquet`.
@@ -99,7 +99,7 @@ class Order:
     scores: Scores
     assignments: Assignments
     pool: Pool
-    config: SelectConfig
+    config: SelectSection
     seed: int
     cycle: int
     last_row: int
@@ -201,7 +201,7 @@ def _groups(pool: Pool, start: int, stop: int) -> NDArray[np.int64]:
     return np.append(numbers, -1)[places]
 
 
-def _shown(chosen: Candidates, needs: frozenset[str], assignments: Assignments, pool: Pool, outputs: Outputs) -> Shown:
+def _shown(chosen: Candidates, needs: frozenset[str], assignments: Assignments, pool: Pool, outputs: _Outputs) -> Shown:
     rows = range(assignments.n_rows)
     return Shown(
         index=chosen.index,
@@ -214,7 +214,7 @@ def _shown(chosen: Candidates, needs: frozenset[str], assignments: Assignments, 
     )
 
 
-def _asked(outputs: Outputs, index: NDArray[np.int64], names: Collection[str]) -> dict[str, NDArray[np.float32]]:
+def _asked(outputs: _Outputs, index: NDArray[np.int64], names: Collection[str]) -> dict[str, NDArray[np.float32]]:
     """What the network gives for samples in any order."""
     if not names:
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDING = 1e-12  # of squared distances, relative to the squared lengths they are computed from
+_ROUNDING = 1e-12  # of squared distances, relative to the squared lengths they are computed from
 
 
 def k_center(points: NDArray[np.floating], k: int) -> NDArray[np.int64]:
@@ -29,7 +29,7 @@ def k_center(points: NDArray[np.floating], k: int) -> NDArray[np.int64]:
         chosen[place] = best = int(np.argmax(nearest))
         scale = lengths + lengths[best]
         distance = scale - 2 * (x @ x[best])
-        distance[distance <= ROUNDING * scale] = 0
+        distance[distance <= _ROUNDING * scale] = 0
         np.minimum(nearest, distance, out=nearest)
         nearest[chosen[: place + 1]] = -1
     return chosen

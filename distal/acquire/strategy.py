@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from distal.config import SelectConfig
+from distal.config import SelectSection
 from distal.config.needs import Need, load_strategy
 
 
@@ -51,7 +51,7 @@ class Strategy(Protocol):
         ...
 
 
-def strategy(select: SelectConfig) -> Strategy | None:
+def strategy(select: SelectSection) -> Strategy | None:
     """The user's own strategy; None when the batch is composed in one of distal's ways.
 
     Raises:
@@ -61,7 +61,7 @@ def strategy(select: SelectConfig) -> Strategy | None:
     return own
 
 
-def by_scores(how: SelectConfig, measure: str) -> SelectConfig:
+def by_scores(how: SelectSection, measure: str) -> SelectSection:
     """How a batch is composed from scores alone: a way that needs more than scores becomes `top_k`."""
     batch = how.batch if how.batch in ("top_k", "power") else "top_k"
     return how.model_copy(update={"measure": measure, "batch": batch, "from_": None})

@@ -28,7 +28,7 @@ from distal.records import JsonObject
 from distal.storage import FORMAT, disk_errors, flush, is_durable, names_in, read_bytes, require_format
 
 METADATA = "zarr.json"
-MAX_METADATA_BYTES = 2**20
+_MAX_METADATA_BYTES = 2**20
 
 
 def create_array(
@@ -210,7 +210,7 @@ def content_size(frame: bytes | memoryview) -> int | None:
 
 def _check_metadata(path: Path) -> None:
     """Raise Damage or FileNotFoundError before Zarr opens what is no file, or looks for an older format of its own."""
-    read_bytes(path / METADATA, MAX_METADATA_BYTES)
+    read_bytes(path / METADATA, _MAX_METADATA_BYTES)
 
 
 @contextmanager

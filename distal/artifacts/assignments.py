@@ -36,10 +36,10 @@ from distal.errors import ConfigError, Damage
 from distal.records import Block, JsonObject, split_blocks
 from distal.storage import create_folder, create_json, link, names_in, read_json, temporary_folder, write_bytes
 
-ARRAY, ELIGIBLE = "assignments", "eligible"
+_ARRAY, ELIGIBLE = "assignments", "eligible"
 PROBABILITIES = "probabilities"
-FINGERPRINT, ROW = "fingerprint.json", re.compile(r"\d{5,}\.json", re.ASCII)
-READERS = 8  # threads that check chunks
+_FINGERPRINT, _ROW = "fingerprint.json", re.compile(r"\d{5,}\.json", re.ASCII)
+_READERS = 8  # threads that check chunks
 
 LabelArray = NDArray[np.unsignedinteger[Any]]
 
@@ -101,9 +101,9 @@ class Assignments:
         """
         layout = {"n_rows": n_rows, "n_samples": n_samples, "block_size": block_size}
         create_json(record_path(path), {**layout, "n_classes": n_classes, "recorded": list(recorded)})
-        kept = read_json(record_path(path), required=LAYOUT)
+        kept = read_json(record_path(path), required=_LAYOUT)
         with temporary_folder(path) as beside:  # they appear whole, and never in place of others
-            flags = _lay_out(beside, *(kept[key] for key in LAYOUT))[ELIGIBLE]
+            flags = _lay_out(beside, *(kept[key] for key in _LAYOUT))[ELIGIBLE]
             for block, flag in zip(split_blocks(n_samples, block_size), eligible, strict=True):
                 flags.write((slice(block.start, block.stop),), flag)
             create_folder(beside, path)
@@ -148,7 +148,7 @@ class Assignments:
         for block, damage in list(assignments.damaged_eligible()):
             on_damage(str(damage))
             assignments._arrays[ELIGIBLE].write((slice(block.start, block.stop),), eligible(block.start, block.stop))
-        with ThreadPoolExecutor(READERS) as threads:  # on a network file system reading is waiting
+        with ThreadPoolExecutor(_READERS) as threads:  # on a network file system reading is waiting
             found = threads.map(assignments.remove_damaged, range(assignments.n_rows))
             for what in itertools.chain.from_iterable(found):
                 on_damage(what)
@@ -162,11 +162,11 @@ class Assignments:
             Damage: there are no assignments, or their metadata is not valid.
         """
         try:
-            attributes = read_json(record_path(path), required=LAYOUT)
+            attributes = read_json(record_path(path), required=_LAYOUT)
         except FileNotFoundError:
             raise Damage(f"{path}: no assignments here") from None
         arrays = {}
-        for name, layout in _layouts(*(attributes[key] for key in LAYOUT)).items():
+        for name, layout in _layouts(*(attributes[key] for key in _LAYOUT)).items():
             arrays[name] = array = Array(path / name)
             fill_value = None if np.isnan(array.fill_value) else array.fill_value
             if (array.shape, array.chunks, array.dtype, fill_value) != layout[:4]:
@@ -177,7 +177,7 @@ class Assignments:
     def restore_metadata(cls, path: Path) -> None:
         """Write the metadata of the arrays again, from the record; no chunk is touched."""
         record = read_json(record_path(path))
-        layout = [record[name] for name in LAYOUT]
+        layout = [record[name] for name in _LAYOUT]
         with temporary_folder(path) as beside:
             for name in ("", *_lay_out(beside, *layout)):
                 write_bytes(path / name / METADATA, (beside / name / METADATA).read_bytes())
@@ -185,22 +185,22 @@ class Assignments:
     @property
     def n_rows(self) -> int:
         """T, the number of checkpoints."""
-        return self._arrays[ARRAY].shape[0]
+        return self._arrays[_ARRAY].shape[0]
 
     @property
     def n_samples(self) -> int:
         """Columns: the samples of the pool, eligible or not."""
-        return self._arrays[ARRAY].shape[1]
+        return self._arrays[_ARRAY].shape[1]
 
     @property
     def block_size(self) -> int:
         """Columns of a chunk."""
-        return self._arrays[ARRAY].chunks[1]
+        return self._arrays[_ARRAY].chunks[1]
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """dtype of the assignments."""
-        return self._arrays[ARRAY].dtype
+        return self._arrays[_ARRAY].dtype
 
     @property
     def blocks(self) -> list[Block]:
@@ -234,7 +234,7 @@ class Assignments:
         where = (row, slice(block.start, block.stop))
         for name, values in (recorded or {}).items():
             self._arrays[name].write(where, values.astype(self._arrays[name].dtype, copy=False))
-        self._arrays[ARRAY].write(where, labels)
+        self._arrays[_ARRAY].write(where, labels)
 
     def blank(self, name: str, block: Block) -> NDArray[np.floating[Any]]:
         """What a recorded array holds of a block of which nothing is scored: NaN, in its shape and dtype."""
@@ -243,12 +243,12 @@ class Assignments:
 
     def has(self, row: int, block: Block, *, recorded: bool = False) -> bool:
         """Whether this block of this row is committed; `recorded`: and has its recorded values."""
-        names = (ARRAY, *(self.recorded if recorded else ()))
+        names = (_ARRAY, *(self.recorded if recorded else ()))
         return all(self.chunk(name, row, block).exists() for name in names)
 
     def committed(self, row: int, *, recorded: bool = False) -> set[int]:
         """Indices of the blocks of `row` that are committed; `recorded`: and have their recorded values."""
-        names = (ARRAY, *(self.recorded if recorded else ()))
+        names = (_ARRAY, *(self.recorded if recorded else ()))
         return set.intersection(*(self._arrays[name].stored(row) for name in names))
 
     def read(self, start: int, stop: int, rows: Sequence[int] | None = None, *, complete: bool = False) -> LabelArray:
@@ -260,7 +260,7 @@ class Assignments:
         Raises:
             Damage: a chunk does not decode, or is missing; the message names array, row and block.
         """
-        array, columns = self._arrays[ARRAY], slice(start, stop)
+        array, columns = self._arrays[_ARRAY], slice(start, stop)
         if rows is None:
             return array.read((slice(None), columns), complete=complete)
         return np.concatenate([array.read((slice(row, row + 1), columns), complete=complete) for row in rows])
@@ -284,22 +284,22 @@ class Assignments:
         """Keep the first fingerprint that is offered; returns the one that is kept. For the driver alone."""
         kept = self.fingerprint
         if kept is None:
-            create_json(begun_path(self.path) / FINGERPRINT, fingerprint)
-            kept = read_json(begun_path(self.path) / FINGERPRINT)
+            create_json(begun_path(self.path) / _FINGERPRINT, fingerprint)
+            kept = read_json(begun_path(self.path) / _FINGERPRINT)
         return kept
 
     @property
     def fingerprint(self) -> dict[str, str] | None:
         """What the machines that score have in common; None before the first one has joined."""
         with suppress(FileNotFoundError):
-            return read_json(begun_path(self.path) / FINGERPRINT)
+            return read_json(begun_path(self.path) / _FINGERPRINT)
         return None
 
     @property
     def weights(self) -> dict[int, str]:
         """Which weights the rows that are begun are scored with: their sha256."""
         folder = begun_path(self.path)
-        names = [name for name in names_in(folder) if ROW.fullmatch(name)]
+        names = [name for name in names_in(folder) if _ROW.fullmatch(name)]
         return {int(name[:-5]): read_json(folder / name, required=("weights",))["weights"] for name in names}
 
     def adopt_weights(self, row: int, sha256: str) -> None:
@@ -328,12 +328,12 @@ class Assignments:
         if fingerprint is None or self.adopt_fingerprint(fingerprint) != fingerprint:
             return
         for block in self.blocks:
-            for name in (*self.recorded, ARRAY):
+            for name in (*self.recorded, _ARRAY):
                 link(other.chunk(name, row, block), self.chunk(name, row, block))
 
     def damaged(self, row: int) -> Iterator[tuple[str, Block, Damage]]:
         """Every chunk of `row` that is there and does not decode: array, block, and what is wrong."""
-        for name in (*self.recorded, ARRAY):
+        for name in (*self.recorded, _ARRAY):
             array = self._arrays[name]
             stored = array.stored(row)
             for block in self.blocks if stored else ():
@@ -385,7 +385,7 @@ def begun_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.begun")
 
 
-LAYOUT = ("n_rows", "n_samples", "block_size", "n_classes", "recorded")
+_LAYOUT = ("n_rows", "n_samples", "block_size", "n_classes", "recorded")
 
 
 def _layouts(
@@ -399,7 +399,7 @@ def _layouts(
     }
     usual = (shape, chunks, np.dtype(np.float16), None, names)
     return {
-        ARRAY: (shape, chunks, dtype, unassigned(dtype), names),
+        _ARRAY: (shape, chunks, dtype, unassigned(dtype), names),
         ELIGIBLE: (shape[1:], chunks[1:], np.dtype(bool), False, names[1:]),
         **{name: special.get(name, usual) for name in recorded},
     }

@@ -11,34 +11,24 @@ was killed cannot change it.
 
 from __future__ import annotations
 
-import io
-import re
 import time
-import warnings
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from distal.errors import Damage, ModelError, one_line
+from distal.errors import Damage, ModelError
+from distal.model.weights import ANY_SIZE, LIGHTNING, Unreadable, deserialize, serialize, within
 from distal.records import CheckpointRef
-from distal.storage import create_json, link, names_in, read_json, read_regular, sha256, write_bytes
+from distal.storage import Numbered, create_json, link, read_json, read_regular, sha256, write_bytes
 
-if TYPE_CHECKING:  # torch takes seconds to import, and looking at a queue does not need it
-    import torch
-
-    StateDict = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    from distal.model.weights import StateDict
 
 MANIFEST = "manifest.json"
-SAFETENSORS, LIGHTNING = ".safetensors", ".ckpt"
 KEEP_ALL = "ModelCheckpoint(save_top_k=-1) in Lightning"
 KINDS = {"index": int, "epoch": int, "file": str, "sha256": str, "inputs": str, "metrics": dict}
 """What a manifest says, and the type of each."""
 
-NAME = re.compile(r"[0-9]{4,}")
 VISIBLE_S = 60.0
-ZIP = b"PK\x03\x04"
-ANY_SIZE = 2**63 - 1
 
 
 def commit(
@@ -107,8 +97,7 @@ def read(folder: Path, index: int) -> CheckpointRef:
 
 def committed(folder: Path) -> list[int]:
     """Indices of the committed checkpoints, in order."""
-    indices = {int(name) for name in names_in(folder) if NAME.fullmatch(name)}
-    return sorted(index for index in indices if is_committed(folder, index))
+    return [index for index in Numbered(folder, digits=4).numbers() if is_committed(folder, index)]
 
 
 def unbroken(folder: Path, inputs: str = "") -> list[CheckpointRef]:
@@ -199,122 +188,3 @@ def load(checkpoint: CheckpointRef) -> StateDict:
 def _check_bytes(checkpoint: CheckpointRef, data: bytes) -> None:
     if sha256(data) != checkpoint.sha256:
         raise Damage(f"{checkpoint.path}: the bytes of checkpoint {checkpoint.index} have changed")
-
-
-def within(value: Any, key: str | None, prefix: str) -> Any:
-    """The state_dict that is somewhere in what a file holds; see `CheckpointRef`.
-
-    Raises:
-        KeyError: there is nothing under that key.
-    """
-    if key is not None:
-        value = _below(value, key)
-    if prefix and isinstance(value, Mapping):
-        value = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in value.items()
-            if isinstance(name, str) and name.startswith(prefix)
-        }
-    return value
-
-
-def _below(value: Any, key: str) -> Any:
-    """What is under a key with dots between nested ones; a key may have dots of its own."""
-    if not isinstance(value, Mapping):
-        raise KeyError(key)
-    if key in value:
-        return value[key]
-    parts = key.split(".")
-    for i in range(len(parts) - 1, 0, -1):
-        head = ".".join(parts[:i])
-        if head in value:
-            return _below(value[head], ".".join(parts[i:]))
-    raise KeyError(key)
-
-
-def serialize(value: Any) -> bytes:
-    """Tensors and plain values as bytes; equal values give equal bytes in every process.
-
-    Tensors are made contiguous first: their memory format is not part of what they are.
-    """
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save(_contiguous(value), buffer)
-    return buffer.getvalue()
-
-
-class Unreadable(Exception):
-    """Bytes are no checkpoint that may be loaded; the message says why, in one line."""
-
-
-def deserialize(data: bytes, suffix: str = ".pt") -> Any:
-    """The inverse of `serialize`, on the CPU. Only tensors and plain values are accepted, never code.
-
-    Everything that is loaded from a file of somebody else goes through here. What is loaded is not larger than the
-    file, but for tensors that are repeated views of what it holds: look at shapes before values.
-
-    Args:
-        suffix: of the file they come from; `.safetensors` is another format.
-
-    Raises:
-        Unreadable: the bytes are no such file, whatever they are.
-    """
-    import torch
-
-    try:
-        if suffix == SAFETENSORS:
-            from safetensors.torch import load as load_safetensors
-
-            return load_safetensors(data)
-        check_sizes(data)
-        with warnings.catch_warnings(action="ignore"):  # of torch, about kinds of tensors that are refused anyway
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a stranger's bytes can make them raise anything
-        raise Unreadable(one_line(error)[:200]) from error
-
-
-def check_sizes(data: bytes) -> None:
-    """Raise Unreadable for a zip archive that is larger inside than outside: torch writes its entries as they are."""
-    if not data.startswith(ZIP):  # as torch tells; the format before torch 1.6 stores plain bytes
-        return
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise Unreadable("a compressed archive, which torch.save does not write")
-    if sum(entry.file_size for entry in entries) > len(data):
-        raise Unreadable("an archive that says it holds more bytes than it has")
-
-
-def oddity(value: object) -> str:
-    """Why something is no plain tensor: dense, in memory, each value of its own; empty when it is one.
-
-    Looks at no value, so it is quick and takes no memory, whatever a stranger's file says.
-    """
-    import torch
-
-    if not isinstance(value, torch.Tensor):
-        return f"a {type(value).__name__}"
-    if value.is_nested:
-        return "a nested tensor"
-    if value.layout != torch.strided:
-        return f"a tensor of layout {str(value.layout).removeprefix('torch.')}"
-    if value.device.type != "cpu":
-        return f"a tensor on the device {value.device.type}"
-    if value.is_quantized:
-        return "a quantised tensor"
-    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-        return "an expanded view, which repeats its values"
-    return ""
-
-
-def _contiguous(value: Any) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().contiguous()
-    if isinstance(value, dict):
-        return {key: _contiguous(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_contiguous(item) for item in value]
-    return value

@@ -15,12 +15,11 @@ A driver that was paused may write after its successor has begun. What then? Eve
   which attempt at training counts, whose checkpoints and assignments are in folders of its own;
 - the same bytes, whoever writes them: chunks, scores, selections, the state of training, on processors of one kind;
 - written after `require`, and found out if it is late all the same: see `Waiting.write`, `Staged.expect_again`,
-  `ForeignCheckpoints.keep`.
+  `FolderCheckpoints.keep`.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -32,12 +31,11 @@ from typing import Self
 
 from distal.errors import DiskFull, DistalError, RunConflict, Superseded
 from distal.processes import ProcessIdentity, this_process
-from distal.storage import create_json, names_in, read_json, write_json
+from distal.storage import Numbered, create_json, read_json, write_json
 
-FOLDER = "driver"
+_FOLDER = "driver"
 EXPIRY_S = 30.0  # a lease whose beat stood still for so long is given up
 BEAT_S = 5.0
-NAME = re.compile(r"\d{6,}\.json", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Lease:
     """
 
     def __init__(self, run: Path, attempt: str, say: Callable[[str], None] = lambda line: None) -> None:
-        self._run, self._folder, self._say = run, run / FOLDER, say
+        self._run, self._folder, self._say = run, run / _FOLDER, say
         self._me = Holder.this_process(attempt)
         self.number = 0
         self._successor: Holder | None = None
@@ -136,7 +134,7 @@ class Lease:
             with suppress(FileNotFoundError):  # whoever was here came to nothing, and has just removed the folder
                 if create_json(self._path(number + 1), asdict(self._me)):
                     # Leases of what came to nothing are removed, so numbers may have been given while we were paused.
-                    if max(self._numbers()) == number + 1:
+                    if _leases(self._run).last() == number + 1:
                         self.number = number + 1
                         return
                     self._path(number + 1).unlink(missing_ok=True)
@@ -156,16 +154,13 @@ class Lease:
     def _latest(self) -> tuple[int, Holder | None]:
         return latest(self._run)
 
-    def _numbers(self) -> list[int]:
-        return _numbers(self._run)
-
     def _path(self, number: int) -> Path:
         return lease_path(self._run, number)
 
 
 def latest(run: Path) -> tuple[int, Holder | None]:
     """The highest number of the leases on a run, and who has it; (0, None) when nobody ever drove."""
-    for number in reversed(_numbers(run)):
+    for number in reversed(_leases(run).numbers()):
         try:
             return number, Holder(**read_json(lease_path(run, number), required=("host", "pid", "attempt")))
         except FileNotFoundError:
@@ -177,8 +172,8 @@ def latest(run: Path) -> tuple[int, Holder | None]:
 
 def lease_path(run: Path, number: int) -> Path:
     """The file of a lease."""
-    return run / FOLDER / f"{number:06d}.json"
+    return _leases(run).path(number)
 
 
-def _numbers(run: Path) -> list[int]:
-    return sorted(int(name.removesuffix(".json")) for name in names_in(run / FOLDER) if NAME.fullmatch(name))
+def _leases(run: Path) -> Numbered:
+    return Numbered(run / _FOLDER, digits=6, suffix=".json")

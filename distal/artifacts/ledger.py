@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 LABELED, SKIPPED, UNSURE = "labeled", "skipped", "unsure"
 """What became of a sample that was asked: it has a label; the annotator passed over it; or could not tell."""
 
-LABELS_PER_RANK, LEAST_CLASSES = 2, 2
+LABELS_PER_RANK, _LEAST_CLASSES = 2, 2
 """What training needs: batch normalisation has no variance of one sample, and one class is nothing to tell apart."""
 
 
@@ -108,11 +108,11 @@ def too_few(labels: Collection[int], workers: int) -> str | None:
         workers: the ranks that share them.
     """
     n_classes = len(set(labels))
-    if len(labels) >= LABELS_PER_RANK * workers and n_classes >= LEAST_CLASSES:
+    if len(labels) >= LABELS_PER_RANK * workers and n_classes >= _LEAST_CLASSES:
         return None
     return (
         f"{len(labels)} labelled samples of {n_classes} classes; training needs at least {LABELS_PER_RANK * workers} "
-        f"({LABELS_PER_RANK} per rank) of {LEAST_CLASSES} classes"
+        f"({LABELS_PER_RANK} per rank) of {_LEAST_CLASSES} classes"
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -21,6 +21,9 @@ from rich.text import Text
 from distal.cli.tables import run_state, watch_table, watched, watched_stage
 from distal.progress import spoken
 from distal.records import JsonObject, Progress
+
+if TYPE_CHECKING:
+    from distal.report.status import Look
 
 LINE_EVERY_S = 10.0
 SHOWN_FAULTS = 5
@@ -178,14 +181,14 @@ class WatchScreen:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def show(self, look: JsonObject) -> None:
-        """One look; see `distal.report.status.Watch.look`."""
-        self._faults.extend(look["new_faults"])
+    def show(self, look: Look) -> None:
+        """Show one look."""
+        self._faults.extend(look.new_faults)
         if self.console.is_terminal:
             self._live.update(watch_table(look, self._faults), refresh=True)
             return
-        for line in look["new_faults"]:
+        for line in look.new_faults:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if self._pace.due((look["cycle"], look["stage"], look["state"])):
+        if self._pace.due((look.cycle, look.stage, look.state)):
             line = f"{run_state(look)}  {watched_stage(look)}  {'  '.join(watched(look).values())}"
             self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)

@@ -18,11 +18,11 @@ from ray.util.metrics import Counter, Gauge
 
 from distal.records import Progress
 
-EVERY_S = 1.0  # Ray hands on what it is told every ten seconds by default
+_EVERY_S = 1.0  # Ray hands on what it is told every ten seconds by default
 
 
 @dataclass(frozen=True, eq=False)
-class Metric:
+class MetricSpec:
     """One metric.
 
     Attributes:
@@ -46,12 +46,12 @@ class Metric:
         return ("run", "shard") if self.kind == "counter" else ("run",)
 
 
-def _counter(name: str, what: str) -> Metric:
-    return Metric(f"distal_{name}", "counter", what)
+def _counter(name: str, what: str) -> MetricSpec:
+    return MetricSpec(f"distal_{name}", "counter", what)
 
 
-def _gauge(name: str, what: str) -> Metric:
-    return Metric(f"distal_{name}", "gauge", what)
+def _gauge(name: str, what: str) -> MetricSpec:
+    return MetricSpec(f"distal_{name}", "gauge", what)
 
 
 IMAGES_SCORED = _counter("images_scored", "images predicted, once per checkpoint; test images included")
@@ -86,7 +86,7 @@ LAST_PROGRESS = _gauge(
     "when the driver last saw a checkpoint, a block or a stage completed, in seconds since 1970",
 )
 
-METRICS = tuple(value for value in vars().values() if isinstance(value, Metric))
+METRICS = tuple(value for value in vars().values() if isinstance(value, MetricSpec))
 
 
 class Meter:
@@ -105,10 +105,10 @@ class Meter:
 
     def __init__(self, run: str, shard: int | None = None) -> None:
         self._tags = {"run": run} if shard is None else {"run": run, "shard": str(shard)}
-        self._counts: dict[Metric, float] = {}
-        self._gauges: dict[Metric, float] = {}
+        self._counts: dict[MetricSpec, float] = {}
+        self._gauges: dict[MetricSpec, float] = {}
         self._seen: tuple[object, ...] = ()
-        self._told_at = -EVERY_S
+        self._told_at = -_EVERY_S
         self._lock = Lock()  # training tells from a thread of its own
         self._ended = Event()
         self._thread = Thread(target=self._repeat, name="metrics", daemon=True)
@@ -124,22 +124,22 @@ class Meter:
         self.tell(now=True)
 
     def _repeat(self) -> None:
-        while not self._ended.wait(EVERY_S):
+        while not self._ended.wait(_EVERY_S):
             self.tell(now=True)
 
-    def add(self, metric: Metric, amount: float) -> None:
+    def add(self, metric: MetricSpec, amount: float) -> None:
         """Count something."""
         with self._lock:
             self._counts[metric] = self._counts.get(metric, 0) + amount
 
-    def set(self, metric: Metric, value: float) -> None:
+    def set(self, metric: MetricSpec, value: float) -> None:
         """Say what something is from now on."""
         with self._lock:
             self._gauges[metric] = value
 
     def tell(self, *, now: bool = False) -> None:
         """Hand everything to Ray, unless that was done less than a second ago; `now`: also then."""
-        if not now and time.monotonic() - self._told_at < EVERY_S:
+        if not now and time.monotonic() - self._told_at < _EVERY_S:
             return
         self._told_at = time.monotonic()
         with self._lock:
@@ -179,7 +179,7 @@ class Meter:
 
 
 @cache
-def _instrument(metric: Metric) -> Counter | Gauge:
+def _instrument(metric: MetricSpec) -> Counter | Gauge:
     kind = Counter if metric.kind == "counter" else Gauge
     return kind(metric.name, metric.what, metric.tags)
 

@@ -20,7 +20,7 @@ from scipy import stats
 from distal.acquire.topk import Candidates, TopK
 from distal.artifacts.scores import Scores
 from distal.compare.statistics import t_interval
-from distal.driver.reanalyse import Scored
+from distal.driver.reanalyse import ScoredCycle
 from distal.errors import ConfigError, PoolError
 from distal.hashing import mix64
 from distal.progress import Display, Silent
@@ -76,7 +76,7 @@ def informativeness(
         UserError: a run has not been scored, or cannot be reduced to a measure.
     """
     display = display or Silent()
-    runs = [Scored(path, cycle, pool) for path in paths]
+    runs = [ScoredCycle(path, cycle, pool) for path in paths]
     names = tuple(dict.fromkeys(measures)) or _all_measures(runs)
     told: dict[str, list[_Told]] = {name: [] for name in names}
     sizes = []
@@ -149,12 +149,12 @@ class _Known:
         wrong: (n,) whether the last checkpoint predicts another class.
     """
 
-    run: Scored
+    run: ScoredCycle
     index: NDArray[np.int64]
     wrong: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, run: Scored) -> _Known:
+    def of(cls, run: ScoredCycle) -> _Known:
         if run.config.score.eliminate == "exact":
             raise ConfigError(
                 f"{run.directory.path}: samples were left out (score.eliminate: exact), so no measure can be compared "
@@ -196,7 +196,7 @@ def _spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
     return float(stats.spearmanr(first, second).statistic)
 
 
-def _all_measures(runs: Sequence[Scored]) -> tuple[str, ...]:
+def _all_measures(runs: Sequence[ScoredCycle]) -> tuple[str, ...]:
     """What all runs can be reduced to, and windows of dispersion that have at least two checkpoints."""
     recorded = [name for name in FROM_RECORDED if all(name in run.config.score.record for run in runs)]
     n_rows = min(run.n_rows for run in runs)

@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 
 from distal import __version__, cluster
 from distal.artifacts.assignments import begun_path, record_path
-from distal.artifacts.runs import Cycle, Run
+from distal.artifacts.cycles import Cycle
+from distal.artifacts.runs import CycleSummary, Run
 from distal.compare.results import report
-from distal.config import FIRST, CompareConfig, Config, SelectConfig
+from distal.config import FIRST, CompareConfig, Config, SelectSection
 from distal.config.needs import recorded, scored_epochs
 from distal.driver import run as driver
+from distal.driver.run import RunResult
 from distal.errors import ConfigError
 from distal.pool import Pool
 from distal.progress import Display, Silent
@@ -53,7 +55,7 @@ def compare(config: CompareConfig, display: Display | None = None) -> JsonObject
     if config.eval.test is None:
         raise ConfigError("eval.test: null: strategies are compared on test images; give some")
     folder = Path(config.run)
-    runs: dict[tuple[int, str], JsonObject] = {}
+    runs: dict[tuple[int, str], RunResult] = {}
     be_durable(config.durable)  # before the connection, which tells actors and ranks
     with ExitStack() as stack:
         stack.enter_context(cluster.connect(config.ray.address))
@@ -64,11 +66,11 @@ def compare(config: CompareConfig, display: Display | None = None) -> JsonObject
     pool = Pool.open(Path(config.pool.path))
     selections = {}
     rows = []
-    for (seed, name), summary in runs.items():
-        run = Run.open(summary["run"])
-        for told in summary["cycles"]:
-            cycle = run.cycle(told["cycle"])
-            rows.append(_row(config, seed, name, cycle, told))
+    for (seed, name), result in runs.items():
+        run = Run.open(result.run)
+        for summary in result.cycles:
+            cycle = run.cycle(summary.cycle)
+            rows.append(_row(config, seed, name, cycle, summary))
             selections[seed, name, cycle.index] = _selected(pool, cycle)
     told = report(
         pa.Table.from_pylist(rows),
@@ -103,7 +105,7 @@ def _single(
     config: CompareConfig,
     seed: int,
     folder: Path,
-    select: SelectConfig,
+    select: SelectSection,
     record: tuple[str, ...],
     checkpoints: str,
     cycles: int | None = None,
@@ -116,7 +118,7 @@ def _single(
     return Config.model_validate(tree)
 
 
-def _run(config: CompareConfig, folder: Path, seed: int, name: str, display: Display) -> JsonObject:
+def _run(config: CompareConfig, folder: Path, seed: int, name: str, display: Display) -> RunResult:
     """One run to its end: its first cycle from what is shared, then the others."""
     shared, own = folder / FIRST, folder / name
     wanted = strategy_config(config, name, seed, own)
@@ -128,7 +130,9 @@ def _run(config: CompareConfig, folder: Path, seed: int, name: str, display: Dis
     if cycle.marker("select") is None:
         assert isinstance(cycle.config, Config)
         driver.run(cycle.config.with_values({"run": str(own), "loop.cycles": 1}), display)
-    return driver.run(wanted, display)
+    result = driver.run(wanted, display)
+    assert isinstance(result, RunResult)  # the labels are those of the pool
+    return result
 
 
 def _fork(shared: Run, dest: Path, wanted: Config) -> None:
@@ -153,7 +157,7 @@ def _fork(shared: Run, dest: Path, wanted: Config) -> None:
     values = {f"select.{key}": value for key, value in select.model_dump(by_alias=True).items()}
     Run(dest).cycle(0).begin(begun.with_values({"run": str(dest), "loop.cycles": wanted.loop.cycles, **values}))
     assert shared.identity is not None
-    write_yaml(dest / "run.yaml", {key: shared.identity[key] for key in ("fixed", "constants")})
+    write_yaml(dest / "run.yaml", vars(shared.identity))
 
 
 def _link(source: Path, dest: Path) -> None:
@@ -164,13 +168,14 @@ def _link(source: Path, dest: Path) -> None:
         os.link(source, dest)
 
 
-def _row(config: CompareConfig, seed: int, name: str, cycle: Cycle, told: JsonObject) -> JsonObject:
-    """What a cycle came to. The first one is shared: its images are counted as what this strategy needs of them."""
-    took = told["seconds"]
+def _row(config: CompareConfig, seed: int, name: str, cycle: Cycle, summary: CycleSummary) -> JsonObject:
+    """The figures of a cycle. The first one is shared: it counts the images that this strategy needs."""
+    took = summary.seconds
     scored = cycle.marker("score")
     assert scored is not None
+    assert summary.test is not None
     needed = len(scored_epochs(strategy_config(config, name, seed, Path(config.run))))
-    images = needed * scored["n_eligible"]
+    images = needed * scored.outputs.n_eligible
     # Scoring goes on beside training; without anything to score it only waits for it.
     stages = [max(took["train"], took["score"]) if images else took["train"]]
     stages += [took.get(stage, 0.0) for stage in ("test", "reduce", "select", "label")]
@@ -178,8 +183,8 @@ def _row(config: CompareConfig, seed: int, name: str, cycle: Cycle, told: JsonOb
         "seed": seed,
         "strategy": name,
         "cycle": cycle.index,
-        "n_labeled": told["n_paid"],
-        **{metric: told["test"][metric] for metric in config.eval.metrics},
+        "n_labeled": summary.n_paid,
+        **{metric: summary.test[metric] for metric in config.eval.metrics},
         "seconds": float(sum(stages)),
         "images_scored": images,
     }
@@ -209,6 +214,6 @@ def _conditions(config: CompareConfig, pool: Pool) -> JsonObject:
     }
 
 
-def _changed(select: SelectConfig) -> str:
+def _changed(select: SelectSection) -> str:
     """The keys of a strategy that are not the default."""
     return ", ".join(f"{key}={value}" for key, value in select.model_dump(by_alias=True, exclude_defaults=True).items())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from distal import plugins
-from distal.config.sections import Config, Recorded, SelectConfig, VoteMeasure
+from distal.config.kinds import Config
+from distal.config.sections import Recorded, SelectSection, VoteMeasure
 from distal.errors import ConfigError
 from distal.records import Window
 
@@ -13,7 +14,7 @@ Need = Literal["final", "all", "probabilities", "embeddings"]
 K_CENTER = "k_center"
 
 
-def load_strategy(select: SelectConfig) -> Any:
+def load_strategy(select: SelectSection) -> Any:
     """The user's own strategy (see `distal.acquire.strategy.Strategy`); None for one of distal's own.
 
     Raises:
@@ -33,7 +34,7 @@ def load_strategy(select: SelectConfig) -> Any:
     return made
 
 
-def needs_of(select: SelectConfig) -> frozenset[str]:
+def _needs_of(select: SelectSection) -> frozenset[str]:
     """What must be known of the candidates for the batch to be composed."""
     if select.batch == K_CENTER:
         return frozenset({"embeddings"})
@@ -41,7 +42,7 @@ def needs_of(select: SelectConfig) -> frozenset[str]:
     return frozenset(own.needs) if own else frozenset()
 
 
-def recorded(select: SelectConfig) -> tuple[str, ...]:
+def recorded(select: SelectSection) -> tuple[str, ...]:
     """What must be recorded beside the assignments, for a way of selecting."""
     measure, _ = Window.of_name(select.measure)
     names = [measure] if measure in get_args(Recorded) and select.from_ is None else []
@@ -55,7 +56,7 @@ def scored_epochs(config: Config) -> list[int]:
     """
     epochs, select = config.train.checkpoint_epochs, config.select
     measure, _ = Window.of_name(select.measure)
-    needs = set(needs_of(select))
+    needs = set(_needs_of(select))
     if select.from_ is None:
         if measure in get_args(VoteMeasure):
             needs.add("all")

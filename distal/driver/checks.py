@@ -1,4 +1,4 @@
-"""What a run is given: its pools, opened or packed, and whether everything fits together."""
+"""The pools of a run, opened or packed, and whether everything fits together."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 from distal import cluster
 from distal.acquire.strategy import strategy
 from distal.artifacts.assignments import dtype_for
+from distal.artifacts.runs import Run
 from distal.cluster import Slots
-from distal.config import NAMED, AnyRoot, Config, Root
-from distal.errors import ConfigError, Damage, DiskFull, PoolError, UnknownFormat, UserError
+from distal.config import NAMED, Config, Root, check_unchanged
+from distal.driver.context import begun_config
+from distal.errors import ConfigError, Damage, DiskFull, PoolError, RunConflict, UnknownFormat, UserError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.pool.images import MANIFEST, OK, parts
 from distal.pool.sample_files import listed, read_text
-from distal.progress import Display
-from distal.records import STRIPE_SAMPLES, Block, JsonObject, Progress, auto_block_size, split_blocks
+from distal.progress import Display, counter
+from distal.records import STRIPE_SAMPLES, Block, JsonObject, split_blocks
 from distal.storage import read_json, write_json
 from distal.train.command import check_command
 
@@ -40,7 +42,7 @@ def open_pool(config: Root, connect: Callable[[], None], display: Display) -> Po
 
 
 def open_held_out(config: Config, connect: Callable[[], None], display: Display) -> dict[str, Pool]:
-    """The pools to evaluate on, `test` and `val`, as far as there are any; packed first when they do not exist yet."""
+    """The pools to evaluate on, `test` and `val`, as far as they are configured; packed first if need be."""
     given = {"test": config.eval.test, "val": config.eval.val}
     pools = {}
     for name, place in given.items():
@@ -55,14 +57,14 @@ def open_held_out(config: Config, connect: Callable[[], None], display: Display)
 
 
 def _open(
-    folder: Path, source: str | None, key: str, as_it_is: str, connect: Callable[[], None], display: Display
+    folder: Path, source: str | None, key: str, unchanged: str, connect: Callable[[], None], display: Display
 ) -> Pool:
     if source is None or (folder / MANIFEST).exists():
         pool = Pool.open(folder)
         if source not in (None, pool.source):
             raise PoolError(
                 f"{key}: {folder} was packed from {pool.source}, not from {source}; remove it to pack it again, or use "
-                f"it as it is with {as_it_is}"
+                f"it as it is with {unchanged}"
             )
     else:
         connect()
@@ -70,7 +72,7 @@ def _open(
         pool = build(
             source,
             folder,
-            on_progress=lambda done, total: display.progress(Progress(-1, "packing", images_scored=done, images=total)),
+            on_progress=counter(display.progress, "packing"),
         )
     if pool.n_unreadable:
         display.say(
@@ -119,7 +121,7 @@ def with_classes(config: Config, pool: Pool) -> Pool:
 
 
 def check(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> None:
-    """Refuse at once what would fail later; `pool` is as `with_classes` gives it. Raises UserError."""
+    """Refuse at once what would fail later; `pool` comes from `with_classes`. Raises UserError."""
     assert pool.classes is not None
     if config.label.oracle == "pool":
         _check_labels(pool)
@@ -163,7 +165,7 @@ def check_groups(config: Root, pool: Pool) -> None:
 
 
 def _check_labels(pool: Pool) -> None:
-    """Every image needs one when they are what answers."""
+    """Every image needs a label when labels of the pool are the oracle."""
     if pool.n_labeled < pool.n_readable:
         raise PoolError(
             f"{pool.path}: {pool.n_readable - pool.n_labeled} of {pool.n_readable} readable images have no label; "
@@ -195,7 +197,7 @@ def _check_held_out(key: str, other: Pool, pool: Pool, classes: tuple[str, ...])
 
 
 def check_overlap(config: Config, pool: Pool, held_out: Mapping[str, Pool], display: Display) -> None:
-    """Refuse images to evaluate on whose pixels are in the pool as well, or say that there are some.
+    """Refuse images to evaluate on whose pixels are in the pool too, or warn.
 
     Ray tasks read the pool once, each with a hash for every image of `held_out`. The result is kept in the folder of
     the images to evaluate on, for all runs on the same images. Ray must be running.
@@ -219,7 +221,7 @@ def check_overlap(config: Config, pool: Pool, held_out: Mapping[str, Pool], disp
 
 
 def _find_overlaps(pool: Pool, held_out: Mapping[str, Pool], display: Display) -> dict[str, JsonObject]:
-    """How many images of each are in the pool as well, and the names of the first one in both."""
+    """For each set, how many of its images are in the pool too, and the names of the first one in both."""
     overlaps: dict[str, JsonObject] = {}
     hashes = {}
     for name, other in held_out.items():
@@ -241,7 +243,7 @@ def _overlap_path(pool: Pool, other: Pool) -> Path:
 
 
 def _kept_overlap(pool: Pool, other: Pool) -> JsonObject | None:
-    """What an earlier run found, if it was about these images."""
+    """The result of an earlier run, if it is about these images."""
     try:
         kept = read_json(_overlap_path(pool, other), required=("held_out", "n_shared"))
     except (FileNotFoundError, Damage, UnknownFormat):  # found anew
@@ -250,7 +252,7 @@ def _kept_overlap(pool: Pool, other: Pool) -> JsonObject | None:
 
 
 def _overlap(pool: Pool, other: Pool, found: NDArray[np.int64]) -> JsonObject:
-    """What is kept and said.
+    """The record that is written and reported.
 
     Args:
         found: (n, 2): `sample_index` in `other`, and of the first equal image in the pool, in the order of `other`.
@@ -267,17 +269,16 @@ def _overlap(pool: Pool, other: Pool, found: NDArray[np.int64]) -> JsonObject:
 def _find_hashes(
     pool: Pool, hashes: Mapping[str, tuple[NDArray[np.int64], NDArray[np.bytes_]]], display: Display
 ) -> dict[str, NDArray[np.int64]]:
-    """For each set, (n, 2): the images that the pool has too, and where it has them first."""
+    """For each set, (n, 2): its images that the pool has too, and the first place of each in the pool."""
     if not hashes:
         return {}
     wanted = np.unique(np.concatenate([each for _, each in hashes.values()]))
     first = np.full(len(wanted), pool.n_samples)
-    n_done = 0
+    n_done, show = 0, counter(display.progress, "looking for images to evaluate on")
     for n_samples, places, indices in cluster.in_tasks(partial(_find_in_part, pool, wanted), parts(pool.n_samples)):
         np.minimum.at(first, places, indices)
         n_done += n_samples
-        done = Progress(-1, "looking for images to evaluate on", images_scored=n_done, images=pool.n_samples)
-        display.progress(done)
+        show(n_done, pool.n_samples)
     found = {}
     for name, (here, each) in hashes.items():
         there = first[np.searchsorted(wanted, each)]
@@ -335,40 +336,56 @@ def _shared_groups(other: Pool, pool: Pool) -> list[str]:
     return sorted(found)
 
 
-def constants(config: Root, pool: Pool, slots: Slots) -> JsonObject:
-    """What a key that says `auto`, and can change a bit of the answer, comes to; kept in `run.yaml`.
+def check_begun(directory: Run, config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> None:
+    """Refuse what a run that has begun cannot take; `config` has the recorded values.
 
-    Precision and batch size are found out later, where they will be used: see `Scorers.choose`.
+    Raises:
+        RunConflict: it is another run, or a cycle that has not selected yet would change.
     """
-    auto: JsonObject = {"device": slots.device, "pool.block_size": auto_block_size(pool.n_samples)}
-    if isinstance(config, Config):
-        auto["train.threads"] = slots.train_threads(config.train.workers)
-    given = config.leaves()
-    return {key: value if given[key] == "auto" else given[key] for key, value in auto.items()}
+    if directory.identity is None:
+        return
+    directory.check(identity_keys(config, pool, held_out))
+    begun = directory.begun_cycles()
+    if not begun:
+        return
+    last = begun_config(begun[-1])
+    if not begun[-1].is_complete("select"):
+        check_unchanged(last, config, begun[-1].index)
+    before, now = last.pool.classes, pool.classes
+    assert before is not None
+    assert now is not None
+    if now[: len(before)] != tuple(before):  # an index means the same class for ever
+        raise RunConflict(
+            f"pool.classes: cycle {begun[-1].index} was begun with {', '.join(before)}; keep them in "
+            "this order, and append new ones"
+        )
 
 
-def resolved(config: AnyRoot, constants: JsonObject) -> AnyRoot:
-    """The configuration with a value in place of every `auto` that is in `constants`."""
-    return config.with_values({key: constants[key] for key in config.autos() if key in constants})
+def check_slots(config: Config, slots: Slots) -> None:
+    """Refuse ranks that would wait for ever: no slot is ever added to a cluster of our own."""
+    workers = config.train.workers
+    threads = 1 if config.train.threads == "auto" else config.train.threads  # more only where they fit
+    needed = slots.training(workers, threads)
+    if cluster.is_own(config.ray.address) and needed > slots.scoring:
+        unit = "GPUs" if slots.device == "cuda" else "CPU slots"
+        raise ConfigError(
+            f"train.workers: {workers} ranks of {threads} threads need {needed} {unit}, this machine "
+            f"has {slots.scoring}; lower train.workers or train.threads, or use a larger machine if the "
+            "cycle has begun"
+        )
 
 
-def fixed(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> JsonObject:
+def identity_keys(config: Config, pool: Pool, held_out: Mapping[str, Pool]) -> JsonObject:
     """What must stay the same for as long as a run exists; `config` is resolved."""
     contents = {name: pool.content_sha256 for name, pool in held_out.items()}
     return {
-        **config.fixed(),
-        **content(pool),
+        **config.identity_keys(),
+        **content_key(pool),
         "test content (eval.test)": contents.get("test"),
         "validation content (eval.val)": contents.get("val"),
     }
 
 
-def content(pool: Pool) -> JsonObject:
-    """What of a pool must stay the same, wherever it lies."""
+def content_key(pool: Pool) -> JsonObject:
+    """The content of a pool, which must stay the same wherever the pool lies."""
     return {"pool content (pool.path)": pool.content_sha256}
-
-
-def eligible_per_block(config: Root, pool: Pool, n_labeled: int = 0) -> int:
-    """About how many samples of a block will be scored while `n_labeled` are labelled; `config` is resolved."""
-    n_scored = min(config.pool.limit or pool.n_readable, pool.n_readable) - n_labeled
-    return max(1, min(int(config.pool.block_size), pool.n_samples) * n_scored // pool.n_samples)

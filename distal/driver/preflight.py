@@ -1,8 +1,8 @@
 """Before a run on several nodes: can each of them take part?
 
-What would fail later, on one node and halfway, is told at the start: a folder that is not the same everywhere, a module
-or a package that is missing or another. On a node that joins later a scoring actor opens all it needs before it gets
-any work, and is sent away when it cannot.
+A failure on one node, halfway, is reported at the start: a folder that is not the same everywhere, a
+module or package that is missing or has another version. On a node that joins later, a scoring actor opens
+all it needs before it gets any work, and is sent away when it cannot.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from distal.pool.images import MANIFEST
 from distal.progress import Display
 from distal.storage import require_writable, write_bytes
 
-PACKAGES = ("torch", "ray", "zarr", "numpy")
-NEEDED = ("model.weights", "checkpoints.path")  # what is read by the nodes, beside the pools
-FIRST_NODE_S = 600.0
-WAIT_S = 120.0
+_PACKAGES = ("torch", "ray", "zarr", "numpy")
+_NEEDED = ("model.weights", "checkpoints.path")  # what is read by the nodes, beside the pools
+_FIRST_NODE_S = 600.0
+_WAIT_S = 120.0
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a node is asked for; picklable.
+    """What a node must have; picklable.
 
     Attributes:
         pools: as the driver sees them.
         mark: a file in the run directory.
-        files: keys and the files or folders that they name.
-        functions: keys and the functions of the user's that they name.
+        files: keys and their files or folders.
+        functions: keys and the user's functions that they name.
     """
 
     pools: tuple[Pool, ...]
@@ -48,12 +48,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Found:
-    """What a node says.
+    """The answer of a node.
 
     Attributes:
         versions: of Python and of the packages; those of torch without what they were built for, because a head
             without a GPU may have another build.
-        problems: what it cannot do.
+        problems: a line for each thing that it lacks.
     """
 
     versions: dict[str, str]
@@ -67,19 +67,19 @@ def check(config: Root, run: Path, pools: Sequence[Pool], display: Display) -> N
         run: the run directory, which exists.
 
     Raises:
-        UserError: naming the nodes that cannot take part; what each of them lacks is said before, a line each.
+        UserError: naming the nodes that cannot take part; the display has shown before, in a line each, what they lack.
     """
     if not cluster.is_own(config.ray.address):
-        cluster.wait_for_node(config.device, FIRST_NODE_S, display.say)
+        cluster.wait_for_node(config.device, _FIRST_NODE_S, display.say)
     if cluster.is_alone():
         return
     display.say("asking every node for the pool, the run directory and its versions")
     places = config.places()
     mark = run / f".preflight-{uuid.uuid4().hex}.tmp"
-    wanted = Wanted(tuple(pools), mark, {key: places[key] for key in NEEDED if key in places}, config.functions())
+    wanted = Wanted(tuple(pools), mark, {key: places[key] for key in _NEEDED if key in places}, config.functions())
     write_bytes(mark, b"")
     try:
-        answers = cluster.on_each_node(partial(look, wanted), WAIT_S)
+        answers = cluster.on_each_node(partial(look, wanted), _WAIT_S)
     finally:
         mark.unlink(missing_ok=True)
     lacking = verdict(versions(), answers)
@@ -93,7 +93,7 @@ def check(config: Root, run: Path, pools: Sequence[Pool], display: Display) -> N
 
 
 def look(wanted: Wanted) -> Found:
-    """What this node can do."""
+    """Check this node."""
     problems = []
     for pool in wanted.pools:
         if not (pool.path / MANIFEST).exists():
@@ -120,17 +120,17 @@ def look(wanted: Wanted) -> Found:
 
 
 def versions() -> dict[str, str]:
-    """Those of this process."""
-    packages = {name: metadata.version(name).partition("+")[0] for name in PACKAGES}
+    """The versions of this process."""
+    packages = {name: metadata.version(name).partition("+")[0] for name in _PACKAGES}
     return {"Python": platform.python_version(), "distal": __version__, **packages}
 
 
 def verdict(here: Mapping[str, str], answers: Mapping[str, Found | Exception]) -> dict[str, str]:
-    """What each node lacks, as one line; those that lack nothing are left out.
+    """What each node lacks, as one line; nodes that lack nothing are left out.
 
     Args:
         here: the versions of the driver.
-        answers: what each node said, or why it did not.
+        answers: the answer of each node, or why there is none.
     """
     lacking = {}
     for node, answer in answers.items():

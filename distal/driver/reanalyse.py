@@ -1,12 +1,13 @@
 """Reduce and select again from stored assignments: another measure, window or budget, without any inference.
 
-What comes out lies under `analyses/<measure><window>`; the record of the cycle itself is never overwritten.
+Results lie under `analyses/<measure><window>`; the record of the cycle itself is never overwritten.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -14,20 +15,71 @@ from distal import cluster
 from distal.acquire.batch import select
 from distal.acquire.strategy import by_scores
 from distal.artifacts.assignments import Assignments
-from distal.artifacts.runs import Analysis, Cycle, Run
+from distal.artifacts.cycles import Analysis, Cycle
+from distal.artifacts.runs import Run
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
-from distal.config import Config, ForeignConfig, SelectConfig, check_measure
+from distal.artifacts.stages import AnalysisOutputs, Marker, ScoreOutputs, SelectOutputs
+from distal.config import Config, ScoreConfig, SelectSection, check_measure
 from distal.errors import ConfigError, Damage, RunConflict, UserError
 from distal.hashing import digest
 from distal.pool import Pool
-from distal.progress import Display, Silent
-from distal.records import JsonObject, Progress, Window
+from distal.progress import Display, Silent, counter
+from distal.records import Result, Window
 from distal.reduce.measures import FROM_RECORDED, FROM_VOTES
 from distal.reduce.stream import Mapper, Reduction, in_threads, reduce
 from distal.storage import be_durable
 
-WHOLE = Window()
+_WHOLE = Window()
+
+
+@dataclass(frozen=True)
+class MeasureResult(Result):
+    """A measure of a cycle that has been computed.
+
+    Attributes:
+        window: as in its name; empty for all checkpoints.
+        checkpoints: how many it was computed from.
+        scores: the folder with the array.
+        seconds: that the computation took, whenever that was.
+    """
+
+    measure: str
+    window: str
+    checkpoints: int
+    scores: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ReduceResult(Result):
+    """The measures that `distal reduce` computed, or found."""
+
+    state: str
+    run: Path
+    cycle: int
+    analyses: tuple[MeasureResult, ...]
+
+
+@dataclass(frozen=True)
+class SelectResult(Result):
+    """The selection that `distal select` made, or found.
+
+    Attributes:
+        window: as in the name of the measure; empty for all checkpoints.
+        selection: the file.
+        tie_share: the share of the batch that a tie-break decided.
+    """
+
+    state: str
+    run: Path
+    cycle: int
+    measure: str
+    window: str
+    selection: Path
+    n_selected: int
+    tie_share: float
+    selection_sha256: str
 
 
 def reduce_run(
@@ -35,19 +87,19 @@ def reduce_run(
     *,
     cycle: int | None = None,
     measures: tuple[str, ...] = (),
-    window: Window = WHOLE,
+    window: Window = _WHOLE,
     annotate: bool = False,
     pool: Path | None = None,
     ray_address: str | None = None,
     display: Display | None = None,
-) -> JsonObject:
+) -> ReduceResult:
     """Compute measures of a cycle that has been scored.
 
     Args:
         path: the run directory.
         cycle: by default the last one that has been scored.
         measures: by default the one that the run selects by.
-        annotate: keep each sample's most frequent classes, too.
+        annotate: keep each sample's most frequent classes too.
         pool: where the pool of the run is now, if it has moved.
         ray_address: of a cluster whose nodes share the work; None: the threads of this process.
 
@@ -56,14 +108,14 @@ def reduce_run(
         Damage: a chunk is missing or does not decode.
     """
     display = display or Silent()
-    scored = Scored(path, cycle, pool)
+    scored = ScoredCycle(path, cycle, pool)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
-        done = [
+        analyses = [
             scored.reduce(*_named(measure, window), annotate=annotate, mapper=mapper, display=display)
             for measure in measures or (scored.config.select.measure,)
         ]
-    return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, "analyses": done}
+    return ReduceResult("complete", scored.directory.path, scored.cycle.index, tuple(analyses))
 
 
 def select_run(
@@ -72,13 +124,13 @@ def select_run(
     budget: int,
     measure: str | None = None,
     cycle: int | None = None,
-    window: Window = WHOLE,
-    how: SelectConfig | None = None,
+    window: Window = _WHOLE,
+    how: SelectSection | None = None,
     annotate: bool = False,
     pool: Path | None = None,
     ray_address: str | None = None,
     display: Display | None = None,
-) -> JsonObject:
+) -> SelectResult:
     """Choose the `budget` samples with the largest scores; they are computed first if need be.
 
     Arguments as for `reduce_run`; `how` is by default that of the run.
@@ -86,14 +138,13 @@ def select_run(
     Raises like `reduce_run`, and UserError when there are fewer samples than the budget.
     """
     display = display or Silent()
-    scored = Scored(path, cycle, pool)
+    scored = ScoredCycle(path, cycle, pool)
     how = how or scored.config.select
     name, window = _named(measure or how.measure, window)
     with _connection(ray_address):
         mapper: Mapper = cluster.in_tasks if ray_address else in_threads
         scored.reduce(name, window, annotate=annotate, mapper=mapper, display=display)
-    chosen = scored.select(name, window, budget, how)
-    return {"state": "complete", "run": str(scored.directory.path), "cycle": scored.cycle.index, **chosen}
+    return scored.select(name, window, budget, how)
 
 
 def _named(measure: str, window: Window) -> tuple[str, Window]:
@@ -102,9 +153,9 @@ def _named(measure: str, window: Window) -> tuple[str, Window]:
         name, own = Window.of_name(measure)
     except ValueError as error:
         raise ConfigError(f"--measure: {measure}: {error}") from None
-    if own != WHOLE and window != WHOLE:
+    if own != _WHOLE and window != _WHOLE:
         raise ConfigError(f"--measure: {measure} has a window already; leave out --last, --from and --every")
-    return name, window if own == WHOLE else own
+    return name, window if own == _WHOLE else own
 
 
 def _connection(address: str | None) -> AbstractContextManager[None]:
@@ -114,7 +165,7 @@ def _connection(address: str | None) -> AbstractContextManager[None]:
     return cluster.connect(address)
 
 
-class Scored:
+class ScoredCycle:
     """A cycle whose assignments are complete."""
 
     def __init__(self, path: Path, cycle: int | None, pool: Path | None) -> None:
@@ -131,17 +182,16 @@ class Scored:
         self.cycle: Cycle = found[-1]
         marker = self.cycle.marker("score")
         assert marker is not None
-        assert self.cycle.config is not None
-        self.marker: JsonObject = marker
-        self.config: Config | ForeignConfig = self.cycle.config
-        self.n_rows: int = marker["n_rows"]
+        self.marker: Marker[ScoreOutputs] = marker
+        self.config: Config | ScoreConfig = self.cycle.config
+        self.n_rows = marker.outputs.n_rows
         be_durable(self.config.durable)
         self._pool_path = pool or Path(self.config.pool.path)
 
     @cached_property
     def pool(self) -> Pool:
         """The pool of the run."""
-        return Pool.open(self._pool_path).require(self.marker["inputs"]["pool"])
+        return Pool.open(self._pool_path).require(self.marker.inputs["pool"])
 
     @cached_property
     def assignments(self) -> Assignments:
@@ -149,18 +199,20 @@ class Scored:
         return Assignments.open(self.cycle.assignments)
 
     def scores_of(self, name: str, display: Display) -> Path:
-        """Where the scores of a measure are, computed if need be; its window is part of its name."""
-        measure, window = _named(name, WHOLE)
+        """The folder of the scores of a measure, computed if need be; its window is part of its name."""
+        measure, window = _named(name, _WHOLE)
         self.reduce(measure, window, annotate=False, mapper=in_threads, display=display)
         return self._analysis(measure, window).scores
 
-    def reduce(self, measure: str, window: Window, *, annotate: bool, mapper: Mapper, display: Display) -> JsonObject:
+    def reduce(
+        self, measure: str, window: Window, *, annotate: bool, mapper: Mapper, display: Display
+    ) -> MeasureResult:
         """Compute one measure, unless that is done."""
         rows = self._rows(measure, window)
         analysis = self._analysis(measure, window)
-        made_from = {"score": self.marker["inputs_sha256"], "rows": digest(rows)}
-        marker = analysis.marker("reduce")
-        if marker is None or marker["inputs"] != made_from or annotate > marker["annotated"]:
+        made_from = {"score": self.marker.inputs_sha256, "rows": digest(rows)}
+        marker = analysis.reduced
+        if marker is None or marker.inputs != made_from or annotate > marker.outputs.annotated:
             started = time.monotonic()
             analysis.invalidate("reduce")
             reduction = Reduction(
@@ -173,35 +225,27 @@ class Scored:
                 seed=self.config.seed,
                 cycle=self.cycle.index,
             )
-            title = f"reduce {measure}{window}"
             reduce(
                 reduction,
                 analysis.scores,
                 mapper=mapper,
-                on_progress=lambda done, total: display.progress(
-                    Progress(self.cycle.index, title, images_scored=done, images=total)
-                ),
+                on_progress=counter(display.progress, f"reduce {measure}{window}", self.cycle.index),
             )
-            outputs = {"rows": len(rows), "samples": self.pool.n_samples, "annotated": annotate}
+            outputs = AnalysisOutputs(rows=len(rows), samples=self.pool.n_samples, annotated=annotate)
             marker = analysis.complete("reduce", made_from, outputs, time.monotonic() - started)
-        return {
-            "measure": measure,
-            "window": str(window),
-            "checkpoints": len(rows),
-            "scores": str(analysis.scores / measure),
-            "seconds": marker["seconds"],
-        }
+        scores = analysis.scores / measure
+        return MeasureResult(measure, str(window), len(rows), scores, marker.seconds)
 
-    def select(self, measure: str, window: Window, budget: int, how: SelectConfig) -> JsonObject:
+    def select(self, measure: str, window: Window, budget: int, how: SelectSection) -> SelectResult:
         """Choose from a measure that has been computed, unless that is done.
 
         Args:
-            how: what else decides the batch: the tie-break, the kind of batch and the cap on groups.
+            how: the tie-break, the kind of batch and the cap on groups.
         """
         analysis = self._analysis(measure, window)
-        reduced = analysis.marker("reduce")
+        reduced = analysis.reduced
         assert reduced is not None
-        n_candidates = self.marker["n_eligible"]
+        n_candidates = self.marker.outputs.n_eligible
         if budget > n_candidates:
             raise UserError(f"--budget: {budget} is more than the {n_candidates} candidates; lower it")
         if self.config.score.eliminate == "exact" and budget > self.budget:
@@ -212,13 +256,13 @@ class Scored:
             )
         how = by_scores(how, measure)
         made_from = {
-            "reduce": reduced["inputs_sha256"],
+            "reduce": reduced.inputs_sha256,
             "seed": str(self.config.seed),
             "select": digest(how.model_dump(mode="json")),
         }
         stage, dest = f"select-{budget}", analysis.selection(budget)
-        marker = analysis.marker(stage)
-        if marker is None or marker["inputs"] != made_from:
+        marker = analysis.selected(stage)
+        if marker is None or marker.inputs != made_from:
             started = time.monotonic()
             analysis.invalidate(stage)
             selection = select(
@@ -233,50 +277,50 @@ class Scored:
                 cycle=self.cycle.index,
                 expected=analysis.expected(stage, made_from),
             )
-            outputs = {
-                "n_selected": len(selection),
-                "tie_share": round(selection.tie_share, 6),
-                "selection_sha256": selection.sha256,
-            }
+            outputs = SelectOutputs.of(selection)
             marker = analysis.complete(stage, made_from, outputs, time.monotonic() - started)
-        elif Selection.read(dest).sha256 != marker["selection_sha256"]:
+        elif Selection.read(dest).sha256 != marker.outputs.selection_sha256:
             raise Damage(f"{dest}: not the selection that was made; remove {analysis.folder} to make it again")
-        return {
-            "measure": measure,
-            "window": str(window),
-            "selection": str(dest),
-            "n_selected": marker["n_selected"],
-            "tie_share": marker["tie_share"],
-            "selection_sha256": marker["selection_sha256"],
-        }
+        return SelectResult(
+            state="complete",
+            run=self.directory.path,
+            cycle=self.cycle.index,
+            measure=measure,
+            window=str(window),
+            selection=dest,
+            n_selected=marker.outputs.n_selected,
+            tie_share=marker.outputs.tie_share,
+            selection_sha256=marker.outputs.selection_sha256,
+        )
 
     @property
     def augmented(self) -> bool:
-        """Whether what was predicted are images as training sees them."""
-        return isinstance(self.config, Config) and self.config.score.transform == "train"
+        """Whether images were scored as training augments them."""
+        return self.config.augments
 
     @property
     def n_checkpoints(self) -> int:
         """Checkpoints of the cycle, scored or not."""
-        return len(self.config.train.checkpoint_epochs) if isinstance(self.config, Config) else self.n_rows
+        n = self.config.n_checkpoints if self.config.trains else None
+        return self.n_rows if n is None else n
 
     @property
     def budget(self) -> int:
         """What the run selects in a cycle."""
-        return self.config.score.budget if isinstance(self.config, ForeignConfig) else self.config.loop.budget
+        return self.config.budget
 
     def _analysis(self, measure: str, window: Window) -> Analysis:
         # A directory of checkpoints may grow, and every length of it has its own analyses.
-        grown = f"@rows={self.n_rows}" if isinstance(self.config, ForeignConfig) else ""
+        grown = f"@rows={self.n_rows}" if not self.config.trains else ""
         return self.cycle.analysis(f"{measure}{grown}{window}")
 
     def _rows(self, measure: str, window: Window) -> list[int]:
-        """The rows of a window; refuses what cannot be computed."""
+        """The rows of a window; raises ConfigError when the measure cannot be computed from them."""
         try:
             check_measure(measure, window)
         except ValueError as error:
             raise ConfigError(f"--measure: {error}") from None
-        if self.config.score.eliminate == "exact" and (measure != "dispersion" or window != WHOLE):
+        if self.config.score.eliminate == "exact" and (measure != "dispersion" or window != _WHOLE):
             raise ConfigError(
                 f"--measure: {measure}{window}: the samples that could not be selected by dispersion were left out "
                 "(score.eliminate: exact), so only dispersion over all checkpoints can be computed; score again with "

@@ -1,7 +1,7 @@
 """`distal submit`: a run as a job of a Ray cluster, through the cluster's dashboard.
 
-What is sent is the resolved configuration and the user's own modules, and nothing else: pool and run stay where every
-node sees them. A job has no state that counts. Submitted again, a run goes on from its directory, as always.
+Only the configuration and the user's own modules are sent: pool and run stay where every node sees them. A
+job has no state of its own: submitted again, a run resumes from its directory, as always.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -26,44 +26,44 @@ from urllib.parse import urlsplit
 import yaml
 
 from distal.cluster import knock
-from distal.config import Config, ForeignConfig, to_record
+from distal.config import Config, ScoreConfig
 from distal.errors import ConfigError, DistalError, RunConflict, UserError, one_line
-from distal.records import JsonObject
+from distal.records import OPTIONAL, Result
 
 CONFIG = "distal.yaml"
-REACH = (
+_REACH = (
     "give the port of the dashboard, on the head or through a tunnel: `ssh -L 8265:127.0.0.1:8265 HEAD`, or `kubectl "
     "port-forward service/NAME-head-svc 8265`, and http://127.0.0.1:8265"
 )
-OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # what Ray's client takes in place of the address it is given
-STOPPED = 143  # a job is stopped by SIGTERM
-POLL_S = 0.5
+_OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # what Ray's client takes in place of the address it is given
+_STOPPED = 143  # a job is stopped by SIGTERM
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """A job that the cluster has taken.
+class SubmitResult(Result):
+    """A job that the cluster has accepted.
 
     Attributes:
+        state: submitted, or, once it has ended, succeeded, failed or stopped.
         job: its submission id.
         address: of the dashboard.
         run: the run directory.
         config_sha256: of the keys that can change a bit of the answer.
-        commands: what shows its state (`status`), follows what it prints (`logs`), and ends it (`stop`).
+        commands: to show its state (`status`), to follow its output (`logs`), and to end it (`stop`).
+        exit_code: of the job, once it has ended.
     """
 
+    state: str
     job: str
     address: str
     run: str
     config_sha256: str
     commands: dict[str, str]
-
-    def record(self, state: str = "submitted", **more: Any) -> JsonObject:
-        """What `distal submit` tells."""
-        return {"state": state, **asdict(self), **more}
+    exit_code: int | None = field(default=None, metadata=OPTIONAL)
 
 
-def submit(config: Config | ForeignConfig, address: str, options: Sequence[str] = ()) -> Submitted:
+def submit(config: Config | ScoreConfig, address: str, options: Sequence[str] = ()) -> SubmitResult:
     """Have a cluster run the command that this configuration is for: `distal run`, `score` or `compare`.
 
     The job takes no slot: it waits while others work, so without resources of its own it always fits, and Ray puts it
@@ -96,7 +96,8 @@ def submit(config: Config | ForeignConfig, address: str, options: Sequence[str] 
             metadata=metadata,
             entrypoint_num_cpus=0,
         )
-    return Submitted(job_id, address, **metadata, commands=_commands(job_id, address))
+    commands = _commands(job_id, address)
+    return SubmitResult("submitted", job_id, address, metadata["run"], metadata["config_sha256"], commands)
 
 
 @contextmanager
@@ -110,11 +111,11 @@ def _written(files: Mapping[str, bytes]) -> Iterator[str]:
         yield folder
 
 
-def follow(submitted: Submitted, say: Callable[[str], None]) -> JsonObject:
-    """Pass on what a job prints until it has ended.
+def follow(submitted: SubmitResult, say: Callable[[str], None]) -> SubmitResult:
+    """Pass on the output of a job until it has ended.
 
     Returns:
-        `Submitted.record` with the state succeeded, failed or stopped, and the job's `exit_code`.
+        The result with the state and the exit code of the job.
 
     Raises:
         DistalError: the connection was lost, which the job does not need.
@@ -129,7 +130,7 @@ def follow(submitted: Submitted, say: Callable[[str], None]) -> JsonObject:
         try:
             asyncio.run(tail())
             while not (info := client.get_job_info(submitted.job)).status.is_terminal():
-                time.sleep(POLL_S)
+                time.sleep(_POLL_S)
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             raise DistalError(
                 f"the connection to {submitted.address} was lost ({one_line(error)}); the job goes on "
@@ -138,13 +139,13 @@ def follow(submitted: Submitted, say: Callable[[str], None]) -> JsonObject:
     state = info.status.value.lower()
     code = info.driver_exit_code
     if code is None:
-        code = {"succeeded": 0, "stopped": STOPPED}.get(state, DistalError.exit_code)
+        code = {"succeeded": 0, "stopped": _STOPPED}.get(state, DistalError.exit_code)
         if state == "failed":
             say(f"{submitted.job}: {info.message}")
-    return submitted.record(state, exit_code=code)
+    return replace(submitted, state=state, exit_code=code)
 
 
-def shipped(config: Config | ForeignConfig, folder: Path) -> dict[str, bytes]:
+def shipped(config: Config | ScoreConfig, folder: Path) -> dict[str, bytes]:
     """What a job needs beside an installed distal: its configuration, and the user's modules.
 
     A module is sent when a key names it (`config.functions`), or a module that is sent imports it, and Python finds it
@@ -154,13 +155,13 @@ def shipped(config: Config | ForeignConfig, folder: Path) -> dict[str, bytes]:
     Returns:
         Relative paths and contents.
     """
-    if isinstance(config, Config) and config.train.command is not None:
+    if config.train_command is not None:
         from distal.train.command import check_command
 
-        check_command(config.train.command)
-        _refuse_local_files(config.train.command, folder)
+        check_command(config.train_command)
+        _refuse_local_files(config.train_command, folder)
     config = config.with_values({"ray.address": "local"})  # which RAY_ADDRESS, set for every job, turns into its own
-    sent = {CONFIG: yaml.safe_dump(to_record(config), sort_keys=False).encode()}
+    sent = {CONFIG: yaml.safe_dump(config.to_record(), sort_keys=False).encode()}
     waiting = [function.partition(":")[0] for function in config.functions().values()]
     seen = {"distal"}  # is installed; in a checkout it would be found
     while waiting:
@@ -220,7 +221,7 @@ def _checked(address: str) -> str:
 
 
 def _nobody(address: str, error: Exception) -> UserError:
-    return UserError(f"--address: no dashboard of a Ray cluster at {address} ({one_line(error)}); {REACH}")
+    return UserError(f"--address: no dashboard of a Ray cluster at {address} ({one_line(error)}); {_REACH}")
 
 
 @contextmanager
@@ -236,10 +237,10 @@ def _client(address: str) -> Iterator[Any]:
     from ray.job_submission import JobSubmissionClient
 
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # Ray tells of every package that it uploads
+    logging.disable(logging.WARNING)  # Ray reports every package that it uploads
     try:
         try:
-            with _without(OVERRIDING):
+            with _without(_OVERRIDING):
                 client = JobSubmissionClient(address)
         except (OSError, RuntimeError, ValueError) as error:
             raise _nobody(address, error) from error
@@ -250,9 +251,9 @@ def _client(address: str) -> Iterator[Any]:
             "and dashboard_agent.log on its head say why"
         ) from error
     except AuthenticationError as error:
-        told = "refuses this token" if "authentication failed" in str(error).lower() else "asks for a token"
+        reason = "refuses this token" if "authentication failed" in str(error).lower() else "asks for a token"
         raise UserError(
-            f"--address: {address} {told}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token "
+            f"--address: {address} {reason}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token "
             "to what `ray get-auth-token` prints on the head"
         ) from None
     finally:
@@ -270,7 +271,7 @@ def _without(names: Sequence[str]) -> Iterator[None]:
 
 
 def _commands(job: str, address: str) -> dict[str, str]:
-    """What to type for a job: where an address is given, Ray looks for a token only when it is told to."""
+    """What to type for a job. With an address, Ray looks for a token only in the mode `token`."""
     mode = f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} "
     options: Mapping[str, str] = {"status": "", "logs": "--follow ", "stop": ""}
     return {verb: f"{mode}ray job {verb} --address {address} {option}{job}".strip() for verb, option in options.items()}

@@ -35,7 +35,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class AnnotationRow:
     """One answer of a file: a label by name (or index, as text), or none.
 
     Attributes:
@@ -105,8 +105,8 @@ def unsure_word(classes: Sequence[str]) -> str:
     return word
 
 
-def read_said(path: Path, unsure: str = CANNOT_TELL) -> list[Said]:
-    """What a file of annotators says, in its order.
+def read_annotations(path: Path, unsure: str = CANNOT_TELL) -> list[AnnotationRow]:
+    """Read a file of annotators, in its order.
 
     CSV and Parquet have a column `sample_id`, one of `LABEL_COLUMNS`, and if need be `annotator`, `status` (labeled,
     skipped, unsure) and `updated_at` (a time, UTC unless it says otherwise). An empty label is skipped. JSON is an
@@ -127,17 +127,17 @@ def read_said(path: Path, unsure: str = CANNOT_TELL) -> list[Said]:
     if size > MOST_BYTES:
         raise SourceError(f"{path}: {size:,} bytes are more than {MOST_BYTES:,}; split it into parts")
     try:
-        said = list(_of_label_studio(path, unsure) if path.suffix.lower() == ".json" else _of_table(path, unsure))
+        rows = list(_of_label_studio(path, unsure) if path.suffix.lower() == ".json" else _of_table(path, unsure))
     except SourceError:
         raise
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError, pa.ArrowException) as error:
         raise SourceError(f"{path}: {BROKEN} ({shown(one_line(error), 200)}); nothing was imported") from error
-    if not said:
+    if not rows:
         raise SourceError(f"{path}: says nothing of any sample")
-    return said
+    return rows
 
 
-def _of_table(path: Path, unsure: str) -> Iterable[Said]:
+def _of_table(path: Path, unsure: str) -> Iterable[AnnotationRow]:
     known = ("sample_id", *LABEL_COLUMNS, "annotator", "status", "updated_at")
     names, table = read_any_table(path, known, MOST_ROWS)
     there = [name for name in LABEL_COLUMNS if name in names]
@@ -155,10 +155,10 @@ def _of_table(path: Path, unsure: str) -> Iterable[Said]:
             raise SourceError(f"{path}: row {place} has no sample_id")
         label = None if row[there[0]] is None else str(row[there[0]])
         who, time = row.get("annotator"), row.get("updated_at")
-        yield _said(str(row["sample_id"]), label, row.get("status"), who, time, place, unsure)
+        yield _annotation_row(str(row["sample_id"]), label, row.get("status"), who, time, place, unsure)
 
 
-def _of_label_studio(path: Path, unsure: str) -> Iterable[Said]:
+def _of_label_studio(path: Path, unsure: str) -> Iterable[AnnotationRow]:
     tasks = json.loads(path.read_bytes())
     if not isinstance(tasks, list):
         raise ValueError("a list of tasks was expected")
@@ -168,7 +168,7 @@ def _of_label_studio(path: Path, unsure: str) -> Iterable[Said]:
         controls |= _controls(task)
         for sample_id, choices, status, annotator, time in _answers_of(task, number):
             place += 1
-            yield _said(sample_id, _only(choices, sample_id), status, annotator, time, place, unsure)
+            yield _annotation_row(sample_id, _only(choices, sample_id), status, annotator, time, place, unsure)
     if controls and CONTROL not in controls:
         raise SourceError(
             f"{path}: no answer of the control {CONTROL!r}, which the exported labelling configuration defines; keep "
@@ -218,9 +218,9 @@ def _name(person: str | _Person | None) -> str | None:
     return person.email or person.id if isinstance(person, _Person) else person
 
 
-def _said(
+def _annotation_row(
     sample_id: str, label: str | None, status: object, annotator: object, time: object, row: int, unsure: str
-) -> Said:
+) -> AnnotationRow:
     name = (label or "").strip() or None
     if name is not None and name.casefold() == unsure:
         name, status = None, UNSURE
@@ -233,7 +233,9 @@ def _said(
         chosen = SKIPPED
     who = None if annotator is None else str(annotator).strip() or None
     "".join((sample_id, name or "", who or "")).encode()  # JSON can hold half of a character; no sample is called so
-    return Said(sample_id, name, chosen, who, None if time in (None, "") else _microseconds(time, sample_id), row)
+    return AnnotationRow(
+        sample_id, name, chosen, who, None if time in (None, "") else _microseconds(time, sample_id), row
+    )
 
 
 def _microseconds(time: object, sample_id: str) -> int:

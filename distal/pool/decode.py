@@ -45,10 +45,10 @@ a JPEG, 17 for a WEBP), which there is for each CPU."""
 MAX_BYTES = 8 * MAX_PIXELS
 """Bytes of an encoded image: those of `MAX_PIXELS` of four channels and 16 bits without any compression."""
 
-MAX_SCANS = 100
+_MAX_SCANS = 100
 """Passes over a JPEG: a progressive one has about ten, and each takes as long as an image, however few its bytes."""
 
-MAX_REASON = 200  # characters
+_MAX_REASON = 200  # characters
 
 _MODE: dict[Channels, str] = {"grey": "L", "rgb": "RGB"}
 _GREY_MODES = {"1", "L", "LA", "I", "I;16", "F"}
@@ -101,8 +101,8 @@ def _unreadable() -> Iterator[None]:
 def _check_bytes(data: bytes) -> None:
     if len(data) > MAX_BYTES:
         raise Unreadable(f"{len(data):,} bytes; at most {MAX_BYTES:,} are decoded")
-    if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > MAX_SCANS:
-        raise Unreadable(f"a JPEG of more than {MAX_SCANS} scans")
+    if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > _MAX_SCANS:
+        raise Unreadable(f"a JPEG of more than {_MAX_SCANS} scans")
 
 
 def _check_header(image: Image.Image) -> None:
@@ -166,4 +166,4 @@ def _reason(error: Exception) -> str:
     if text.startswith("cannot identify image file"):  # Pillow goes on with the address of the buffer
         return "not an image of a known format"
     text = re.sub(r" at 0x[0-9a-f]+", "", text).encode(errors="backslashreplace").decode()
-    return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 3]}..."
+    return text if len(text) <= _MAX_REASON else f"{text[: _MAX_REASON - 3]}..."

@@ -14,7 +14,7 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +27,14 @@ from numpy.typing import NDArray
 
 from distal.artifacts.arrays import Array
 from distal.errors import Damage, PoolError
-from distal.records import STRIPE_SAMPLES, Block, JsonObject, auto_block_size, split_blocks
+from distal.records import (
+    OPTIONAL,
+    STRIPE_SAMPLES,
+    Block,
+    Result,
+    auto_block_size,
+    split_blocks,
+)
 from distal.storage import names_in, open_parquet, parquet_errors, read_json, write_bytes
 
 MANIFEST, SAMPLES, IMAGES = "pool.json", "samples.parquet", "images.zarr"
@@ -52,6 +59,32 @@ SCHEMA = pa.schema(
         pa.field("group_id", pa.string()),
     ]
 )
+
+
+@dataclass(frozen=True)
+class PoolInfo(Result):
+    """The description of a pool.
+
+    Attributes:
+        unreadable: the first unreadable samples, each with the reason.
+        image_shape: (C, H, W).
+        classes: readable samples with each label, by class name.
+        bytes_decoded: of all images as uint8.
+    """
+
+    path: Path
+    source: str
+    n_samples: int
+    n_labeled: int
+    n_unreadable: int
+    unreadable: list[str] | None = field(metadata=OPTIONAL)
+    image_shape: tuple[int, int, int]
+    classes: dict[str, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bytes_decoded: int
+    samples_per_chunk: int
+    content_sha256: str
 
 
 @dataclass(frozen=True)
@@ -137,24 +170,25 @@ class Pool:
             )
         return self
 
-    def describe(self) -> JsonObject:
-        """What `distal pool info` prints."""
+    def describe(self) -> PoolInfo:
+        """The result of `distal pool info`."""
+        classes = self.classes
         channels, height, width = self.image_shape
-        return {
-            "path": str(self.path),
-            "source": self.source,
-            "n_samples": self.n_samples,
-            "n_labeled": self.n_labeled,
-            "n_unreadable": self.n_unreadable,
-            **({"unreadable": self._some_unreadable()} if self.n_unreadable else {}),
-            "image_shape": [channels, height, width],
-            "classes": None if self.classes is None else dict(zip(self.classes, self.class_counts, strict=True)),
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "bytes_decoded": self.n_samples * channels * height * width,
-            "samples_per_chunk": self.chunk_size,
-            "content_sha256": self.content_sha256,
-        }
+        return PoolInfo(
+            path=self.path,
+            source=self.source,
+            n_samples=self.n_samples,
+            n_labeled=self.n_labeled,
+            n_unreadable=self.n_unreadable,
+            unreadable=self._some_unreadable() if self.n_unreadable else None,
+            image_shape=self.image_shape,
+            classes=dict(zip(classes, self.class_counts, strict=True)) if classes is not None else None,
+            mean=self.mean,
+            std=self.std,
+            bytes_decoded=self.n_samples * channels * height * width,
+            samples_per_chunk=self.chunk_size,
+            content_sha256=self.content_sha256,
+        )
 
     def _some_unreadable(self) -> list[str]:
         """The first unreadable samples, each with the reason."""

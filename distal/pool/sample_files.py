@@ -24,7 +24,7 @@ from distal.records import STRIPE_SAMPLES, split_blocks
 _FORMULA = "'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"  # some spreadsheets take the full-width signs as well
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")  # digits of any script
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
-MOST_HEADER_BYTES = 2**16
+_MOST_HEADER_BYTES = 2**16
 
 
 def csv_text(text: str) -> str:
@@ -202,8 +202,8 @@ def read_any_table(path: Path, names: Sequence[str], most_rows: int | None = Non
             _refuse_more(file.metadata.num_rows, most_rows)
             return there, file.read(columns=wanted).select(wanted)
     with path.open("rb") as file:
-        if len(file.readline(MOST_HEADER_BYTES + 1)) > MOST_HEADER_BYTES:
-            raise ValueError(f"its first line, the names of the columns, has more than {MOST_HEADER_BYTES} bytes")
+        if len(file.readline(_MOST_HEADER_BYTES + 1)) > _MOST_HEADER_BYTES:
+            raise ValueError(f"its first line, the names of the columns, has more than {_MOST_HEADER_BYTES} bytes")
     table = pyarrow.csv.read_csv(
         path,
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),

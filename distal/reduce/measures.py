@@ -18,7 +18,7 @@ from distal.config import Config
 from distal.config.needs import scored_epochs
 from distal.hashing import mix64
 
-Floats = NDArray[np.float64]
+_Floats = NDArray[np.float64]
 
 DECAY = 0.9
 """Weight of a checkpoint relative to the next one in `decayed`."""
@@ -49,7 +49,7 @@ class Votes:
         return kernels.changes(self.assignments)
 
 
-def dispersion(votes: Votes) -> Floats:
+def dispersion(votes: Votes) -> _Floats:
     """1 - f / T, where f is the count of the most frequent class (arXiv 2107.14707, section 3).
 
     In [0, 1 - ceil(T / C) / T]. 0 when the network never changed its mind.
@@ -57,7 +57,7 @@ def dispersion(votes: Votes) -> Floats:
     return 1 - votes.mode_count / votes.n_rows
 
 
-def dispersion_authors(votes: Votes) -> Floats:
+def dispersion_authors(votes: Votes) -> _Floats:
     """Dispersion as the first author's code of February 2021 computes it (Class-Balanced-AL, commit f2a460a).
 
     1 - f / (T + 1), where f counts, over all checkpoints, the class that is most frequent in the last quarter of them;
@@ -71,33 +71,33 @@ def dispersion_authors(votes: Votes) -> Floats:
     return 1 - count / (n_rows + 1)
 
 
-def vote_entropy(votes: Votes) -> Floats:
+def vote_entropy(votes: Votes) -> _Floats:
     """Entropy of the votes in nats, -sum (h / T) ln (h / T) (Dagan and Engelson 1995); in [0, ln min(C, T)]."""
     total = kernels.entropy_table(votes.n_rows)[votes.n_rows]
     return (total - votes.tally.sum_k_ln_k) / (kernels.ENTROPY_SCALE * votes.n_rows)  # exactly 0 when all votes agree
 
 
-def gini(votes: Votes) -> Floats:
+def gini(votes: Votes) -> _Floats:
     """1 - sum (h / T)^2: the chance that two checkpoints drawn at random disagree; in [0, 1 - 1 / min(C, T)]."""
     return 1 - votes.tally.sum_of_squares / votes.n_rows**2
 
 
-def vote_margin(votes: Votes) -> Floats:
+def vote_margin(votes: Votes) -> _Floats:
     """1 - (h1 - h2) / T of the two most frequent classes; in [0, 1]."""
     return 1 - (votes.tally.mode_count - votes.tally.runner_up_count) / votes.n_rows
 
 
-def flips(votes: Votes) -> Floats:
+def flips(votes: Votes) -> _Floats:
     """Checkpoints at which the class differs from that of the checkpoint before; in [0, T - 1]."""
     return votes.changes[0].astype(np.float64)
 
 
-def last_flip(votes: Votes) -> Floats:
+def last_flip(votes: Votes) -> _Floats:
     """The last checkpoint, counted from 1, whose class is not the final one; in [0, T - 1], 0 when there is none."""
     return votes.changes[1].astype(np.float64)
 
 
-def decayed(votes: Votes) -> Floats:
+def decayed(votes: Votes) -> _Floats:
     """Dispersion with votes that count less the older they are.
 
     1 - max_c w_c / sum_c w_c, w_c the sum of 0.9^(T - t) over the checkpoints t that assign c; in [0, 1).
@@ -107,27 +107,27 @@ def decayed(votes: Votes) -> Floats:
     return 1 - kernels.largest_weights(votes.assignments, votes.n_classes, weights) / total
 
 
-def margin(recorded: NDArray[np.float16]) -> Floats:
+def margin(recorded: NDArray[np.float16]) -> _Floats:
     """1 - (p1 - p2) at the last checkpoint; in [0, 1]."""
     return 1 - recorded.astype(np.float64)
 
 
-def entropy(recorded: NDArray[np.float16]) -> Floats:
+def entropy(recorded: NDArray[np.float16]) -> _Floats:
     """Entropy of the class probabilities at the last checkpoint, in nats; in [0, ln C]."""
     return recorded.astype(np.float64)
 
 
-def least_confidence(recorded: NDArray[np.float16]) -> Floats:
+def least_confidence(recorded: NDArray[np.float16]) -> _Floats:
     """1 - the largest class probability at the last checkpoint; in [0, 1 - 1 / C]."""
     return recorded.astype(np.float64)
 
 
-def random(seed: int, cycle: int, keys: NDArray[np.uint64]) -> Floats:
+def random(seed: int, cycle: int, keys: NDArray[np.uint64]) -> _Floats:
     """Uniform in [0, 1): a function of (seed, cycle, sample_key)."""
     return (mix64("random", seed, cycle, keys) >> np.uint64(40)) / 2.0**24  # 24 bits: exact in float32
 
 
-FROM_VOTES: dict[str, Callable[[Votes], Floats]] = {
+FROM_VOTES: dict[str, Callable[[Votes], _Floats]] = {
     "dispersion": dispersion,
     "dispersion_authors": dispersion_authors,
     "vote_entropy": vote_entropy,
@@ -139,7 +139,7 @@ FROM_VOTES: dict[str, Callable[[Votes], Floats]] = {
 }
 """Measures of the assignments, of all checkpoints or of a window."""
 
-FROM_RECORDED: dict[str, Callable[[NDArray[np.float16]], Floats]] = {
+FROM_RECORDED: dict[str, Callable[[NDArray[np.float16]], _Floats]] = {
     "margin": margin,
     "entropy": entropy,
     "least_confidence": least_confidence,

@@ -19,11 +19,11 @@ from distal.pool import Pool
 from distal.records import Block, Window, split_blocks
 from distal.reduce.measures import ANNOTATIONS, FROM_RECORDED, FROM_VOTES, SEEDED, Votes
 
-STRIPE_BYTES = 16 * 2**20  # of assignments that one worker looks at
-STRIPE_SAMPLES = 2**18  # and samples: some 100 bytes each
+STRIPE_BYTES = 16 * 2**20  # of assignments at most in the stripe of one worker
+_MAX_SAMPLES = 2**18  # and samples, which take `_SAMPLE_BYTES` each
 
-SAMPLE_BYTES = 130  # that counts and scores of a sample take; measured, tests/reduce/test_stream.py
-MEMORY_SHARE = 4  # a part of this many of the memory is for threads
+_SAMPLE_BYTES = 130  # that counts and scores of a sample take; measured, tests/reduce/test_stream.py
+_MEMORY_SHARE = 4  # a part of this many of the memory is for threads
 
 
 class Work(Protocol):
@@ -58,18 +58,18 @@ def n_threads(n_bytes: int) -> int:
     Args:
         n_bytes: memory that one of them takes.
     """
-    return max(1, min(machine.cpus(), machine.memory_bytes() // MEMORY_SHARE // max(1, n_bytes)))
+    return max(1, min(machine.cpus(), machine.memory_bytes() // _MEMORY_SHARE // max(1, n_bytes)))
 
 
 def stripe_samples(n_rows: int, itemsize: int, block_size: int) -> int:
     """Samples looked at together: a whole number of blocks, so that each chunk is read once."""
-    samples = min(STRIPE_SAMPLES, STRIPE_BYTES // max(1, n_rows * itemsize))
+    samples = min(_MAX_SAMPLES, STRIPE_BYTES // max(1, n_rows * itemsize))
     return max(1, samples // block_size) * block_size
 
 
 def stripe_bytes(n_rows: int, itemsize: int, samples: int) -> int:
     """Memory that a stripe takes: its assignments twice, row by row and joined, and what is computed of them."""
-    return samples * (2 * n_rows * itemsize + SAMPLE_BYTES)
+    return samples * (2 * n_rows * itemsize + _SAMPLE_BYTES)
 
 
 @dataclass(frozen=True)

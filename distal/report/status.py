@@ -1,4 +1,4 @@
-"""How far a run is, told from storage alone: no Ray, nothing is loaded."""
+"""How far a run is, from storage alone: no Ray, and nothing is loaded."""
 
 from __future__ import annotations
 
@@ -6,51 +6,100 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
+from distal.artifacts.cycles import Cycle, Evaluation
 from distal.artifacts.lease import EXPIRY_S, latest, lease_path
-from distal.artifacts.runs import STAGES, Cycle, Run
-from distal.config import Config, ForeignConfig
-from distal.labels.waiting import Waiting
+from distal.artifacts.runs import Run
+from distal.labels.waiting import Waiting, WaitingResult
 from distal.progress import spoken
-from distal.records import JsonObject
+from distal.records import OPTIONAL, Result, Stage
 from distal.train.folder import known
 
 RATE_WINDOW_S = 60.0
 STOPPED = 3  # exit code of `distal status --watch` when the driver has stopped
 
 
-def status(path: Path) -> JsonObject:
-    """The state of every cycle that has begun; raises RunConflict when there is no run.
+@dataclass(frozen=True)
+class Driver(Result):
+    """The process that drives a run, or drove it last.
 
-    `state` is "complete" when no stage is due in the cycles that the configuration of the last one asks for; else
-    "running" while a driver is at work, "waiting_for_labels", "stopped" when the last driver has ended or gives no sign
-    of life, and "unfinished" when there never was one. `driver` says who drives, or drove last.
+    Attributes:
+        seen: whether its process can be looked up from here.
+        at_work: whether it lives; where it cannot be seen, whether its beat is younger than `EXPIRY_S`.
+        silent_s: seconds since its last beat, by the clock of this machine.
     """
+
+    attempt: str
+    host: str
+    pid: int
+    beat: int
+    seen: bool
+    at_work: bool
+    silent_s: float
+
+
+@dataclass(frozen=True)
+class CycleStatus(Evaluation):
+    """How far a cycle is.
+
+    Attributes:
+        complete: its stages that are complete.
+        next: the first one that is not; None when none is due.
+        checkpoints: that there will be, as far as is known.
+    """
+
+    complete: list[Stage]
+    next: Stage | None
+    checkpoints_published: int
+    checkpoints: int
+    blocks_scored: int
+    blocks: int
+    selection_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Status(Result):
+    """How far a run is.
+
+    Attributes:
+        state: "complete" when no stage is due in the cycles that the configuration of the last one
+            asks for; else "running" while a driver is at work, "waiting_for_labels", "stopped" when
+            the last driver has ended or gives no sign of life, and "unfinished" without a driver.
+        driver: None when nobody ever drove it.
+        waiting: the batch that people were asked for last; None when nothing is open.
+        cycles: that have begun.
+        exit_code: of `distal status --watch`, when the driver has stopped.
+    """
+
+    run: Path
+    state: str
+    driver: Driver | None
+    waiting: WaitingResult | None
+    cycles: list[CycleStatus]
+    exit_code: int | None = field(default=None, metadata=OPTIONAL)
+
+
+def status(path: Path) -> Status:
+    """The state of every cycle that has begun; raises RunConflict when there is no run."""
     run = Run.open(path)
     begun = run.begun_cycles()
-    n_cycles = _n_cycles(begun[-1]) if begun else 0
+    n_cycles = begun[-1].config.n_cycles if begun else 0
     waiting, driver = Waiting.read(run), _driver(run.path)
     waits = waiting is not None and waiting.remade(run) is None
-    return {
-        "run": str(run.path),
-        "state": "complete" if run.is_complete(n_cycles) else _state(driver, waits=waits),
-        "driver": driver,
-        "waiting": waiting.report(run) if waiting else None,
-        "cycles": [_cycle(cycle, last=cycle.index + 1 >= n_cycles) for cycle in begun],
-    }
+    return Status(
+        run=run.path,
+        state="complete" if run.is_complete(n_cycles) else _state(driver, waits=waits),
+        driver=driver,
+        waiting=waiting.report(run) if waiting else None,
+        cycles=[_cycle(cycle, last=cycle.index + 1 >= n_cycles) for cycle in begun],
+    )
 
 
-def _driver(run: Path) -> JsonObject | None:
-    """Who drives a run, or drove it last; None when nobody ever did.
-
-    Returns:
-        `attempt`, `host`, `pid`, `beat`; `at_work`, whether it lives, as its process says where that can be seen from
-        here (`seen`), else as its beat was written less than `EXPIRY_S` ago; `silent_s`, the seconds since then by the
-        clock of this machine.
-    """
+def _driver(run: Path) -> Driver | None:
     number, holder = latest(run)
     if holder is None:
         return None
@@ -58,76 +107,111 @@ def _driver(run: Path) -> JsonObject | None:
     with suppress(FileNotFoundError):
         silent_s = max(0.0, time.time() - lease_path(run, number).stat().st_mtime)
     lives = False if holder.released else holder.lives()
-    return {
-        **{name: getattr(holder, name) for name in ("attempt", "host", "pid", "beat")},
-        "seen": lives is not None,
-        "at_work": silent_s < EXPIRY_S if lives is None else lives,
-        "silent_s": round(silent_s, 1),
-    }
+    return Driver(
+        attempt=holder.attempt,
+        host=holder.host,
+        pid=holder.pid,
+        beat=holder.beat,
+        seen=lives is not None,
+        at_work=silent_s < EXPIRY_S if lives is None else lives,
+        silent_s=round(silent_s, 1),
+    )
 
 
-def _state(driver: JsonObject | None, *, waits: bool) -> str:
+def _state(driver: Driver | None, *, waits: bool) -> str:
     """The state of a run that is not complete."""
-    if driver is not None and driver["at_work"]:
+    if driver is not None and driver.at_work:
         return "running"
     return "waiting_for_labels" if waits else "stopped" if driver is not None else "unfinished"
 
 
-def _cycle(cycle: Cycle, last: bool) -> JsonObject:
-    assert cycle.config is not None
-    markers = {stage: cycle.marker(stage) for stage in STAGES}
+def _cycle(cycle: Cycle, last: bool) -> CycleStatus:
+    complete = [stage for stage in cycle.config.stages if cycle.is_complete(stage)]
+    selected = cycle.marker("select")
     done = total = 0
     if Assignments.begun(cycle.assignments):
         assignments = Assignments.open(cycle.assignments)
         done = sum(len(assignments.committed(row)) for row in range(assignments.n_rows))
         total = _n_rows(cycle, assignments) * len(assignments.blocks)
-    return {
-        "cycle": cycle.index,
-        "complete": [stage for stage, marker in markers.items() if marker],
-        "next": next((stage for stage in _due(cycle, last) if not markers[stage]), None),
-        "checkpoints_published": _n_published(cycle),
-        "checkpoints": _n_checkpoints(cycle),
-        "blocks_scored": done,
-        "blocks": total,
-        **cycle.evaluation(),
-        "selection_sha256": (markers["select"] or {}).get("selection_sha256"),
-    }
+    return CycleStatus(
+        **vars(cycle.evaluation()),
+        complete=complete,
+        next=next((stage for stage in _due(cycle, last) if stage not in complete), None),
+        checkpoints_published=_n_published(cycle),
+        checkpoints=_n_checkpoints(cycle),
+        blocks_scored=done,
+        blocks=total,
+        selection_sha256=selected.outputs.selection_sha256 if selected else None,
+    )
 
 
-def _due(cycle: Cycle, last: bool) -> Sequence[str]:
+def _due(cycle: Cycle, last: bool) -> list[Stage]:
     """The stages of a cycle, in order."""
-    if isinstance(cycle.config, ForeignConfig):
-        return ("score",)
-    return [stage for stage in STAGES if not (last and stage == "label")]  # the last cycle does not label
-
-
-def _n_cycles(cycle: Cycle) -> int:
-    return cycle.config.loop.cycles if isinstance(cycle.config, Config) else 1
+    # The last cycle does not label.
+    return [stage for stage in cycle.config.stages if not (last and stage == "label")]
 
 
 def _n_published(cycle: Cycle) -> int:
-    if isinstance(cycle.config, Config):
+    if cycle.config.trains:
         return len(checkpoints.committed(cycle.checkpoints))
     return sum(entry.index is not None for entry in known(cycle.foreign))
 
 
 def _n_checkpoints(cycle: Cycle) -> int:
-    """How many there will be, as far as is known."""
-    if isinstance(cycle.config, Config):
-        return len(cycle.config.train.checkpoint_epochs)
-    assert cycle.config is not None
-    return cycle.config.checkpoints.expect or _n_published(cycle)
+    """Checkpoints that there will be, as far as is known."""
+    return cycle.config.n_checkpoints or _n_published(cycle)
 
 
 def _n_rows(cycle: Cycle, assignments: Assignments) -> int:
-    """How many of them are scored; of a directory that grows there are spare rows."""
-    return assignments.n_rows if isinstance(cycle.config, Config) else _n_checkpoints(cycle)
+    """Checkpoints that are scored; for a folder that grows the assignments have spare rows."""
+    return assignments.n_rows if cycle.config.trains else _n_checkpoints(cycle)
 
 
-def watch(path: Path, show: Callable[[JsonObject], None], interval: float = 2.0) -> JsonObject:
-    """Look at a run until it is complete or nobody drives it any more, and return its `status`.
+@dataclass(frozen=True)
+class Figures:
+    """How far the scoring of a cycle is, over all its checkpoints.
 
-    It has `exit_code` 3 when the driver has stopped.
+    Attributes:
+        checkpoints: that there will be; of those `published`, and `scored` for every sample.
+        images_per_s: over the last minute of looks; None where unknown.
+        seconds_left: at that rate.
+    """
+
+    published: int = 0
+    scored: int = 0
+    checkpoints: int = 0
+    blocks_scored: int = 0
+    blocks: int = 0
+    images_scored: int = 0
+    images: int = 0
+    images_per_s: float | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look(Figures):
+    """One look of a `Watch`.
+
+    Attributes:
+        cycle: the last one that has begun; None while none has, and all its figures are 0.
+        stage: that is at work.
+        state, driver: as in `Status`, but clocks of two machines are not compared: a driver of
+            another machine is at work while its beat goes on from look to look.
+        faults: of each kind, since the run began.
+        new_faults: since the last look, in words.
+    """
+
+    run: Path
+    cycle: int | None
+    stage: str
+    driver: Driver | None
+    state: str
+    faults: dict[str, int]
+    new_faults: list[str]
+
+
+def watch(path: Path, show: Callable[[Look], None], interval: float = 2.0) -> Status:
+    """Look at a run until it is complete or its driver has stopped; return its `status`.
 
     Args:
         show: called with every `Watch.look`.
@@ -140,20 +224,21 @@ def watch(path: Path, show: Callable[[JsonObject], None], interval: float = 2.0)
     while True:
         look = watching.look()
         show(look)
-        if look["state"] == "complete":
+        if look.state == "complete":
             return status(path)
-        if look["state"] == "stopped":
-            return {**status(path), "state": "stopped", "exit_code": STOPPED}
+        if look.state == "stopped":
+            return replace(status(path), state="stopped", exit_code=STOPPED)
         time.sleep(interval)
 
 
 class Watch:
-    """A run that is looked at again and again.
+    """Looks at a run again and again.
 
-    A look costs what can have changed: the last cycle, its rows that are not complete, what was added to the events.
+    A look reads only files that can have changed: the last cycle, its rows that are not complete,
+    the end of the events.
 
     Args:
-        clock: tells seconds.
+        clock: returns seconds.
 
     Raises:
         RunConflict: there is no run.
@@ -163,81 +248,75 @@ class Watch:
         self._run = Run.open(path)
         self._clock = clock
         self._rows: _Rows | None = None
-        self._heard: tuple[object, float] = (None, 0.0)  # the last new beat of a driver of another machine, and when
+        self._heard: tuple[object, float] = (None, 0.0)  # the last new beat of a driver elsewhere, and when
         self._read: dict[str, int] = {}  # bytes of each event file
         self._faults: Counter[str] = Counter()
 
-    def look(self) -> JsonObject:
-        """How far the last cycle is.
-
-        Returns:
-            `state` and `driver` as in `status`, but clocks of two machines are not compared: a driver of another one is
-            at work while its beat goes on from look to look; `stage`, what is being done; `checkpoints`, how many there
-            will be, and those
-            `published` and `scored`; `blocks_scored` of `blocks` and `images_scored` of `images`, over all checkpoints;
-            `images_per_s` over the last minute of looks and the `seconds_left` at that rate, None where unknown;
-            `faults`, how many of each kind since the run began, and `new_faults`, those since the last look in words.
-        """
-        told: JsonObject = {"run": str(self._run.path), "cycle": None, "stage": "begin", "driver": self._driver()}
-        complete = False
-        cycle = self._last_cycle()
+    def look(self) -> Look:
+        """How far the last cycle is."""
+        driver = self._driver()
+        cycle, figures, stage, complete = self._last_cycle(), Figures(), "begin", False
         if cycle is not None:
             if self._rows is None or self._rows.cycle is not cycle or self._rows.path != cycle.assignments:
                 self._rows = _Rows(cycle)
-            told |= {"cycle": cycle.index, **self._rows.look(self._clock())}
-            n_cycles = _n_cycles(cycle)
+            figures = self._rows.look(self._clock())
+            n_cycles = cycle.config.n_cycles
             due = _due(cycle, last=cycle.index + 1 >= n_cycles)
-            stage = next((stage for stage in due if cycle.marker(stage) is None), None)
-            told["stage"] = "train + score" if stage == "train" else stage or "done"
-            complete = stage is None and self._run.is_complete(n_cycles)
-        waits = told["stage"] in ("begin", "label") and Waiting.read(self._run) is not None
-        told["state"] = "complete" if complete else _state(told["driver"], waits=waits)
-        faults = [
-            (event["event"], line) for event in self._run.new_events(self._read) if (line := spoken(event)) is not None
-        ]
+            open_ = next((each for each in due if not cycle.is_complete(each)), None)
+            stage = "train + score" if open_ == "train" else open_ or "done"
+            complete = open_ is None and self._run.is_complete(n_cycles)
+        waits = stage in ("begin", "label") and Waiting.read(self._run) is not None
+        events = [(event["event"], spoken(event)) for event in self._run.new_events(self._read)]
+        faults = [(name, line) for name, line in events if line is not None]
         self._faults.update(name for name, _ in faults)
-        return {**told, "faults": dict(self._faults), "new_faults": [line for _, line in faults]}
+        return Look(
+            run=self._run.path,
+            cycle=cycle.index if cycle else None,
+            stage=stage,
+            driver=driver,
+            **vars(figures),
+            state="complete" if complete else _state(driver, waits=waits),
+            faults=dict(self._faults),
+            new_faults=[line for _, line in faults],
+        )
 
-    def _driver(self) -> JsonObject | None:
+    def _driver(self) -> Driver | None:
         driver = _driver(self._run.path)
-        if driver is None or driver["seen"]:
+        if driver is None or driver.seen:
             return driver
-        key = driver["attempt"], driver["beat"]
+        key = driver.attempt, driver.beat
         if key != self._heard[0]:
             self._heard = key, self._clock()
-        return {**driver, "at_work": self._clock() - self._heard[1] < EXPIRY_S}
+        return replace(driver, at_work=self._clock() - self._heard[1] < EXPIRY_S)
 
     def _last_cycle(self) -> Cycle | None:
         """The last one that has begun; always the same object, which keeps its configuration."""
         for cycle in reversed(self._run.cycles()):
             if self._rows is not None and self._rows.cycle.index == cycle.index:
                 return self._rows.cycle
-            if cycle.config is not None:
+            if cycle.begun:
                 return cycle
         return None
 
 
 class _Rows:
-    """What there is of the assignments of a cycle, counted by listing folders; rows that are complete stay so."""
+    """Counts the assignments of a cycle by listing folders; rows that are complete stay so."""
 
     def __init__(self, cycle: Cycle) -> None:
         self.cycle = cycle
-        self.path = cycle.assignments  # another one after a training script was started again
+        self.path = cycle.assignments  # changes when a training script starts again
         self._assignments: Assignments | None = None
         self._eligible: Sequence[int] = ()  # samples per block
         self._n_published = 0
-        self._counts: dict[int, Sequence[int]] = {}  # of the rows that are begun: samples scored per block,
+        self._counts: dict[int, Sequence[int]] = {}  # of each row that is begun: samples per block,
         self._images: dict[int, int] = {}  # and in all
         self._complete: set[int] = set()
-        self._seen: deque[tuple[float, int]] = deque()  # when, and the images that there were
+        self._seen: deque[tuple[float, int]] = deque()  # time, and images at that time
 
-    def look(self, now: float) -> JsonObject:
+    def look(self, now: float) -> Figures:
         n_checkpoints = self._count_checkpoints()
-        told: JsonObject = {"published": self._n_published, "scored": 0, "checkpoints": n_checkpoints}
-        told |= dict.fromkeys(("blocks_scored", "blocks", "images_scored", "images"), 0)
-        told |= dict.fromkeys(("images_per_s", "seconds_left"))
         if self._assignments is None and not self._open():
-            return told
+            return Figures(published=self._n_published, checkpoints=n_checkpoints)
         assert self._assignments is not None
         n_rows = _n_rows(self.cycle, self._assignments)
         first = n_checkpoints - n_rows  # the checkpoint of row 0: not every selection needs all of them
@@ -248,7 +327,7 @@ class _Rows:
             if row in self._complete:
                 continue
             there = self._assignments.committed(row)
-            if there and row not in self._counts:  # what is left out of a row is decided before it is begun
+            if there and row not in self._counts:  # elimination decides before a row is begun
                 self._counts[row] = self.cycle.remaining(row + 1) or self._eligible
                 self._images[row] = sum(self._counts[row])
             blocks += len(there)
@@ -258,19 +337,21 @@ class _Rows:
         last = self._images[max(self._images)] if self._images else sum(self._eligible)
         total = sum(self._images.get(row, last) for row in range(n_rows))
         rate = self._rate(now, images)
-        return told | {
-            "scored": len(self._complete),
-            "blocks_scored": blocks,
-            "blocks": n_rows * n_blocks,
-            "images_scored": images,
-            "images": total,
-            "images_per_s": rate,
-            "seconds_left": (total - images) / rate if rate else None,
-        }
+        return Figures(
+            published=self._n_published,
+            scored=len(self._complete),
+            checkpoints=n_checkpoints,
+            blocks_scored=blocks,
+            blocks=n_rows * n_blocks,
+            images_scored=images,
+            images=total,
+            images_per_s=rate,
+            seconds_left=(total - images) / rate if rate else None,
+        )
 
     def _count_checkpoints(self) -> int:
-        """Count those that are published; returns how many there will be."""
-        if isinstance(self.cycle.config, Config):
+        """Count the published ones; returns how many there will be."""
+        if self.cycle.config.trains:
             while checkpoints.is_committed(self.cycle.checkpoints, self._n_published):
                 self._n_published += 1
         else:

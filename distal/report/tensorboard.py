@@ -1,10 +1,12 @@
-"""`distal tensorboard`: what a run has measured, for TensorBoard. Told from storage alone."""
+"""`distal tensorboard`: the figures of a run for TensorBoard, from storage alone."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from tensorboardX import SummaryWriter
 
@@ -12,16 +14,30 @@ from distal.artifacts import checkpoints
 from distal.artifacts.runs import Run
 from distal.errors import ConfigError
 from distal.progress import spoken
-from distal.records import JsonObject
+from distal.records import Result
 from distal.storage import names_in
 
 
-def export(path: Path, out: Path) -> JsonObject:
+@dataclass(frozen=True, kw_only=True)
+class TensorboardResult(Result):
+    """The event file that was written.
+
+    Attributes:
+        scalars: values in it.
+    """
+
+    state: Literal["complete"] = "complete"
+    run: Path
+    out: Path
+    scalars: int
+
+
+def export(path: Path, out: Path) -> TensorboardResult:
     """Write an event file of TensorBoard.
 
-    What checkpoints tell of training goes over epochs, a curve per cycle; `test/<metric>` and `val/<metric>` over
-    labelled samples; `seconds/<stage>` over cycles; `faults/<event>`, how many so far, over seconds since the run
-    began.
+    The metrics of checkpoints go over epochs, a curve per cycle; `test/<metric>` and `val/<metric>`
+    over labelled samples; `seconds/<stage>` over cycles; `faults/<event>`, the count so far, over
+    seconds since the run began.
 
     Args:
         path: the run directory.
@@ -47,11 +63,11 @@ def export(path: Path, out: Path) -> JsonObject:
                 ref = checkpoints.read(cycle.checkpoints, index)
                 for name, value in ref.metrics.items():
                     add(f"{name}/cycle {cycle.index}", value, ref.epoch, ref.path.stat().st_mtime)
-            told = cycle.evaluation()
-            for name in ("test", "val"):
-                for metric, value in (told[name] or {}).items():
-                    if value is not None:
-                        add(f"{name}/{metric}", value, told["n_labeled"])
+            evaluation = cycle.evaluation()
+            for name, values in (("test", evaluation.test), ("val", evaluation.val)):
+                for metric, figure in (values or {}).items():
+                    if figure is not None:
+                        add(f"{name}/{metric}", figure, evaluation.n_labeled or 0)
         began: float | None = None
         faults: Counter[str] = Counter()
         for event in run.new_events({}):
@@ -62,4 +78,4 @@ def export(path: Path, out: Path) -> JsonObject:
             if spoken(event):
                 faults[event["event"]] += 1
                 add(f"faults/{event['event']}", faults[event["event"]], round(when - began), when)
-    return {"state": "complete", "run": str(run.path), "out": str(out), "scalars": n}
+    return TensorboardResult(run=run.path, out=out, scalars=n)

@@ -1,10 +1,8 @@
-"""Is what is stored what was written? `distal verify` reads everything, `distal repair` deletes what is damaged.
+"""`distal verify`: read every file of a run or of a pool, and report damage.
 
-Nothing that a run names is imported: a run directory may come from anybody, and a strategy or a model of the user's own
-may not be importable here. How many rows a cycle has is read from what was written, never worked out again.
-
-What is deleted can be made again from what is left: the next `distal run` or `distal score` refills it, and a selection
-that was made before must come out again, or it stops. What cannot be made again is named and left alone.
+Nothing that a run names is imported: a run directory may come from anybody, and a strategy or a
+model of the user's own may not be importable here. The number of rows of a cycle is read from its
+files, never computed again from the configuration.
 """
 
 from __future__ import annotations
@@ -17,23 +15,31 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import ELIGIBLE, Assignments, begun_path, record_path
-from distal.artifacts.lease import Lease
+from distal.artifacts.cycles import Analysis, Cycle
 from distal.artifacts.ledger import Ledger
-from distal.artifacts.runs import EXPECTED, STAGES, Analysis, Cycle, Run, Staged
+from distal.artifacts.runs import Run
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
-from distal.config import Config, ForeignConfig
+from distal.artifacts.stages import (
+    EXPECTED,
+    LabelOutputs,
+    Marker,
+    ScoreOutputs,
+    Staged,
+    TrainOutputs,
+)
+from distal.config import Config, ScoreConfig
 from distal.errors import Damage, RunConflict, UnknownFormat, one_line
 from distal.hashing import digest
 from distal.labels import answers
 from distal.pool import Pool
 from distal.pool.images import IMAGES, MANIFEST, SAMPLES, begin_content, parts
 from distal.progress import Display, Silent
-from distal.records import JsonObject, Progress
+from distal.records import Progress, Result, Stage
 from distal.score.eliminate import barrier_rows
 from distal.storage import (
     check_parquet,
@@ -43,43 +49,40 @@ from distal.storage import (
     names_in,
     read_json,
     read_table,
-    remove_tree,
-    sweep,
 )
 from distal.train.folder import known
 
 T = TypeVar("T")
 
-UNREADABLE = (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError)
-"""What else reading something damaged raises: a disk that fails, a record of another shape or of a senseless size."""
+UNREADABLE = (
+    OSError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
+"""Other errors of reading a damaged file: the disk fails, a record has another shape or a senseless size."""
 
-COPY = "put it back from a copy"
-IMPORT_AGAIN = "import the answers again from a copy"
-ELSEWHERE = "try again where it can be"
-ANSWERS = re.compile(r"\d{6}|[1-9]\d{6,}", re.ASCII)
-SHOWN = 3  # of many files
-
-REDO = {
-    "train": ("train",),
-    "score": ("score", "reduce", "select"),
-    "test": ("test",),
-    "reduce": ("reduce", "select"),
-    "select": ("select",),
-    "label": ("label",),
-}
-"""The stages to do again, when what a stage made is damaged."""
+_COPY = "put it back from a copy"
+_IMPORT_AGAIN = "import the answers again from a copy"
+_ELSEWHERE = "try again where it can be"
+_ANSWERS = re.compile(r"\d{6}|[1-9]\d{6,}", re.ASCII)
+_SHOWN = 3  # of many files
 
 
 @dataclass(frozen=True)
 class Damaged:
-    """Something that is not what was written.
+    """One damaged or missing thing.
 
     Attributes:
         what: one line that names file, array, row or block.
-        delete: files or folders to remove, in this order, so that they are made again.
-        redo: the stage that makes them, where its marker is; None when no marker depends on them.
-        mend: makes it good on the spot, when that can be done.
-        advice: what to do when nothing can make it again; empty when something can.
+        delete: files or folders to remove, in this order, so that their stage makes them again.
+        redo: that stage, and the folder of its marker; None when no marker depends on them.
+        mend: repairs it on the spot, where that is possible.
+        advice: for the user, when no command can make it again; else empty.
     """
 
     what: str
@@ -89,86 +92,54 @@ class Damaged:
     advice: str = ""
 
 
-def verify(path: Path, display: Display | None = None) -> JsonObject:
-    """Read and check every file of a run, or of a pool.
+@dataclass(frozen=True)
+class VerifyResult(Result):
+    """The result of `distal verify`.
 
-    Returns:
-        `{"state": "sound" | "damaged", "path": ..., "files": ..., "damage": [one line each]}`.
+    Attributes:
+        files: that were read.
+        damage: one line for each damaged thing.
+    """
+
+    state: Literal["sound", "damaged"]
+    path: Path
+    files: int
+    damage: list[str]
+
+
+def verify(path: Path, display: Display | None = None) -> VerifyResult:
+    """Read and check every file of a run, or of a pool.
 
     Raises:
         RunConflict: there is neither a run nor a pool.
         UnknownFormat: another version of distal made the run.
     """
-    inspection = _inspect(path, display or Silent())
-    return {
-        "state": "damaged" if inspection.found else "sound",
-        "path": str(path),
-        "files": inspection.n_files,
-        "damage": [damaged.what for damaged in inspection.found],
-    }
+    inspection = inspect(path, display or Silent())
+    return VerifyResult(
+        state="damaged" if inspection.found else "sound",
+        path=path,
+        files=inspection.n_files,
+        damage=[damaged.what for damaged in inspection.found],
+    )
 
 
-def repair(path: Path, display: Display | None = None) -> JsonObject:
-    """Delete what is damaged and can be made again; in a pool, pack it again from its source.
-
-    Returns:
-        `{"state": "sound" | "repaired" | "damaged", "deleted": [...], "redone": [...], "left": [...], "next": ...}`;
-        damaged when something cannot be made again. `redone` names the stages that are to be done again.
-
-    Raises:
-        RunConflict: there is neither a run nor a pool, or a driver is at work.
-        UnknownFormat: another version of distal made the run; nothing is deleted.
-    """
-    display = display or Silent()
-    if (path / MANIFEST).exists():
-        return _repair_pool(path, display)
-    run = _run(path)
-    deleted: list[str] = []
-    redone: list[str] = []
-    mended: list[str] = []
-    with Lease(run.path, run.attempt, display.say) as lease:
-        n_swept = sweep(run.path)
-        found = _inspect(path, display).found
-        for damaged in found:
-            if damaged.advice:
-                continue
-            lease.require()
-            if damaged.redo is not None:
-                _invalidate(*damaged.redo)
-                redone.append(f"{damaged.redo[0].folder}: {damaged.redo[1]}")
-            if damaged.mend is not None:
-                damaged.mend()
-                mended.append(damaged.what)
-            for each in damaged.delete:
-                remove_tree(each) if each.is_dir() else each.unlink(missing_ok=True)
-                deleted.append(str(each))
-        redone = sorted({*redone})
-        if deleted or redone:
-            run.event("repaired", deleted=deleted, redone=redone)
-    left = [f"{damaged.what}; {damaged.advice}" for damaged in found if damaged.advice]
-    return {
-        "state": "damaged" if left else "repaired" if deleted or redone or mended else "sound",
-        "path": str(path),
-        "deleted": deleted,
-        "redone": redone,
-        "mended": mended,
-        "swept": n_swept,
-        "left": left,
-        "next": "run the command that made it again" if deleted or redone else "",
-    }
-
-
-def _inspect(path: Path, display: Display) -> _Inspection:
-    inspection = _Inspection(path, display)
+def inspect(path: Path, display: Display) -> Inspection:
+    """Check a run, or a pool; raises like `verify`."""
+    inspection = Inspection(path, display)
     if (path / MANIFEST).exists():
         inspection.pool(path)
     else:
-        inspection.run(_run(path))
+        inspection.run(open_run(path))
     return inspection
 
 
-def _run(path: Path) -> Run:
-    """The run, also when its record is damaged; not that of another version, of which every file would look damaged."""
+def open_run(path: Path) -> Run:
+    """Open a run even when its record is damaged.
+
+    Raises:
+        RunConflict: there is no run.
+        UnknownFormat: another version made the run, so every file would look damaged.
+    """
     try:
         return Run.open(path)
     except (RunConflict, UnknownFormat):
@@ -177,41 +148,13 @@ def _run(path: Path) -> Run:
         return Run(path)
 
 
-def _invalidate(staged: Staged, stage: str) -> None:
-    """Remove the markers of a stage and of those that follow, and keep which selections must come out again."""
-    if isinstance(staged, Analysis):
-        stages = [stage] if stage != "reduce" else ["reduce", *staged.selections()]
-        analyses: list[Analysis] = []
-    else:
-        assert isinstance(staged, Cycle)
-        stages, analyses = list(REDO[stage]), staged.analyses() if stage == "score" else []
-    for each in stages:
-        if each.startswith("select"):
-            staged.expect_again(each, _made_before(staged, each))
-        staged.invalidate(each)
-    for analysis in analyses:
-        _invalidate(analysis, "reduce")
+class Inspection:
+    """A walk over a run or a pool. Every check that fails adds to `found`, and the walk goes on.
 
-
-def _made_before(staged: Staged, stage: str) -> str | None:
-    """Which selection a stage made, told by its marker, by that of the labels, or by the file itself."""
-    assert isinstance(staged, Cycle | Analysis)
-    dest = staged.selection if isinstance(staged, Cycle) else staged.selection_of(stage)
-    ways: list[Callable[[], str | None]] = [
-        lambda: (staged.marker(stage) or {}).get("selection_sha256"),
-        lambda: (staged.marker("label") or {}).get("inputs", {}).get("selection"),
-        lambda: Selection.read(dest).sha256,
-    ]
-    for way in ways:
-        with suppress(Damage, UnknownFormat, *UNREADABLE):
-            found = way()
-            if found is not None:
-                return found
-    return None
-
-
-class _Inspection:
-    """A walk over a run or a pool. Every check that fails adds to `found`, and the walk goes on."""
+    Attributes:
+        found: the damage, in the order of the walk.
+        n_files: files that were read.
+    """
 
     def __init__(self, path: Path, display: Display) -> None:
         self.found: list[Damaged] = []
@@ -221,99 +164,108 @@ class _Inspection:
         self._n_expected = sum(1 for _ in files_below(path))
 
     def run(self, run: Run) -> None:
-        """All cycles, and what lies beside them."""
-        self._look(partial(getattr, run, "identity"), advice=COPY)
+        """Check all cycles, and the files beside them."""
+        self._look(partial(getattr, run, "identity"), advice=_COPY)
         self._look_at_file(read_json, run.path / "summary.json")
         self._answers(run.answers)
         for path in (run.waiting, run.initial_selection):
             if path.exists():
-                self._look(partial(read_json if path.suffix == ".json" else read_table, path), advice=COPY)
-        for cycle in self._look(run.cycles, advice=COPY) or []:
+                self._look(partial(read_json if path.suffix == ".json" else read_table, path), advice=_COPY)
+        for cycle in self._look(run.cycles, advice=_COPY) or []:
             if not (cycle.folder / "cycle.yaml").exists() and any(cycle.folder.glob("*.json")):
-                self.found.append(Damaged(f"{cycle.folder / 'cycle.yaml'}: missing", advice=COPY))
-            config = self._look(partial(getattr, cycle, "config"), advice=COPY)
+                self.found.append(Damaged(f"{cycle.folder / 'cycle.yaml'}: missing", advice=_COPY))
+            if not cycle.begun:
+                continue
+            config = self._look(partial(getattr, cycle, "config"), advice=_COPY)
             try:
                 if isinstance(config, Config):
                     self._own(run, cycle, config)
-                elif isinstance(config, ForeignConfig):
+                elif isinstance(config, ScoreConfig):
                     self._foreign(cycle, config)
             except (Damage, UnknownFormat, *UNREADABLE) as error:  # a record of a shape that no check expects
-                self.found.append(_unread(cycle.folder, error) or Damaged(_line(cycle.folder, error), advice=COPY))
+                self.found.append(_unread(cycle.folder, error) or Damaged(_line(cycle.folder, error), advice=_COPY))
 
     def _answers(self, folder: Path) -> None:
-        """The log of what people said: its files are numbered without a gap, and each holds its number."""
-        for name in self._look(partial(names_in, folder), place=folder, advice=COPY) or []:
+        """Check the log of answers: files are numbered without a gap, and each holds its number."""
+        for name in self._look(partial(names_in, folder), place=folder, advice=_COPY) or []:
             if not _is_import(name):
                 self.found.append(Damaged(f"{folder / name}: not a file of answers", advice="move it elsewhere"))
         numbers = sorted(int(Path(name).stem) for name in names_in(folder) if _is_import(name))
         gaps = [range(a + 1, b) for a, b in pairwise([-1, *numbers, answers.n_imports(folder)]) if b - a > 1]
         if gaps:
             n = sum(gap.stop - gap.start for gap in gaps)
-            some = [str(answers.import_path(folder, i)) for i in islice(chain.from_iterable(gaps), SHOWN)]
-            more = f" and {n - SHOWN:,} more" if n > SHOWN else ""
+            some = [str(answers.import_path(folder, i)) for i in islice(chain.from_iterable(gaps), _SHOWN)]
+            more = f" and {n - _SHOWN:,} more" if n > _SHOWN else ""
             what = f"{', '.join(some)}{more}: missing, and the number of another file is higher"
             self.found.append(Damaged(what, advice=answers.PUT_BACK))
         for number in numbers:
-            self._look(partial(answers.read_import, folder, number), place=folder, advice=COPY)
+            self._look(partial(answers.read_import, folder, number), place=folder, advice=_COPY)
 
     def _own(self, run: Run, cycle: Cycle, config: Config) -> None:
-        """A cycle of `distal run`."""
+        """Check a cycle of `distal run`."""
         if cycle.index == 0 and (run.initial.exists() or (cycle.folder / "train.json").exists()):
             from_pool = config.label.oracle == "pool" and isinstance(config.loop.initial, int)
             read = partial(Ledger.read, [run.initial])
-            self._look(read, delete=(run.initial,), advice="" if from_pool else COPY)
-        markers = self._markers(cycle, STAGES)
-        refs = self._checkpoints(cycle, config, complete="train" in markers)
-        n_rows = _n_rows(cycle, markers)
+            self._look(read, delete=(run.initial,), advice="" if from_pool else _COPY)
+        self._look_at_file(read_json, cycle.folder / EXPECTED, advice=_COPY)
+        trained = self._marker(cycle, "train", lambda: cycle.marker("train"))
+        scored = self._marker(cycle, "score", lambda: cycle.marker("score"))
+        tested = self._marker(cycle, "test", lambda: cycle.marker("test"))
+        reduced = self._marker(cycle, "reduce", lambda: cycle.marker("reduce"))
+        selected = self._marker(cycle, "select", lambda: cycle.marker("select"))
+        labelled = self._marker(cycle, "label", lambda: cycle.marker("label"))
+        refs = self._checkpoints(cycle, config, complete=trained is not None)
+        n_rows = _n_rows(cycle, scored)
         recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
-        complete = range(n_rows) if "score" in markers else range(0)
+        complete = range(n_rows if scored else 0)
         first = len(config.train.checkpoint_epochs) - n_rows
         weights = {index - first: sha256 for index, sha256 in refs.items() if index >= first}
         self._assignments(cycle, "score", cycle.assignments, complete, recorded_from, weights)
         for name in ("test", "val"):
-            evaluated = name in markers.get("test", {}).get("inputs", ())
+            evaluated = tested is not None and name in tested.inputs
             self._assignments(cycle, "test", cycle.held_out(name), range(1 if evaluated else 0), 0, {})
-        self._elimination(cycle, config, n_rows if "score" in markers else 0)
-        if "reduce" in markers:
+        self._elimination(cycle, config, n_rows if scored else 0)
+        if reduced:
             self._scores(cycle.scores, (cycle, "reduce"))
-        if "select" in markers:
+        if selected:
             self._look(cycle.chosen, delete=(cycle.selection,), redo=(cycle, "select"))
-        if "label" in markers:
-            # What people said may have grown since, so what it came to then is not made again.
-            advice = "" if config.label.oracle == "pool" else COPY
-            check = partial(_labels, cycle, markers["label"])
+        if labelled:
+            # People may have answered more since, so another look at the answers may give other labels.
+            advice = "" if config.label.oracle == "pool" else _COPY
+            check = partial(_labels, cycle, labelled)
             self._look(check, delete=(cycle.labels,), redo=(cycle, "label"), advice=advice)
-        if "train" in markers:
-            self._look(partial(_ledger, run, cycle, markers["train"]), advice="put the label files back from a copy")
-            # A gap in the log is found without this; the last file of it is not.
-            for number in range(answers.n_imports(run.answers), markers["train"].get("n_imports", 0)):
-                what = (
-                    f"{answers.import_path(run.answers, number)}: missing, and cycle {cycle.index} was trained after it"
-                )
-                self.found.append(Damaged(what, advice=IMPORT_AGAIN))
+        if trained:
+            advice = "put the label files back from a copy"
+            self._look(partial(_ledger, run, cycle, trained), advice=advice)
+            # A gap in the log is found without this; its last file is not.
+            for number in range(answers.n_imports(run.answers), trained.outputs.n_imports):
+                path = answers.import_path(run.answers, number)
+                what = f"{path}: missing, and cycle {cycle.index} was trained after it"
+                self.found.append(Damaged(what, advice=_IMPORT_AGAIN))
         self._analyses(cycle)
 
-    def _foreign(self, cycle: Cycle, config: ForeignConfig) -> None:
-        """The one cycle of `distal score`."""
-        markers = self._markers(cycle, ("score",))
-        entries = self._look(partial(known, cycle.foreign), advice=COPY) or []
-        if not cycle.foreign.exists() and ("score" in markers or Assignments.begun(cycle.assignments)):
-            self.found.append(Damaged(f"{cycle.foreign}: missing", advice=COPY))
+    def _foreign(self, cycle: Cycle, config: ScoreConfig) -> None:
+        """Check the one cycle of `distal score`."""
+        self._look_at_file(read_json, cycle.folder / EXPECTED, advice=_COPY)
+        scored = self._marker(cycle, "score", lambda: cycle.marker("score"))
+        entries = self._look(partial(known, cycle.foreign), advice=_COPY) or []
+        if not cycle.foreign.exists() and (scored or Assignments.begun(cycle.assignments)):
+            self.found.append(Damaged(f"{cycle.foreign}: missing", advice=_COPY))
         for entry in entries:
             path = Path(config.checkpoints.path) / entry.path
-            if path.exists():  # rows that are scored do not need it any more
+            if path.exists():  # once its row is scored it may be deleted
                 self._look(partial(_unchanged, path, entry.sha256), advice="put the old file back")
-        n_rows = markers["score"]["n_rows"] if "score" in markers else 0
+        n_rows = scored.outputs.n_rows if scored else 0
         recorded_from = n_rows - 1 if config.score.record_rows == "last" else 0
         refs = {entry.index: entry.sha256 for entry in entries if entry.index is not None}
-        if entries and "score" in markers:
-            self._look(partial(_indexed, cycle, refs, markers["score"]), advice=COPY)
+        if entries and scored:
+            self._look(partial(_indexed, cycle, refs, scored), advice=_COPY)
         self._assignments(cycle, "score", cycle.assignments, range(n_rows), recorded_from, refs)
-        self._elimination(cycle, config, n_rows if "score" in markers else 0)
+        self._elimination(cycle, config, n_rows)
         self._analyses(cycle)
 
-    def _elimination(self, cycle: Cycle, config: Config | ForeignConfig, n_rows: int) -> None:
-        """What was decided at each barrier; it is decided the same again from the assignments."""
+    def _elimination(self, cycle: Cycle, config: Config | ScoreConfig, n_rows: int) -> None:
+        """Check the decision at each barrier, which the assignments give again."""
         decided = names_in(cycle.elimination)
         if config.score.eliminate == "exact" and n_rows:
             for name in {f"{row:05d}.json" for row in barrier_rows(n_rows)} - {*decided}:
@@ -321,28 +273,22 @@ class _Inspection:
         for name in decided:
             self._look_at_file(read_json, cycle.elimination / name, redo=(cycle, "score"))
 
-    def _markers(self, cycle: Cycle, stages: tuple[str, ...]) -> dict[str, JsonObject]:
-        """The completion markers that can be read."""
-        found = {}
-        self._look_at_file(read_json, cycle.folder / EXPECTED, advice=COPY)
-        for stage in stages:
-            path = cycle.folder / f"{stage}.json"
-            marker = self._look(partial(cycle.marker, stage), delete=(path,), redo=(cycle, stage))
-            if marker is not None:
-                found[stage] = marker
-        return found
+    def _marker(self, cycle: Cycle, stage: Stage, read: Callable[[], T]) -> T | None:
+        """A completion marker; None when there is none that can be read."""
+        path = cycle.folder / f"{stage}.json"
+        return self._look(read, delete=(path,), redo=(cycle, stage))
 
     def _checkpoints(self, cycle: Cycle, config: Config, *, complete: bool) -> dict[int, str]:
-        """Weights, manifests and the state of training. To make one checkpoint again, all epochs are trained again."""
+        """Check weights, manifests and the state of training; one lost checkpoint costs all epochs."""
         state, marker = cycle.folder / "train" / "state.pt", cycle.folder / "train.json"
         self._look_at_file(check_sealed, state)
-        # Only where training gives the same bits again: on processors, not on every GPU, and a script promises nothing.
+        # A CPU trains the same bits again; a GPU may not, and the user's own script need not.
         same = config.device == "cpu" and not (complete and config.train.command is not None)
-        advice = "" if same else COPY
+        advice = "" if same else _COPY
         refs: dict[int, str] = {}
         for index in range(len(config.train.checkpoint_epochs)):
             place = cycle.checkpoints / f"{index:04d}"
-            delete = (marker, state, place)  # in this order: a state without its checkpoints could not be continued
+            delete = (marker, state, place)  # in this order: a state without its checkpoints cannot resume
             if not (place / checkpoints.MANIFEST).exists():
                 if complete:
                     what = f"{place / checkpoints.MANIFEST}: missing"
@@ -359,7 +305,7 @@ class _Inspection:
     def _assignments(
         self, cycle: Cycle, stage: str, path: Path, complete: range, recorded_from: int, weights: dict[int, str]
     ) -> None:
-        """Every chunk that is there; of the rows in `complete` all must be."""
+        """Check every chunk that is there; the rows in `complete` must have all of theirs."""
         redo = (cycle, stage)
         if not path.exists():
             if len(complete):
@@ -367,8 +313,8 @@ class _Inspection:
             return
         if not Assignments.begun(path):
             if len(complete):
-                self.found.append(Damaged(f"{record_path(path)}: missing", advice=COPY))
-            return  # cut off while it was laid out
+                self.found.append(Damaged(f"{record_path(path)}: missing", advice=_COPY))
+            return  # the driver was killed while it created them
         try:
             assignments = Assignments.open(path)
         except (Damage, UnknownFormat, *UNREADABLE) as error:
@@ -379,24 +325,24 @@ class _Inspection:
         for block, damage in assignments.damaged_eligible():
             self.found.append(Damaged(str(damage), (assignments.chunk(ELIGIBLE, None, block),), redo))
         for name in names_in(begun_path(path)):
-            self._look(partial(read_json, begun_path(path) / name), advice=COPY)
-        kept = self._look(partial(getattr, assignments, "weights"), advice=COPY) or {}
+            self._look(partial(read_json, begun_path(path) / name), advice=_COPY)
+        kept = self._look(partial(getattr, assignments, "weights"), advice=_COPY) or {}
         for row, checksum in weights.items():
             if kept.get(row, checksum) != checksum:
                 what = f"{path}: row {row} was scored with other weights than checkpoint {row} has now"
                 self.found.append(Damaged(what, advice="put the old checkpoint back from a copy"))
         if complete.stop > assignments.n_rows:
             what = f"{path}: {assignments.n_rows} rows, and {complete.stop} were scored"
-            self.found.append(Damaged(what, advice=COPY))
+            self.found.append(Damaged(what, advice=_COPY))
         for row in range(assignments.n_rows):
             for name, block, damage in assignments.damaged(row):
-                # With its recorded values missing a block is scored again; its labels must come out the same.
+                # Without its recorded values a block is scored again, to the same labels.
                 self.found.append(Damaged(str(damage), (assignments.chunk(name, row, block),), redo))
             committed = assignments.committed(row)
             self._read(len(committed))
             if committed and row not in kept:
                 what = f"{begun_path(path)}: the weights that row {row} was scored with are missing"
-                self.found.append(Damaged(what, advice=COPY))
+                self.found.append(Damaged(what, advice=_COPY))
             if row in complete:
                 whole = assignments.committed(row, recorded=row >= recorded_from)
                 for block in assignments.blocks:
@@ -405,11 +351,11 @@ class _Inspection:
                         self.found.append(Damaged(f"{path}: row {row}, block {block.index} {what}", (), redo))
 
     def _metadata(self, path: Path, error: Exception) -> None:
-        """Zarr's own metadata is made again from the record beside the arrays; the record cannot be."""
+        """Zarr's own metadata can be restored from the record beside the arrays."""
         try:
             read_json(record_path(path))
         except (Damage, UnknownFormat) as damage:
-            self.found.append(Damaged(str(damage), advice=COPY))
+            self.found.append(Damaged(str(damage), advice=_COPY))
         else:
             self.found.append(Damaged(_line(path, error), mend=partial(Assignments.restore_metadata, path)))
 
@@ -422,8 +368,8 @@ class _Inspection:
     def _analyses(self, cycle: Cycle) -> None:
         for analysis in cycle.analyses():
             path = analysis.folder / "reduce.json"
-            reduced = self._look(partial(analysis.marker, "reduce"), delete=(path,), redo=(analysis, "reduce"))
-            if reduced is not None:
+            read = partial(getattr, analysis, "reduced")
+            if self._look(read, delete=(path,), redo=(analysis, "reduce")):
                 self._scores(analysis.scores, (analysis, "reduce"))
             for stage in analysis.selections():
                 dest = analysis.selection_of(stage)
@@ -431,7 +377,7 @@ class _Inspection:
                 self._look(partial(_selection, analysis, stage, dest), delete=again, redo=(analysis, stage))
 
     def pool(self, path: Path) -> None:
-        """All images and all rows of a pool, and its content hash."""
+        """Check all images and all rows of a pool, and its content hash."""
         anew = "build the pool again in another folder"
         pool = self._look(partial(Pool.open, path), advice=anew)
         if pool is None or not self._look(partial(_sound, path / SAMPLES), advice=anew):
@@ -460,10 +406,10 @@ class _Inspection:
         redo: tuple[Staged, str] | None = None,
         advice: str = "",
     ) -> T | None:
-        """Do a check; when it fails, keep what is wrong and what makes it good.
+        """Do a check; when it fails, add the damage to `found`. Other arguments as of `Damaged`.
 
         Args:
-            place: what to name when the error names nothing; None: the first of `delete`.
+            place: the path to name when the error names none; None: the first of `delete`.
         """
         try:
             return work()
@@ -482,40 +428,40 @@ class _Inspection:
 
 
 def _unread(path: Path, error: Exception) -> Damaged | None:
-    """What this process could not read, and another may, of more memory or of another user; None for anything else."""
+    """A file that another process might read, with more memory or of another user; None for damage."""
     if isinstance(error, OSError):
         here = error.errno not in (None, errno.ENOENT, errno.EIO)
     else:
         here = isinstance(error, MemoryError)
     why = getattr(error, "strerror", None) or one_line(error)
     what = f"{getattr(error, 'filename', None) or path}: could not be read here: {why}"
-    return Damaged(what, advice=ELSEWHERE) if here else None
+    return Damaged(what, advice=_ELSEWHERE) if here else None
 
 
 def _is_import(name: str) -> bool:
-    return name.endswith(".parquet") and ANSWERS.fullmatch(Path(name).stem) is not None
+    return name.endswith(".parquet") and _ANSWERS.fullmatch(Path(name).stem) is not None
 
 
 def _line(path: Path, error: Exception) -> str:
-    """What is wrong, naming the file also when the error does not."""
+    """The error on one line, with the file even where the error does not name it."""
     if isinstance(error, Damage | UnknownFormat):
         return str(error)
     return f"{getattr(error, 'filename', None) or path}: cannot be read ({type(error).__name__}: {one_line(error)})"
 
 
-def _n_rows(cycle: Cycle, markers: Mapping[str, JsonObject]) -> int:
-    """Rows of the assignments of a cycle, as its marker or else their own record says; 0 when there are none yet."""
-    if "score" in markers:
-        return int(markers["score"]["n_rows"])
-    with suppress(FileNotFoundError, Damage, UnknownFormat):  # a damaged record is named with the assignments
+def _n_rows(cycle: Cycle, scored: Marker[ScoreOutputs] | None) -> int:
+    """Rows of the assignments of a cycle, by its marker or else by their own record; 0 without them."""
+    if scored is not None:
+        return scored.outputs.n_rows
+    with suppress(FileNotFoundError, Damage, UnknownFormat):  # the check of the assignments reports it
         return int(read_json(record_path(cycle.assignments), required=("n_rows",))["n_rows"])
     return 0
 
 
-def _indexed(cycle: Cycle, refs: Mapping[int, str], marker: JsonObject) -> None:
-    """The record of indices may have grown since; what was scored stays as it was."""
-    scored = [refs.get(index) for index in range(marker["n_rows"])]
-    if digest(scored) != marker["inputs"]["checkpoints"]:
+def _indexed(cycle: Cycle, refs: Mapping[int, str], marker: Marker[ScoreOutputs]) -> None:
+    """The record of indices may have grown since; its first rows must be those that were scored."""
+    scored = [refs.get(index) for index in range(marker.outputs.n_rows)]
+    if digest(scored) != marker.inputs["checkpoints"]:
         raise Damage(f"{cycle.foreign}: not the checkpoints that were scored")
 
 
@@ -533,39 +479,21 @@ def _unchanged(path: Path, checksum: str) -> None:
         raise Damage(f"{path}: its bytes have changed")
 
 
-def _labels(cycle: Cycle, marker: JsonObject) -> None:
-    if Ledger.read([cycle.labels]).sha256 != marker["inputs"]["labels"]:
+def _labels(cycle: Cycle, marker: Marker[LabelOutputs]) -> None:
+    if Ledger.read([cycle.labels]).sha256 != marker.inputs["labels"]:
         raise Damage(f"{cycle.labels}: not the labels that came back")
 
 
-def _ledger(run: Run, cycle: Cycle, marker: JsonObject) -> None:
+def _ledger(run: Run, cycle: Cycle, marker: Marker[TrainOutputs]) -> None:
     try:
         found = run.ledger(before=cycle.index).sha256
     except Damage:
-        return  # the file itself is named elsewhere
-    if found != marker["inputs"]["ledger"]:
+        return  # the check of the file itself reports it
+    if found != marker.inputs["ledger"]:
         raise Damage(f"{cycle.folder}: trained with other labels than the label files of the cycles before hold now")
 
 
 def _selection(analysis: Analysis, stage: str, dest: Path) -> None:
-    marker = analysis.marker(stage)
-    if marker is not None and Selection.read(dest).sha256 != marker["selection_sha256"]:
+    marker = analysis.selected(stage)
+    if marker and Selection.read(dest).sha256 != marker.outputs.selection_sha256:
         raise Damage(f"{dest}: not the selection that was made")
-
-
-def _repair_pool(path: Path, display: Display) -> JsonObject:
-    """Pack the damaged images of a pool again."""
-    damaged = _inspect(path, display).found
-    packed: list[str] = []
-    if damaged and all("distal repair" in each.advice for each in damaged):
-        from distal.pool.build import pack_again
-
-        packed = pack_again(path)
-    left = [f"{each.what}; {each.advice}" for each in _inspect(path, display).found] if damaged else []
-    return {
-        "state": "damaged" if left else "repaired" if packed else "sound",
-        "path": str(path),
-        "packed_again": packed,
-        "left": left,
-        "next": "",
-    }

@@ -28,8 +28,8 @@ from distal.model.spec import be_deterministic
 from distal.pool import Pool
 from distal.records import Block, CheckpointRef
 from distal.score.eliminate import histogram, survivors
-from distal.score.job import Done, Job, Order
-from distal.score.plan import MAX_ROWS
+from distal.score.job import ActorJob, TaskResult
+from distal.score.plan import MAX_ROWS, Task
 from distal.score.predict import (
     NotFinite,
     Precision,
@@ -61,7 +61,7 @@ class _Piece:
         return len(self.positions)
 
     def of(self, flags: NDArray[np.bool_]) -> _Piece:
-        """Those that are flagged; `flags` are for the whole block."""
+        """The flagged images; `flags` are for the whole block."""
         kept = flags[self.positions]
         return self if kept.all() else self._take(kept)
 
@@ -85,34 +85,36 @@ class Scorer:
         name: shown in the dashboard and in logs.
         cache_bytes: decoded images to keep.
         threads: torch threads.
-        run, shard: what its metrics are tagged with.
+        shard: its number among the actors at work, a tag of its metrics.
     """
 
-    def __init__(self, name: str, cache_bytes: int, threads: int, run: str = "", shard: int = 0) -> None:
-        self._name = name
-        self._meter = metrics.Meter(run, shard)
+    def __init__(self, name: str, cache_bytes: int, threads: int, shard: int = 0) -> None:
+        self._name, self._shard = name, shard
+        self._run = ""  # of the job
+        self._meter = metrics.Meter(self._run, shard)
         self._idle_since: float | None = None
         self._threads = threads
         torch.set_num_threads(threads)
         self._cache_bytes = cache_bytes
-        self._job: Job | None = None
+        self._job: ActorJob | None = None
         self._pool: Pool
         self._assignments: Assignments
+        self._blocks: list[Block]
         self._is_open = False  # the assignments of the job
         self._template: Predictor
         self._pieces: dict[int, list[_Piece]] = {}
         self._room = cache_bytes
         self._predictors: OrderedDict[str, Predictor] = OrderedDict()
-        self._ever: tuple[Predictor, ...] = ()  # the same, for a thread that may look while they change places
+        self._ever: tuple[Predictor, ...] = ()  # all of them, for the watching thread: the dictionary may change
 
     def __repr__(self) -> str:
         return f"Scorer({self._name})"
 
-    def ready(self, job: Job) -> dict[str, str]:
-        """Be ready to score a job: what it needs is opened, and written beside.
+    def ready(self, job: ActorJob) -> dict[str, str]:
+        """Open everything that a job needs, and try to write beside its assignments.
 
         Returns:
-            What this actor's predictions depend on besides weights and images.
+            The fingerprint: what this actor's predictions depend on besides weights and images.
 
         Raises:
             Exception: pool, network or assignments cannot be used on this node; a network raises what its code does.
@@ -122,7 +124,7 @@ class Scorer:
         require_writable(job.assignments.parent)
         return self._fingerprint(job)
 
-    def _fingerprint(self, job: Job) -> dict[str, str]:
+    def _fingerprint(self, job: ActorJob) -> dict[str, str]:
         return fingerprint(torch.device(job.device), job.precision, job.batch_size)
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
@@ -130,8 +132,8 @@ class Scorer:
         """Which process this is; answered as soon as the actor has found room."""
         return cluster.this_process()
 
-    def choose(self, job: Job, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
-        """What `auto` comes to on this actor: the precision, and the batch size for blocks of `n_images`."""
+    def choose(self, job: ActorJob, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
+        """Resolve an `auto` on this actor: the precision, and the batch size for blocks of `n_images`."""
         device = torch.device(job.device)
         chosen: Precision = "fp32" if precision == "fp32" else "bf16" if precision == "bf16" else best_precision(device)
         if isinstance(batch_size, int):
@@ -141,20 +143,20 @@ class Scorer:
         )
         return chosen, quickest_batch_size(predictor, job.model.image_shape, n_images)
 
-    def predict(self, job: Job, indices: Sequence[int], ref: CheckpointRef) -> NDArray[np.int64]:
+    def predict(self, job: ActorJob, indices: Sequence[int], ref: CheckpointRef) -> NDArray[np.int64]:
         """The class of some samples at a checkpoint, without writing it anywhere: (n,) int64."""
         self._take_up(job)
         return self._predicted(ref, indices, self._pool.take(indices)).labels
 
     def outputs(
         self,
-        job: Job,
+        job: ActorJob,
         indices: Sequence[int],
         ref: CheckpointRef,
         names: Collection[str],
         begun: Mapping[str, str] | None,
     ) -> dict[str, NDArray[np.float32]]:
-        """What a checkpoint gives for some samples: "probabilities", (n, C), and "embeddings", (n, d).
+        """The outputs of a checkpoint for some samples: "probabilities", (n, C), and "embeddings", (n, d).
 
         Raises:
             Unfit: this actor has another fingerprint than `begun`.
@@ -182,56 +184,61 @@ class Scorer:
         """A number that changes with every batch; answered also while a block is scored."""
         return sum(predictor.n_batches for predictor in self._ever)
 
-    def score(self, job: Job, order: Order) -> Done:
+    def score(self, job: ActorJob, task: Task, refs: Sequence[CheckpointRef], theta: int = 0) -> TaskResult:
         """Score one block at some checkpoints and commit each.
 
-        A block that is committed already is left alone, so a retry does only what is missing.
+        A committed block is left alone, so a retry does only what is missing.
+
+        Args:
+            refs: the checkpoints of `task.rows`.
+            theta: what was decided at `task.barrier`.
 
         Raises:
             Diverged: a logit is not finite.
             Damage: images or weights are not what was written.
         """
-        if self._idle_since is not None:
-            self._meter.add(metrics.IDLE_SECONDS, time.perf_counter() - self._idle_since)
+        started = time.perf_counter()
         self._take_up(job)
+        if self._idle_since is not None:
+            self._meter.add(metrics.IDLE_SECONDS, started - self._idle_since)
         self._open_assignments(job)
-        block = order.block
-        todo = [ref for ref in order.refs if not self._is_done(ref.index - job.first_index, block)]
+        block = self._blocks[task.block]
+        todo = [(row, ref) for row, ref in zip(task.rows, refs, strict=True) if not self._is_done(row, block)]
         eligible = self._assignments.eligible(block.start, block.stop)
         scored = eligible
-        if order.barrier is not None and todo:
-            votes = self._assignments.read(block.start, block.stop, range(order.barrier), complete=True)
-            scored = survivors(votes, eligible, self._assignments.n_classes, order.theta)
+        if task.barrier is not None and todo:
+            votes = self._assignments.read(block.start, block.stop, range(task.barrier), complete=True)
+            scored = survivors(votes, eligible, self._assignments.n_classes, theta)
         names = ("labels", *self._assignments.recorded)
-        found: dict[int, dict[str, list[NDArray[Any]]]] = {ref.index: {name: [] for name in names} for ref in todo}
+        found: dict[int, dict[str, list[NDArray[Any]]]] = {row: {name: [] for name in names} for row, _ in todo}
         for piece in _batched(self._images_of(block, eligible), scored, job.batch_size) if todo else ():
             started = time.perf_counter()
-            for ref in todo:
+            for row, ref in todo:
                 images = self._augmented(piece, block, ref) if job.augment else piece.images
                 try:
                     prediction = self._load(ref)(images)
                 except NotFinite as error:
                     sample_index = block.start + int(piece.positions[error.args[0]])
                     raise Diverged(self._not_finite(ref, sample_index)) from error
-                found[ref.index]["labels"].append(prediction.labels)
-                for name in self._recorded(ref.index - job.first_index):
-                    found[ref.index][name].append(getattr(prediction, name)())
+                found[row]["labels"].append(prediction.labels)
+                for name in self._recorded(row):
+                    found[row][name].append(getattr(prediction, name)())
             self._meter.add(metrics.FORWARD_SECONDS, time.perf_counter() - started)
             self._meter.add(metrics.IMAGES_SCORED, len(todo) * len(piece))
             self._meter.tell()
         started = time.perf_counter()
-        for ref in todo:
-            self._commit(ref.index - job.first_index, block, scored, found[ref.index])
+        for row, _ in todo:
+            self._commit(row, block, scored, found[row])
         self._meter.add(metrics.WRITE_SECONDS, time.perf_counter() - started)
         n_predicted = len(todo) * int(scored.sum())
         self._meter.add(metrics.LABELS_WRITTEN, n_predicted)
         counts = None
-        if order.count is not None:
-            votes = self._assignments.read(block.start, block.stop, range(order.count), complete=True)
+        if task.count is not None:
+            votes = self._assignments.read(block.start, block.stop, range(task.count), complete=True)
             counts = histogram(votes, eligible, self._assignments.n_classes, self._assignments.n_rows)
         self._meter.tell(now=True)
         self._idle_since = time.perf_counter()
-        return Done(n_predicted, counts, peak_rss_bytes())
+        return TaskResult(n_predicted, counts, peak_rss_bytes())
 
     def _augmented(self, piece: _Piece, block: Block, ref: CheckpointRef) -> NDArray[np.uint8]:
         """The images as training could show them: a function of seed, cycle, checkpoint and sample."""
@@ -244,12 +251,12 @@ class Scorer:
         return self._assignments.has(row, block, recorded=bool(self._recorded(row)))
 
     def _recorded(self, row: int) -> tuple[str, ...]:
-        """The arrays that are kept at a row."""
+        """The names of the arrays that are recorded at a row."""
         assert self._job is not None
         return self._assignments.recorded if row >= self._job.recorded_from else ()
 
     def _commit(self, row: int, block: Block, scored: NDArray[np.bool_], found: dict[str, list[Any]]) -> None:
-        """Write one block of one row: what was predicted where scored, UNASSIGNED and NaN elsewhere."""
+        """Write one block of one row: predictions where scored, UNASSIGNED and NaN elsewhere."""
         labels = np.full(len(block), unassigned(self._assignments.dtype), self._assignments.dtype)
         if found["labels"]:
             labels[scored] = np.concatenate(found["labels"])
@@ -262,19 +269,22 @@ class Scorer:
         n_bytes = labels.nbytes + sum(values.nbytes for values in recorded.values())
         self._meter.add(metrics.WRITTEN_BYTES, n_bytes)
 
-    def _take_up(self, job: Job) -> None:
-        """Be ready for a job, which may be the one before."""
+    def _take_up(self, job: ActorJob) -> None:
+        """Switch to a job, unless it is the one before."""
         torch.set_num_threads(self._threads)  # a setting of the thread, and Ray may use another one
         if job != self._job:
             self._begin(job)
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: ActorJob) -> None:
         self._job = None  # until everything below has worked
         self._is_open = False
         self._pieces.clear()
         self._room = self._cache_bytes
         self._predictors.clear()
         self._ever = ()
+        if job.run != self._run:
+            self._run, self._idle_since = job.run, None
+            self._meter = metrics.Meter(job.run, self._shard)
         self._pool = Pool.open(job.pool).require(job.pool_sha256)
         be_deterministic(torch.device(job.device))
         self._template = Predictor(
@@ -286,9 +296,10 @@ class Scorer:
         )
         self._job = job
 
-    def _open_assignments(self, job: Job) -> None:
+    def _open_assignments(self, job: ActorJob) -> None:
         if not self._is_open:
             self._assignments = Assignments.open(job.assignments)
+            self._blocks = self._assignments.blocks
             self._is_open = True
 
     def _images_of(self, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_Piece]:
@@ -305,8 +316,8 @@ class Scorer:
     def _pieces_of(self, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_Piece]:
         """The eligible images of a block, in index order, in pieces of a chunk.
 
-        They are kept decoded while the budget lasts. When it is spent nothing is thrown out: blocks come round in
-        turns, so the one used longest ago is the one needed next. Then a piece at a time is in memory.
+        They are kept decoded while the budget lasts. Then nothing is evicted: blocks come round in turns, so
+        the one used longest ago is needed next. Further blocks are in memory one piece at a time.
         """
         assert self._job is not None
         if block.index in self._pieces:
@@ -366,7 +377,7 @@ def _batched(pieces: Iterator[_Piece], scored: NDArray[np.bool_], batch_size: in
 def _ahead(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, float, float]]:
     """The same pieces, each read and decoded in a thread while the one before it is predicted.
 
-    With each come the seconds that reading it took, and those that were waited for it.
+    Yields each with the seconds that reading it took, and the seconds of waiting for it.
     """
 
     def read() -> tuple[_Piece | None, float]:
@@ -386,7 +397,7 @@ def _ahead(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, float, float]]:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had."""
+    """The peak memory of this process."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
@@ -400,5 +411,5 @@ def _pieces(pool: Pool, block: Block, eligible: NDArray[np.bool_]) -> Iterator[_
         stop = min(start + pool.chunk_size, block.stop)
         flags = eligible[start - block.start : stop - block.start]
         if flags.any():
-            images = pool.read(start, stop).transpose(0, 2, 3, 1)[flags]  # a copy: the others are let go
+            images = pool.read(start, stop).transpose(0, 2, 3, 1)[flags]  # a copy: the chunk is freed
             yield _Piece(start - block.start + np.flatnonzero(flags), images.transpose(0, 3, 1, 2))

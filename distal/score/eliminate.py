@@ -19,7 +19,7 @@ from distal.artifacts.assignments import LabelArray
 from distal.kernels import mode_counts
 from distal.records import JsonObject
 
-STEP = 2  # rows between barriers
+_STEP = 2  # rows between barriers
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Barrier:
 
 def barrier_rows(n_rows: int) -> list[int]:
     """Rows before which it is decided. Up to T/2 nothing can be left out: m <= b, and theta > T - b."""
-    return list(range(n_rows // 2 + 1, n_rows, STEP))
+    return list(range(n_rows // 2 + 1, n_rows, _STEP))
 
 
 def histogram(votes: LabelArray, eligible: NDArray[np.bool_], n_classes: int, n_rows: int) -> NDArray[np.int64]:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from distal.config import Metric
 
-N_BINS = 15
+_N_BINS = 15
 
 
-class Undefined(ValueError):
+class _Undefined(ValueError):
     """A metric has no value for these labels; the message says why."""
 
 
@@ -47,7 +47,7 @@ def evaluate(
     for metric in metrics:
         try:
             values[metric] = _value(metric, labels, predicted, probabilities, classes)
-        except Undefined as reason:
+        except _Undefined as reason:
             values[metric], undefined[metric] = None, str(reason)
     return values, undefined
 
@@ -72,7 +72,7 @@ def _value(
         absent = [name for index, name in enumerate(classes) if index not in present]
         if absent:
             others = "" if len(absent) == 1 else f" and {len(absent) - 1} more"
-            raise Undefined(f"no image has the label {absent[0]!r}{others}, and a curve needs one of every class")
+            raise _Undefined(f"no image has the label {absent[0]!r}{others}, and a curve needs one of every class")
         return float(np.mean([sk.roc_auc_score(labels == c, probabilities[:, c]) for c in present]))
     confidence = probabilities[np.arange(len(labels)), predicted]
     return calibration_error(labels == predicted, confidence)
@@ -94,6 +94,6 @@ def calibration_error(right: NDArray[np.bool_], confidence: NDArray[np.floating[
     Returns:
         In [0, 1]; 0 is perfectly calibrated.
     """
-    bins = np.digitize(confidence, np.arange(1, N_BINS) / N_BINS, right=True)
+    bins = np.digitize(confidence, np.arange(1, _N_BINS) / _N_BINS, right=True)
     gaps = np.bincount(bins, weights=right - confidence.astype(np.float64))  # n_m * (accuracy - confidence)
     return float(np.abs(gaps).sum() / len(right))

@@ -1,4 +1,4 @@
-"""The scoring actors of a run: started, counted, asked, and sent away."""
+"""The scoring actors: started, counted, called, watched, and sent away."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distal import cluster
 from distal.errors import DistalError, Unfit, one_line
 from distal.records import CheckpointRef
 from distal.score.actor import WATCH, Scorer
-from distal.score.job import Job
+from distal.score.job import ActorJob, Owner
 from distal.score.plan import actors_allowed
 from distal.score.predict import Precision
 
@@ -27,24 +27,22 @@ LOOK_S = 5.0
 STUCK_S = cluster.STUCK_S
 WAITS_S = 60.0
 MAX_FAILED = 3
-OUTPUT_BATCHES = 8
-NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
+_OUTPUT_BATCHES = 8
+_NODE_ID = "ray.io/node-id"  # a label that Ray gives to every node
 
 
-class Scorers:
-    """The scoring actors of a run. They live from cycle to cycle; their number follows the free slots.
+class Fleet:
+    """The scoring actors. They live from cycle to cycle; their number follows the free slots.
 
     Args:
-        prefix: makes the actors' names unique to this attempt.
+        prefix: makes the actors' names unique in the cluster.
         options: Ray options of an actor, such as the resources it takes.
         asked: `score.actors`, None for auto.
-        slots: counts the CPU slots, or GPUs, that there are or may come to be, without those of some nodes. When nodes
-            are lost the actors that they had wait for others to come.
-        cache_bytes, threads, run: see `Scorer`.
+        slots: counts the CPU slots, or GPUs, that exist or may be added, without those of some nodes. When nodes
+            are lost, their actors wait for new ones.
+        cache_bytes, threads: see `Scorer`.
         stuck_after: seconds without a finished batch, or without an answer, after which an actor that has work is
             replaced; see `hanging` and `without_a_word`.
-        still_ours: raises when this attempt has lost the right to go on.
-        on_event: called with the name and the values of what happened.
     """
 
     def __init__(
@@ -56,19 +54,15 @@ class Scorers:
         slots: Callable[[Collection[str]], int],
         cache_bytes: int,
         threads: int,
-        run: str = "",
         stuck_after: float = STUCK_S,
-        still_ours: Callable[[], None] = lambda: None,
-        on_event: Callable[..., None] = lambda name, **values: None,
     ) -> None:
         self._prefix = prefix
         self._options = options
-        self._arguments = (cache_bytes, threads, run)
+        self._arguments = (cache_bytes, threads)
         self._next = 0
         self._shards: dict[int, int] = {}
         self._find_slots = slots
         self._avoided: set[str] = set()  # ids of nodes
-        self._still_ours, self._on_event = still_ours, on_event
         self._without_room_since: float | None = None
         self.asked, self.stuck_after = asked, stuck_after
         self.slots = slots(())
@@ -89,10 +83,10 @@ class Scorers:
         return f"a scoring actor, which needs {needs}"
 
     def look_around(self) -> None:
-        """Count the slots again, and learn which actors have found room."""
+        """Count the slots again, and note which actors have found room."""
         self.slots = max(self.slots, self._count())
         for ref in answered(self._placing):
-            with suppress(RayError):  # it died: what else it is asked says so
+            with suppress(RayError):  # it died: its other calls raise
                 self._placed(ref)
 
     def _count(self) -> int:
@@ -106,7 +100,7 @@ class Scorers:
         return list(self._placing.values())
 
     def without_room(self) -> str | None:
-        """What to say when no actor has found room for a minute, once a minute."""
+        """A line to report, once a minute, while no actor has found room for a minute."""
         now = time.monotonic()
         if self.processes or not self.actors:
             self._without_room_since = None
@@ -119,14 +113,14 @@ class Scorers:
 
     @property
     def watch_s(self) -> float:
-        """Seconds between two looks at what the actors do."""
+        """Seconds between two looks at the actors."""
         return min(LOOK_S, self.stuck_after / 4)
 
     def without_a_word(self) -> dict[int, str]:
-        """The actors that have not said for too long which process they are, and what to report of each.
+        """The actors that have not answered since they were started, for too long, with the reason to report.
 
-        Such an actor waits for room, or stopped before it could answer. Which of the two cannot be seen: it is to be
-        dropped, and asked for again.
+        Such an actor waits for room, or stopped before it could answer: nobody can see which. The caller drops it,
+        and starts another one.
         """
         limit, now = max(self.stuck_after, WAITS_S), time.monotonic()
         waits = {actor: now - self._grown_at[actor] for actor in self._placing.values()}
@@ -137,7 +131,7 @@ class Scorers:
         }
 
     def hanging(self, busy: Collection[int]) -> dict[int, str]:
-        """The actors that have work and give no sign of life, and what to report of each.
+        """The actors that have work and give no sign of life, with the reason to report.
 
         Args:
             busy: the actors that have work; those that are not placed yet are left to `without_a_word`.
@@ -145,7 +139,7 @@ class Scorers:
         now = time.monotonic()
         for ref in answered(self._asked):
             actor = self._asked.pop(ref)
-            with suppress(RayError):  # it died: so did its work, which says so
+            with suppress(RayError):  # it died: so did its work, which raises
                 sign = ray.get(ref)
                 if actor in self._heard and sign != self._heard[actor][0]:
                     self._heard[actor] = sign, now
@@ -159,7 +153,7 @@ class Scorers:
         return found
 
     def heard(self, actor: int) -> None:
-        """An actor finished some work, which is a sign of life also where it had no batch to predict."""
+        """Note that an actor finished some work: a sign of life even without a batch to predict."""
         self._heard.pop(actor, None)
 
     def _placed(self, ref: Any) -> None:
@@ -177,11 +171,11 @@ class Scorers:
         started = []
         options = dict(self._options)
         if self._avoided:
-            others = {NODE_ID: f"!in({','.join(sorted(self._avoided))})"}
+            others = {_NODE_ID: f"!in({','.join(sorted(self._avoided))})"}
             options["label_selector"] = (options.get("label_selector") or {}) | others
         while len(self.actors) < n:
             name = f"{self._prefix}-{self._next}"
-            # The number of one that has gone is used again: series that are never written to are kept all the same.
+            # The number of an actor that is gone is used again: Prometheus keeps a series for ever.
             self._shards[self._next] = next(n for n in itertools.count() if n not in self._shards.values())
             arguments = (*self._arguments, self._shards[self._next])
             self.actors[self._next] = _start_actor(name, options, arguments)
@@ -191,25 +185,28 @@ class Scorers:
             self._next += 1
         return started
 
-    def choose(self, job: Job, precision: str, batch_size: int | str, n_images: int) -> tuple[Precision, int]:
-        """What `auto` comes to on an actor; see `Scorer.choose`."""
-        chosen: tuple[Precision, int] = self._ask("choose", job, precision, batch_size, n_images)
+    def choose(
+        self, job: ActorJob, precision: str, batch_size: int | str, n_images: int, owner: Owner
+    ) -> tuple[Precision, int]:
+        """Resolve an `auto` on an actor; see `Scorer.choose`."""
+        chosen: tuple[Precision, int] = self._call("choose", [(job, precision, batch_size, n_images)], owner)[0]
         return chosen
 
-    def predict(self, job: Job, indices: Sequence[int], ref: CheckpointRef) -> NDArray[np.int64]:
+    def predict(self, job: ActorJob, indices: Sequence[int], ref: CheckpointRef, owner: Owner) -> NDArray[np.int64]:
         """The class of some samples at a checkpoint; see `Scorer.predict`."""
-        labels: NDArray[np.int64] = self._ask("predict", job, list(indices), ref)
+        labels: NDArray[np.int64] = self._call("predict", [(job, list(indices), ref)], owner)[0]
         return labels
 
     def outputs(
         self,
-        job: Job,
+        job: ActorJob,
         indices: NDArray[np.int64],
         ref: CheckpointRef,
         names: Collection[str],
         begun: Mapping[str, str] | None,
+        owner: Owner = Owner(),  # noqa: B008 - frozen
     ) -> dict[str, NDArray[np.float32]]:
-        """What a checkpoint gives for some samples, by all actors; see `Scorer.outputs`.
+        """Probabilities or embeddings of some samples at a checkpoint, by all actors; see `Scorer.outputs`.
 
         Args:
             indices: (n,), ascending. They are cut into pieces of whole batches, however many actors there are.
@@ -218,19 +215,15 @@ class Scorers:
         Raises:
             Unfit: no actor has it.
         """
-        size = OUTPUT_BATCHES * job.batch_size
+        size = _OUTPUT_BATCHES * job.batch_size
         pieces = [indices[start : start + size].tolist() for start in range(0, len(indices), size)]
-        found = self._ask_all("outputs", [(job, piece, ref, names, begun) for piece in pieces])
-        return {name: np.concatenate([each[name] for each in found]) for name in names}
+        parts = self._call("outputs", [(job, piece, ref, names, begun) for piece in pieces], owner)
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
-    def _ask(self, method: str, *arguments: object) -> Any:
-        """Have any actor do something; another one when it dies."""
-        return self._ask_all(method, [arguments])[0]
+    def _call(self, method: str, calls: Sequence[tuple[object, ...]], owner: Owner) -> list[Any]:
+        """Call a method of the actors with each of some arguments; the call of an actor that dies is repeated.
 
-    def _ask_all(self, method: str, calls: Sequence[tuple[object, ...]]) -> list[Any]:
-        """Have the actors do something with each of some arguments; what one had in hand that died is done again.
-
-        Only those are asked that have found room: one that stands for a lost node may wait for ever.
+        Only actors that have found room are called: one that stands for a lost node may wait for ever.
         """
         answers: dict[int, Any] = {}
         waiting = deque(range(len(calls)))
@@ -239,8 +232,8 @@ class Scorers:
         looked = -math.inf
 
         def lost(actor: int, call: int | None, reason: str) -> None:
-            """Have what it had in hand done by another one."""
-            self._on_event("actor_lost", actor=actor, reason=reason)
+            """Replace an actor, and give its call to another one."""
+            owner.on_event("actor_lost", actor=actor, reason=reason)
             self.drop(actor)
             if call is not None:
                 waiting.appendleft(call)
@@ -249,14 +242,14 @@ class Scorers:
                 raise DistalError(f"{MAX_FAILED} scoring actors in a row were lost: {reason}")
 
         while len(answers) < len(calls):
-            self._still_ours()
+            owner.still_ours()
             if time.monotonic() - looked >= self.watch_s:
                 looked = time.monotonic()
                 self.look_around()
                 if reason := self.without_room():
-                    self._on_event("scoring_waits", reason=reason)
+                    owner.on_event("scoring_waits", reason=reason)
                 for actor, reason in self.without_a_word().items():
-                    self._on_event("actor_asked_for_again", actor=actor, reason=reason)
+                    owner.on_event("actor_asked_for_again", actor=actor, reason=reason)
                     self.drop(actor)
                 for actor, reason in self.hanging([actor for actor, _ in working.values()]).items():
                     ref = next(ref for ref, (at_work, _) in working.items() if at_work == actor)
@@ -297,7 +290,7 @@ class Scorers:
     def send_away(self, actor: int) -> None:
         """Stop an actor, and start none on its node again.
 
-        The caller stops those that wait for room, too: they could find it there.
+        The caller stops those that wait for room too: they could find it there.
         """
         self.look_around()
         if actor in self.processes:
@@ -306,7 +299,7 @@ class Scorers:
         self.slots = self._count()
 
     def drop(self, actor: int) -> None:
-        """Stop one actor, and free its slot, also when it does not listen to Ray any more."""
+        """Stop one actor and free its slot, even when it no longer responds to Ray."""
         _stop_actor(self.actors.pop(actor), self.processes.pop(actor, None))
         del self._shards[actor], self._grown_at[actor]
         self._asked = {ref: asked for ref, asked in self._asked.items() if asked != actor}
@@ -328,5 +321,5 @@ def _stop_actor(actor: Any, process: cluster.Process | None) -> None:
 
 
 def answered(refs: dict[Any, int]) -> list[Any]:
-    """Those of some calls that have been answered."""
+    """The calls that have been answered."""
     return ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []

@@ -1,11 +1,11 @@
-"""The loop that obeys the plan. It only ever sees numbers: images scored, seconds."""
+"""Runs a `Plan` on the scoring actors: hands out tasks, collects results, replaces lost actors."""
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,93 +16,41 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
-from distal.artifacts.assignments import Assignments
 from distal.errors import DistalError, Unfit, one_line
-from distal.records import CheckpointRef, Progress
+from distal.records import CheckpointRef
 from distal.score.eliminate import Barrier, barrier_rows, decide
-from distal.score.fleet import MAX_FAILED, Scorers
-from distal.score.job import Done, Elimination, Job, Order, Producer, Scored
-from distal.score.plan import Plan, Work, actors_allowed
+from distal.score.fleet import MAX_FAILED, Fleet
+from distal.score.job import Scored, ScoringJob, TaskResult
+from distal.score.plan import Plan, Task, actors_allowed
 from distal.score.predict import difference
 from distal.storage import create_json, read_json
 
 POLL_S = 0.2
 RATE_WINDOW_S = 5.0
 HAND_OUT_S = 120.0
-BARRIER = ("row", "theta", "remaining")
+_BARRIER = ("row", "theta", "remaining")
 
 
-def score(
-    job: Job,
-    assignments: Assignments,
-    scorers: Scorers,
-    producer: Producer,
-    *,
-    elimination: Elimination | None = None,
-    n_expected: int | None = None,
-    mixed_hardware: bool = False,
-    progress: Progress,
-    on_progress: Callable[[Progress], None],
-    on_event: Callable[..., None] = lambda name, **values: None,
-) -> Scored:
+def score(job: ScoringJob, fleet: Fleet) -> Scored:
     """Score all eligible samples at all checkpoints, those still to come included.
 
-    Blocks that are committed already are not touched. When the producer has finished with fewer checkpoints than the
-    array has rows, the others are no rows.
-
-    Args:
-        producer: publishes the checkpoints; its slots are left to it.
-        elimination: None: every eligible sample is scored at every checkpoint.
-        n_expected: how many checkpoints there will be, for people; None: unknown.
-        mixed_hardware: whether actors with another fingerprint than the first may join; else they are sent away.
-        progress: what is known of the cycle; `on_progress` is called with it, brought up to date.
-        on_event: called with the name and the values of what happened.
+    Committed blocks are not touched. When the producer has finished with fewer checkpoints than the array has rows, the
+    remaining rows are ignored.
 
     Raises:
         BlockFailed, DistalError: a block, or every new actor, failed again and again.
         RunConflict: no actor has the fingerprint that the assignments were begun with.
         Damage: a checkpoint has other weights than its row was begun with.
     """
-    return _Pass(
-        job,
-        assignments,
-        scorers,
-        producer,
-        elimination,
-        n_expected,
-        mixed_hardware,
-        progress,
-        on_progress,
-        on_event,
-    ).run()
+    return ScoringPass(job, fleet).run()
 
 
-class _Pass:
+class ScoringPass:
     """One run of the scoring loop."""
 
-    def __init__(
-        self,
-        job: Job,
-        assignments: Assignments,
-        scorers: Scorers,
-        producer: Producer,
-        elimination: Elimination | None,
-        n_expected: int | None,
-        mixed_hardware: bool,
-        progress: Progress,
-        on_progress: Callable[[Progress], None],
-        on_event: Callable[..., None],
-    ) -> None:
-        self.job = job
-        self.assignments = assignments
-        self.scorers = scorers
-        self.producer = producer
-        self.elimination = elimination
-        self.n_expected = n_expected
-        self.mixed_hardware = mixed_hardware
-        self.progress = progress
-        self.on_progress = on_progress
-        self.on_event = on_event
+    def __init__(self, job: ScoringJob, fleet: Fleet) -> None:
+        self.job, self.fleet = job, fleet
+        self.assignments, self.elimination = assignments, elimination = job.assignments, job.elimination
         self.blocks = assignments.blocks
         self.eligible = [int(assignments.eligible(b.start, b.stop).sum()) for b in self.blocks]
         self.barriers = read_barriers(elimination.record, barrier_rows(assignments.n_rows)) if elimination else []
@@ -110,7 +58,7 @@ class _Pass:
         done = [
             (row, b)
             for row in range(assignments.n_rows)
-            for b in assignments.committed(row, recorded=row >= job.recorded_from)
+            for b in assignments.committed(row, recorded=row >= job.for_actors.recorded_from)
         ]
         self.images = sum(self._n_scored(row, block) for row, block in done)
         self.plan = Plan(
@@ -123,7 +71,7 @@ class _Pass:
         self.histograms: dict[int, NDArray[np.int64]] = {}
         self.refs: dict[int, CheckpointRef] = {}
         self.joining: dict[Any, int] = {}
-        self.working: dict[Any, Work] = {}
+        self.working: dict[Any, Task] = {}
         self.failed_starts = 0
         self.started_before_failure = 0
         self.all_published = False
@@ -138,54 +86,55 @@ class _Pass:
         self.last_commit = self.began
 
     def run(self) -> Scored:
-        # Training takes its slots first; it has not got them while actors of the cycle before sit there.
-        self.scorers.shrink(self._allowed())
-        for actor in self.scorers.actors:
+        """Score until every block is committed at every row."""
+        # Training takes its slots first: actors of the cycle before may still hold them.
+        self.fleet.shrink(self._allowed())
+        for actor in self.fleet.actors:
             self._greet(actor)
         polled = watched = -np.inf
-        self._look_for_checkpoints()  # also when nothing is left to score: the figures are of all checkpoints
+        self._look_for_checkpoints()  # even when nothing is left to score: the figures are of all checkpoints
         while not self.plan.finished:
             if time.monotonic() - polled >= POLL_S:
                 polled = time.monotonic()
                 self._look_for_checkpoints()
-                if polled - watched >= self.scorers.watch_s:
+                if polled - watched >= self.fleet.watch_s:
                     watched = polled
-                    self.scorers.look_around()
+                    self.fleet.look_around()
                     self._watch()
                 self._shrink()
-                for actor in self.scorers.grow(min(self._allowed(), self.plan.n_unfinished_blocks)):
+                for actor in self.fleet.grow(min(self._allowed(), self.plan.n_unfinished_blocks)):
                     self._greet(actor)
                 self._report()
             if self.plan.at_barrier:
                 self._decide()
-            for work in self.plan.next_work():
-                self._hand_out(work)
+            for task in self.plan.next_tasks():
+                self._hand_out(task)
             self._wait()
         self._report()
         return self._scored()
 
-    def _hand_out(self, work: Work) -> None:
+    def _hand_out(self, task: Task) -> None:
         if self.first_hand_out is None:
             self.first_hand_out = time.monotonic()
             self.idle_s = 0.0
-        theta = next((barrier.theta for barrier in self.barriers if barrier.row == work.barrier), 0)
-        refs = tuple(self.refs[row] for row in work.rows)
-        order = Order(self.blocks[work.block], refs, work.barrier, theta, work.count)
-        self.working[self.scorers.actors[work.actor].score.remote(self.job, order)] = work
-        self.hand_outs += len(work.rows)
+        theta = next((barrier.theta for barrier in self.barriers if barrier.row == task.barrier), 0)
+        refs = tuple(self.refs[row] for row in task.rows)
+        answer = self.fleet.actors[task.actor].score.remote(self.job.for_actors, task, refs, theta)
+        self.working[answer] = task
+        self.hand_outs += len(task.rows)
 
     def _decide(self) -> None:
-        """Every block has counted its votes: leave out what can no longer be selected, and go on."""
+        """Every block has counted its votes: leave out samples that can no longer be selected, and go on."""
         assert self.elimination is not None
         row = self.plan.next_barrier
         assert row is not None
         histograms = [self.histograms[block] for block in range(len(self.blocks))]
         decided = decide(row, histograms, self.elimination.budget)
-        # On disk before anything is handed out that depends on it. What another driver decided before stays: it is the
-        # same, as it was decided from the same assignments.
+        # On disk before any task that depends on it is handed out. The decision of an earlier driver stays: it is
+        # the same, made from the same assignments.
         path = barrier_path(self.elimination.record, row)
         create_json(path, decided.to_record())
-        self.barriers.append(Barrier.from_record(read_json(path, required=BARRIER)))
+        self.barriers.append(Barrier.from_record(read_json(path, required=_BARRIER)))
         self.totals.append(sum(self.barriers[-1].remaining))
         self.histograms.clear()
         self.plan.pass_barrier()
@@ -198,8 +147,8 @@ class _Pass:
         return self.barriers[passed - 1].remaining[block] if passed else self.eligible[block]
 
     def _n_images(self) -> int:
-        """Predictions in the whole array, as far as is decided now."""
-        rows = range(max(len(self.refs), self.n_expected or 0))
+        """Predictions in the whole array, after the decisions so far."""
+        rows = range(max(len(self.refs), self.job.n_expected or 0))
         return sum(self._n_scored(row) for row in rows)
 
     def _scored(self) -> Scored:
@@ -219,15 +168,15 @@ class _Pass:
         )
 
     def _allowed(self) -> int:
-        """Actors that there may be now."""
-        return actors_allowed(self.scorers.asked, self.scorers.slots, self.producer.slots_held())
+        """The largest number of actors at present."""
+        return actors_allowed(self.fleet.asked, self.fleet.slots, self.job.producer.slots_held())
 
     def _look_for_checkpoints(self) -> None:
         if self.all_published:
             return  # one that comes later belongs to another pass
-        finished = self.producer.finished()  # asked first: what is missing afterwards will never come
-        for ref in self.producer.published():
-            row = ref.index - self.job.first_index
+        finished = self.job.producer.finished()  # first: a checkpoint that is missing after it will never come
+        for ref in self.job.producer.published():
+            row = ref.index - self.job.for_actors.first_index
             if 0 <= row < self.assignments.n_rows and row not in self.refs:
                 self.assignments.adopt_weights(row, ref.sha256)
                 self.refs[row] = ref
@@ -237,7 +186,7 @@ class _Pass:
             self.plan.no_more()
 
     def _greet(self, actor: int) -> None:
-        self.joining[self.scorers.actors[actor].ready.remote(self.job)] = actor
+        self.joining[self.fleet.actors[actor].ready.remote(self.job.for_actors)] = actor
 
     def _wait(self) -> None:
         pending = [*self.joining, *self.working]
@@ -264,41 +213,41 @@ class _Pass:
     def _join(self, ref: Any, found: dict[str, str]) -> None:
         actor = self.joining.pop(ref)
         begun = self.assignments.adopt_fingerprint(found)
-        if found != begun and not self.mixed_hardware:
-            self._refuse(actor, Unfit(f"{self.job.assignments}: {difference(begun, found)}"))
+        if found != begun and not self.job.mixed_hardware:
+            self._refuse(actor, Unfit(f"{self.assignments.path}: {difference(begun, found)}"))
             return
         self.failed_starts = 0
         self.plan.actor_joined(actor)
-        self.on_event("actor_joined", actor=actor)
+        self.job.owner.on_event("actor_joined", actor=actor)
 
     def _refuse(self, actor: int, error: Exception) -> None:
         """Send an actor away that cannot score on its node, or whose predictions could differ in their last bits."""
-        self.on_event("actor_refused", actor=actor, reason=one_line(error))
-        self.scorers.send_away(actor)
-        for waiting in self.scorers.unplaced:
+        self.job.owner.on_event("actor_refused", actor=actor, reason=one_line(error))
+        self.fleet.send_away(actor)
+        for waiting in self.fleet.unplaced:
             if self._forget(waiting):
                 self.plan.actor_left(waiting)
-        if not self.scorers.slots:
+        if not self.fleet.slots:
             raise error from None
 
-    def _commit(self, ref: Any, done: Done) -> None:
-        work = self.working.pop(ref)
-        self.scorers.heard(work.actor)
-        if done.histogram is not None:
-            self.histograms[work.block] = done.histogram
-        self.plan.done(work)
+    def _commit(self, ref: Any, result: TaskResult) -> None:
+        task = self.working.pop(ref)
+        self.fleet.heard(task.actor)
+        if result.histogram is not None:
+            self.histograms[task.block] = result.histogram
+        self.plan.done(task)
         self.last_commit = time.monotonic()
-        self.images += sum(self._n_scored(row, work.block) for row in work.rows)
-        self.images_predicted += done.n_predicted
+        self.images += sum(self._n_scored(row, task.block) for row in task.rows)
+        self.images_predicted += result.n_predicted
         self._limit_hand_outs()
-        self.actor_rss_bytes = max(self.actor_rss_bytes, done.peak_rss_bytes)
-        self.recent.append((self.last_commit, done.n_predicted))
+        self.actor_rss_bytes = max(self.actor_rss_bytes, result.peak_rss_bytes)
+        self.recent.append((self.last_commit, result.n_predicted))
 
     def _limit_hand_outs(self) -> None:
-        """What an actor has in hand is lost with it: no more than about `HAND_OUT_S` seconds of work."""
+        """Limit what is lost with an actor to about `HAND_OUT_S` seconds of work."""
         assert self.first_hand_out is not None
         busy_s = max(time.monotonic() - self.first_hand_out, POLL_S) * max(
-            1, len(self.scorers.actors) - len(self.joining)
+            1, len(self.fleet.actors) - len(self.joining)
         )
         per_block = self.totals[-1] / len(self.blocks)
         if self.images_predicted and per_block:
@@ -306,18 +255,18 @@ class _Pass:
 
     def _watch(self) -> None:
         """Replace actors that have something to do and give no sign of life; say when none finds room."""
-        if reason := self.scorers.without_room():
-            self.on_event("scoring_waits", reason=reason)
-        for actor, reason in self.scorers.without_a_word().items():
-            self.on_event("actor_asked_for_again", actor=actor, reason=reason)
+        if reason := self.fleet.without_room():
+            self.job.owner.on_event("scoring_waits", reason=reason)
+        for actor, reason in self.fleet.without_a_word().items():
+            self.job.owner.on_event("actor_asked_for_again", actor=actor, reason=reason)
             self._forget(actor)
-        busy = {*self.joining.values(), *(work.actor for work in self.working.values())}
-        for actor, reason in self.scorers.hanging(busy).items():
+        busy = {*self.joining.values(), *(task.actor for task in self.working.values())}
+        for actor, reason in self.fleet.hanging(busy).items():
             self._lost(actor, reason)
 
     def _shrink(self) -> None:
-        """Give slots back that are needed elsewhere; the youngest actors go, and what they had in hand waits again."""
-        for actor in list(self.scorers.actors)[self._allowed() :]:
+        """Give back slots that are needed elsewhere: the youngest actors stop, and their tasks wait again."""
+        for actor in list(self.fleet.actors)[self._allowed() :]:
             if self._forget(actor):
                 self.plan.actor_left(actor)
 
@@ -325,21 +274,21 @@ class _Pass:
         """Stop an actor; returns whether it had joined the plan."""
         joined = actor not in self.joining.values()
         self.joining = {ref: a for ref, a in self.joining.items() if a != actor}
-        self.working = {ref: work for ref, work in self.working.items() if work.actor != actor}
-        self.scorers.drop(actor)
+        self.working = {ref: task for ref, task in self.working.items() if task.actor != actor}
+        self.fleet.drop(actor)
         return joined
 
     def _lost(self, actor: int, reason: str) -> None:
-        """An actor died, or is stuck; what it had in hand is done again."""
-        in_hand = sum(len(work.rows) for work in self.working.values() if work.actor == actor)
+        """Replace an actor that died or is stuck; its tasks are done again."""
+        in_hand = sum(len(task.rows) for task in self.working.values() if task.actor == actor)
         self.retried += in_hand
-        self.on_event("actor_lost", actor=actor, reason=reason, blocks_in_hand=in_hand)
+        self.job.owner.on_event("actor_lost", actor=actor, reason=reason, blocks_in_hand=in_hand)
         if self._forget(actor):
             self.plan.actor_lost(actor)
             return
         if actor < self.started_before_failure:
-            return  # it went with others, such as those of its node
-        self.started_before_failure = self.scorers.n_started
+            return  # lost together with others, such as those of its node
+        self.started_before_failure = self.fleet.n_started
         self.failed_starts += 1
         if self.failed_starts == MAX_FAILED:
             raise DistalError(f"{MAX_FAILED} scoring actors in a row died while starting: {reason}")
@@ -350,30 +299,30 @@ class _Pass:
             return
         if isinstance(error.cause, DistalError):
             raise error.cause from None
-        work = self.working.pop(ref)
-        self.retried += len(work.rows)
+        task = self.working.pop(ref)
+        self.retried += len(task.rows)
         reason = f"{type(error.cause).__name__}: {error.cause}"
-        self.on_event("block_failed", block=work.block, rows=list(work.rows), reason=reason)
-        self.plan.failed(work, reason)
+        self.job.owner.on_event("block_failed", block=task.block, rows=list(task.rows), reason=reason)
+        self.plan.failed(task, reason)
 
     def _report(self) -> None:
         now = time.monotonic()
         while self.recent and self.recent[0][0] < now - RATE_WINDOW_S:
             self.recent.popleft()
-        # What the oldest commit brought was predicted before the window began.
+        # The images of the oldest commit were predicted before the window began.
         since, n_before = self.recent[0] if self.recent else (now, 0)
         rate = (sum(n for _, n in self.recent) - n_before) / max(now - since, POLL_S)
         newest = self.refs[max(self.refs)] if self.refs else None
-        self.on_progress(
+        self.job.on_progress(
             replace(
-                self.progress,
+                self.job.progress,
                 epoch=max((checkpoint.epoch for checkpoint in self.refs.values()), default=0),
                 published=len(self.refs),
                 rows_scored=self.plan.n_rows_done,
                 images_scored=self.images,
                 images=self._n_images(),
                 images_per_s=rate,
-                actors=len(self.scorers.actors) - len(self.joining),
+                actors=len(self.fleet.actors) - len(self.joining),
                 actors_starting=len(self.joining),
                 blocks_done=self.plan.n_blocks_done,
                 blocks_pending=self.plan.n_blocks_pending,
@@ -385,14 +334,14 @@ class _Pass:
 
 
 def read_barriers(record: Path, rows: Sequence[int]) -> list[Barrier]:
-    """What has been decided so far at some rows, in order, up to the first at which nothing was."""
+    """The decisions at some rows, in order, up to the first row without one."""
     barriers = []
     with suppress(FileNotFoundError):
         for row in rows:
-            barriers.append(Barrier.from_record(read_json(barrier_path(record, row), required=BARRIER)))
+            barriers.append(Barrier.from_record(read_json(barrier_path(record, row), required=_BARRIER)))
     return barriers
 
 
 def barrier_path(record: Path, row: int) -> Path:
-    """Where it is kept what was decided before a row: a file of its own, created exclusively."""
+    """The file with the decision before a row, which is created exclusively."""
     return record / f"{row:05d}.json"

@@ -1,6 +1,6 @@
 """Which (block, checkpoints) goes to which actor next. Decisions only: no Ray, no disk, no clock.
 
-Events go in (`published`, `actor_joined`, `done`, `failed`, `actor_lost`), and `next_work` says what to hand
+Events go in (`published`, `actor_joined`, `done`, `failed`, `actor_lost`), and `next_tasks` says what to hand
 out. The same events always give the same decisions, so the tests are scripts of events.
 
 A block sticks to the actor that has it decoded. When several checkpoints wait, one hand-out carries up to `MAX_ROWS` of
@@ -25,14 +25,14 @@ MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Task:
     """One hand-out.
 
     Attributes:
         block: the block to score.
         rows: checkpoint indices to score it at, ascending; none when only votes are to be counted.
-        barrier: the row before which they are scored, None when there is none: what was decided there applies to them.
-        count: whether to count the votes before the next barrier, once these rows are scored.
+        barrier: the last barrier before these rows, whose decision applies to them; None: there is none.
+        count: the next barrier, when the votes before it are to be counted once these rows are scored; else None.
     """
 
     actor: int
@@ -105,7 +105,7 @@ class Plan:
         self._attempts: dict[int, int] = {}
         self._failed_at: dict[int, int] = {}  # the actor at which a block failed last
         self._owner: dict[int, int] = {}  # the actor that scored a block last, and may have it decoded
-        self._work: dict[int, list[Work]] = {}  # what each actor has in hand, in the order it was handed out
+        self._in_hand: dict[int, list[Task]] = {}  # what each actor has in hand, in the order it was handed out
         self._busy: set[int] = set()  # blocks that are in a hand
         self._queues: dict[int | None, _Queue] = {}  # what can be handed out, by owner; None: of no one
         for block in range(n_blocks):
@@ -149,14 +149,14 @@ class Plan:
         return self.next_barrier is not None and len(self._counted) == len(self._waiting)
 
     def pass_barrier(self) -> None:
-        """It is decided: the rows up to the next barrier may be handed out."""
+        """The barrier is decided: rows up to the next one may be handed out."""
         self._passed += 1
         self._counted.clear()
         for block in range(len(self._waiting)):
             self._enqueue(block)
 
     def published(self, row: int) -> None:
-        """A checkpoint can be scored; saying so twice changes nothing."""
+        """A checkpoint can be scored; a second call changes nothing."""
         if row in self._published:
             return
         self._published.add(row)
@@ -174,59 +174,59 @@ class Plan:
 
     def actor_joined(self, actor: int) -> None:
         """An actor is ready for work."""
-        self._work[actor] = []
+        self._in_hand[actor] = []
 
-    def actor_left(self, actor: int) -> list[Work]:
-        """An actor was sent away; what it had in hand waits again, and is returned."""
+    def actor_left(self, actor: int) -> list[Task]:
+        """An actor was sent away; its tasks wait again, and are returned."""
         self._owner = {block: owner for block, owner in self._owner.items() if owner != actor}
         for block in self._queues.pop(actor, ()):
             self._enqueue(block)
-        in_hand = self._work.pop(actor)
-        for work in in_hand:
-            self._busy.remove(work.block)
-            self._wait(work.block, work.rows)
+        in_hand = self._in_hand.pop(actor)
+        for task in in_hand:
+            self._busy.remove(task.block)
+            self._wait(task.block, task.rows)
         return in_hand
 
     def actor_lost(self, actor: int) -> None:
-        """An actor has died; what it had in hand waits again.
+        """An actor has died; its tasks wait again.
 
         Raises:
             BlockFailed: the block it was working on has been lost too often.
         """
-        for work in self.actor_left(actor)[:1]:  # the others were only queued behind it
-            self._count_failure(work.block, "the actor died")
+        for task in self.actor_left(actor)[:1]:  # the others were only queued behind it
+            self._count_failure(task.block, "the actor died")
 
-    def done(self, work: Work) -> None:
+    def done(self, task: Task) -> None:
         """A hand-out is committed, and its votes are counted if that was asked for."""
-        self._work[work.actor].remove(work)
-        self._busy.remove(work.block)
-        self._done.update((row, work.block) for row in work.rows)
-        self._left[work.block] -= len(work.rows)
-        for row in work.rows:
+        self._in_hand[task.actor].remove(task)
+        self._busy.remove(task.block)
+        self._done.update((row, task.block) for row in task.rows)
+        self._left[task.block] -= len(task.rows)
+        for row in task.rows:
             self._missing[row] -= 1
-        if work.count is not None:
-            self._counted.add(work.block)
-        self._attempts.pop(work.block, None)
-        self._failed_at.pop(work.block, None)
-        self._enqueue(work.block)
+        if task.count is not None:
+            self._counted.add(task.block)
+        self._attempts.pop(task.block, None)
+        self._failed_at.pop(task.block, None)
+        self._enqueue(task.block)
 
-    def failed(self, work: Work, reason: str) -> None:
+    def failed(self, task: Task, reason: str) -> None:
         """A hand-out failed without taking its actor down; it waits again.
 
         Raises:
             BlockFailed: it has failed too often.
         """
-        self._work[work.actor].remove(work)
-        self._busy.remove(work.block)
-        self._owner.pop(work.block, None)
-        self._failed_at[work.block] = work.actor  # another one tries it next: it may be the actor that is at fault
-        self._wait(work.block, work.rows)
-        self._count_failure(work.block, reason)
+        self._in_hand[task.actor].remove(task)
+        self._busy.remove(task.block)
+        self._owner.pop(task.block, None)
+        self._failed_at[task.block] = task.actor  # another one tries it next: it may be the actor that is at fault
+        self._wait(task.block, task.rows)
+        self._count_failure(task.block, reason)
 
-    def next_work(self) -> list[Work]:
-        """Everything that can be handed out now; the plan takes it as handed out."""
-        handed_out: list[Work] = []
-        with_room = [(actor, in_hand) for actor, in_hand in self._work.items() if len(in_hand) < IN_FLIGHT]
+    def next_tasks(self) -> list[Task]:
+        """Everything that can be handed out now; the plan counts it as handed out."""
+        handed_out: list[Task] = []
+        with_room = [(actor, in_hand) for actor, in_hand in self._in_hand.items() if len(in_hand) < IN_FLIGHT]
         for depth in range(IN_FLIGHT):  # one each before a second one
             for actor, in_hand in with_room:
                 if not self._queues:
@@ -234,21 +234,21 @@ class Plan:
                 block = self._choose(actor) if len(in_hand) <= depth else None
                 if block is None:
                     continue
-                work = self._hand_out(actor, block)
-                self._take(block, work.rows)
+                task = self._hand_out(actor, block)
+                self._take(block, task.rows)
                 self._busy.add(block)
                 self._owner[block] = actor
-                in_hand.append(work)
-                handed_out.append(work)
+                in_hand.append(task)
+                handed_out.append(task)
         return handed_out
 
-    def _hand_out(self, actor: int, block: int) -> Work:
+    def _hand_out(self, actor: int, block: int) -> Task:
         ready = sorted(row for row in self._waiting[block] if row < self._limit)
         below = bisect_right(self._barriers, ready[0]) if ready else self._passed
         stop = self._barriers[below] if below < len(self._barriers) else self._n_rows  # one stretch between barriers
         stretch = [row for row in ready if row < stop][: self._rows_at_once()]
         last = len(stretch) == len(ready) and self._complete_before_barrier(block, stretch)
-        return Work(
+        return Task(
             actor,
             block,
             tuple(stretch),
@@ -258,10 +258,10 @@ class Plan:
 
     def _rows_at_once(self) -> int:
         """At most `MAX_ROWS`, and with several actors less than a fair share of what waits."""
-        if len(self._work) == 1:
+        if len(self._in_hand) == 1:
             return min(MAX_ROWS, self.max_rows)
         waiting = sum(self._n_waiting[: self._limit])
-        return max(1, min(MAX_ROWS, self.max_rows, waiting // (2 * IN_FLIGHT * len(self._work))))
+        return max(1, min(MAX_ROWS, self.max_rows, waiting // (2 * IN_FLIGHT * len(self._in_hand))))
 
     @property
     def _limit(self) -> int:
@@ -302,7 +302,7 @@ class Plan:
 
     def _choose(self, actor: int) -> int | None:
         """The block whose oldest row is the most behind: own blocks first, then free ones, then others'."""
-        alone = len(self._work) == 1
+        alone = len(self._in_hand) == 1
         for owner in self._in_turn(actor):
             queue = self._queues.get(owner, _Queue())
             # A block that failed is not tried twice in a row by one actor of several.
@@ -314,7 +314,7 @@ class Plan:
         return None
 
     def _in_turn(self, actor: int) -> Iterator[int | None]:
-        """Whose blocks an actor may take: its own, no one's, and those of the actor that has most of them to take."""
+        """The owners whose blocks an actor may take: itself, nobody, and the actor with most of them left."""
         yield actor
         yield None
         queues = {owner: queue for owner, queue in self._queues.items() if owner is not None}

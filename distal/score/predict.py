@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distal.errors import ModelError
-from distal.model.spec import StateDict
+
+if TYPE_CHECKING:
+    from distal.model.weights import StateDict
 
 Precision = Literal["fp32", "bf16"]
 
-PAD_STEP = 16  # a short last batch is padded to a multiple of it: fewer than ten images can change the last bits
-BATCH_SIZES = {"cpu": (32, 64, 128), "cuda": (128, 256, 512, 1024)}
-PROBE_S = 5.0
+_PAD_STEP = 16  # a short last batch is padded to a multiple of it: fewer than ten images can change the last bits
+_BATCH_SIZES = {"cpu": (32, 64, 128), "cuda": (128, 256, 512, 1024)}
+_PROBE_S = 5.0
 
 
 class NotFinite(ArithmeticError):
@@ -150,7 +152,7 @@ class Predictor:
 
     def _padded(self, batch: NDArray[np.uint8]) -> NDArray[np.uint8]:
         n, channels, height, width = batch.shape
-        wanted = min(self.batch_size, -(-n // PAD_STEP) * PAD_STEP)
+        wanted = min(self.batch_size, -(-n // _PAD_STEP) * _PAD_STEP)
         if n == wanted:
             return batch
         padded = np.zeros((wanted, height, width, channels), dtype=np.uint8).transpose(0, 3, 1, 2)
@@ -177,17 +179,17 @@ def quickest_batch_size(predictor: Predictor, image_shape: tuple[int, int, int],
     Raises:
         ModelError: memory does not hold a single image.
     """
-    sizes = BATCH_SIZES[predictor.device.type]
+    sizes = _BATCH_SIZES[predictor.device.type]
     best, best_s = 0, float("inf")
     started = time.monotonic()
     for size in sizes:
-        if best and (size >= 2 * n_images or time.monotonic() - started > PROBE_S / 2):
+        if best and (size >= 2 * n_images or time.monotonic() - started > _PROBE_S / 2):
             break
         seconds = _seconds(predictor, image_shape, size)
         if seconds is None:
             break
         whole, rest = divmod(n_images, size)
-        block_s = seconds * (whole + min(size, -(-rest // PAD_STEP) * PAD_STEP) / size)
+        block_s = seconds * (whole + min(size, -(-rest // _PAD_STEP) * _PAD_STEP) / size)
         if block_s < 1.01 * best_s:
             best, best_s = size, min(block_s, best_s)
     size = sizes[0]

@@ -24,26 +24,26 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from distal.artifacts import checkpoints
+from distal.artifacts.cycles import Cycle
 from distal.artifacts.ledger import Ledger
-from distal.artifacts.runs import Cycle
 from distal.errors import ConfigError, ModelError, RunConflict, Superseded, TrainingFailed
+from distal.model.weights import check_fits, serialize
 from distal.pool import Pool
 from distal.pool.images import write_png
 from distal.records import CheckpointRef
 from distal.storage import disk_errors, sha256, write_table
-from distal.train.folder import check_fits
 from distal.train.rank import TrainJob, check_owner, claim
 
 if TYPE_CHECKING:
-    from distal.artifacts.checkpoints import StateDict
+    from distal.model.weights import StateDict
 
-PLACEHOLDERS = ("labels", "images", "checkpoints", "epochs", "seed", "cycle")
-OWNER, INPUTS = "DISTAL_OWNER", "DISTAL_INPUTS"
-OUT, ERR = "stdout.log", "stderr.log"
-LAST_LINES = 20
+_PLACEHOLDERS = ("labels", "images", "checkpoints", "epochs", "seed", "cycle")
+OWNER, _INPUTS = "DISTAL_OWNER", "DISTAL_INPUTS"
+_OUT, _ERR = "stdout.log", "stderr.log"
+_LAST_LINES = 20
 POLL_S = 0.2
 
-PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -54,9 +54,9 @@ def check_command(command: str) -> None:
         names = [name for word in words for _, name, _, _ in Formatter().parse(word) if name is not None]
     except ValueError as error:
         raise ConfigError(f"train.command: {command!r} cannot be split into words ({error})") from None
-    unknown = [name for name in names if name not in PLACEHOLDERS]
+    unknown = [name for name in names if name not in _PLACEHOLDERS]
     if unknown:
-        known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+        known = ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
         raise ConfigError(f"train.command: unknown placeholder {{{unknown[0]}}}; known: {known}")
     if "checkpoints" not in names:
         raise ConfigError("train.command: does not say {checkpoints}, the folder to publish to")
@@ -74,7 +74,7 @@ def run_command(
     """Run the command of a cycle; returns when it has ended and every checkpoint is published.
 
     Args:
-        command: with `PLACEHOLDERS` in braces.
+        command: with `_PLACEHOLDERS` in braces.
         pool: that of the job, with the classes of the run.
         dest: the folder that this start publishes to, and no other.
         given_up: ends the command when it is set.
@@ -99,8 +99,8 @@ def run_command(
     }
     owner = f"{job.owner_prefix}{uuid.uuid4().hex[:8]}"
     claim(job.folder, owner, still_ours)
-    environment = {**os.environ, OWNER: owner, INPUTS: job.inputs}
-    with disk_errors(train), (train / OUT).open("ab") as out, (train / ERR).open("ab") as err:
+    environment = {**os.environ, OWNER: owner, _INPUTS: job.inputs}
+    with disk_errors(train), (train / _OUT).open("ab") as out, (train / _ERR).open("ab") as err:
         try:
             process = subprocess.Popen(
                 [word.format(**values) for word in words],
@@ -118,8 +118,8 @@ def run_command(
             _end(process)
     if code:
         raise TrainingFailed(
-            f"train.command ended with {code} in cycle {job.cycle}; {train / ERR} ends with:\n"
-            + "\n".join(_last_lines(train / ERR))
+            f"train.command ended with {code} in cycle {job.cycle}; {train / _ERR} ends with:\n"
+            + "\n".join(_last_lines(train / _ERR))
         )
     _check_first(job, dest, fits)
     published, wanted = checkpoints.committed(dest), range(len(job.config.checkpoint_epochs))
@@ -171,7 +171,7 @@ def _check_first(job: TrainJob, dest: Path, fits: threading.Event) -> None:
 def _die_with_parent() -> None:
     """Have the kernel end this process when the driver goes, however it goes; on Linux."""
     if _LIBC is not None:
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -204,7 +204,7 @@ def _write_images(pool: Pool, ledger: Ledger, folder: Path) -> Path:
 
 def _last_lines(path: Path) -> Sequence[str]:
     with path.open(errors="replace") as lines:
-        return [line.rstrip("\n") for line in deque(lines, LAST_LINES)]
+        return [line.rstrip("\n") for line in deque(lines, _LAST_LINES)]
 
 
 def publish_checkpoint(
@@ -232,8 +232,8 @@ def publish_checkpoint(
     except (TypeError, ValueError) as error:
         raise ValueError(f"publish_checkpoint: metrics must map names to numbers ({error})") from None
     _check_still_ours(folder)
-    data = checkpoints.serialize(dict(state_dict))
-    ref = checkpoints.commit_bytes(folder, index, index + 1, data, inputs=os.environ.get(INPUTS, ""), metrics=numbers)
+    data = serialize(dict(state_dict))
+    ref = checkpoints.commit_bytes(folder, index, index + 1, data, inputs=os.environ.get(_INPUTS, ""), metrics=numbers)
     if sha256(data) != ref.sha256:
         raise RunConflict(
             f"{folder}: checkpoint {index} is published already, with other weights; publish each index once, from one "
@@ -262,7 +262,7 @@ def resume_checkpoints(folder: str | Path, n: int | None = None) -> list[Path]:
     folder = Path(folder)
     _check_still_ours(folder)
     folders = Cycle(folder.parent).published_to() if OWNER in os.environ else [folder]
-    refs = _longest([checkpoints.unbroken(each, os.environ.get(INPUTS, "")) for each in folders])[:n]
+    refs = _longest([checkpoints.unbroken(each, os.environ.get(_INPUTS, "")) for each in folders])[:n]
     for ref in refs:
         if ref.path.parents[1].name != folder.name:
             checkpoints.take_over(ref, folder)

@@ -21,7 +21,7 @@ from distal.storage import remove_tree
 from distal.train.rank import TrainJob, claim, release, train_rank
 
 # Read by Ray Train's controller when `fit` starts it.
-RAY_TRAIN_ENV = {
+_RAY_TRAIN_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s is how late a finished rank is noticed
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a rank keeps the working directory, so a user's module is found
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
@@ -114,7 +114,7 @@ def _storage(job: TrainJob) -> Path:
 
 
 def _set_environment() -> None:
-    for name, value in RAY_TRAIN_ENV.items():
+    for name, value in _RAY_TRAIN_ENV.items():
         os.environ.setdefault(name, value)
 
 

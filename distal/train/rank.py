@@ -8,7 +8,6 @@ after every epoch and then commits the checkpoint, so no committed epoch is ever
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +24,17 @@ from torch.utils.data import DistributedSampler
 
 from distal.artifacts import checkpoints
 from distal.artifacts.ledger import Ledger
-from distal.config import TrainConfig
+from distal.config import TrainSection
 from distal.errors import Damage, Diverged, Superseded
 from distal.hashing import mix64, seed_for
 from distal.model.augment import crop_flip
 from distal.model.spec import ModelSpec, be_deterministic, seeded_build
+from distal.model.weights import deserialize, serialize
 from distal.pool import Pool
 from distal.records import CheckpointRef
-from distal.storage import create_bytes, names_in, read_sealed, write_sealed
+from distal.storage import Numbered, create_bytes, read_sealed, write_sealed
 
-STATE, OWNERS = "state.pt", "owners"
-OWNER = re.compile(r"\d{6,}", re.ASCII)
+STATE, _OWNERS = "state.pt", "owners"
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class TrainJob:
     folder: Path
     labels: tuple[Path, ...]
     model: ModelSpec
-    config: TrainConfig
+    config: TrainSection
     seed: int
     cycle: int
     threads: int
@@ -186,7 +185,7 @@ class _Rank:
             dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         if box[0] is None:
             return 0
-        state = checkpoints.deserialize(box[0])
+        state = deserialize(box[0])
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._commit(state["epoch"], state["loss"])
@@ -230,7 +229,7 @@ class _Rank:
                 "model": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
-            write_sealed(self.job.state_path, checkpoints.serialize(state))
+            write_sealed(self.job.state_path, serialize(state))
             self._commit(epoch, loss)
 
     def _commit(self, epoch: int, loss: float) -> None:
@@ -282,7 +281,7 @@ def batches(n: int, batch_size: int, rank: int, world_size: int, seed: int) -> l
     return np.split(positions, borders)
 
 
-def learning_rate(config: TrainConfig, epoch: int) -> float:
+def learning_rate(config: TrainSection, epoch: int) -> float:
     """The learning rate of an epoch, counted from 1: a pure function, so a resumed run needs no history."""
     if config.schedule == "cosine":
         return config.lr * (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2
@@ -297,7 +296,7 @@ def read_state(job: TrainJob) -> bytes | None:
         return None
     except Damage as damage:
         raise Damage(f"{damage}; {_again(job)}") from None
-    if checkpoints.deserialize(data)["inputs"] != job.inputs:
+    if deserialize(data)["inputs"] != job.inputs:
         raise Damage(f"{job.state_path}: trained from other inputs than the cycle has now; {_again(job)}")
     return data
 
@@ -318,38 +317,40 @@ def check_owner(folder: Path, owner: str) -> None:
 
 def last_claim(folder: Path) -> tuple[int, str]:
     """The number of the last claim on the folder of a cycle, 0 before the first, and who may write; "": nobody."""
-    owners = folder / "train" / OWNERS
-    numbers = [int(name) for name in names_in(owners) if OWNER.fullmatch(name)]
-    return (max(numbers), (owners / f"{max(numbers):06d}").read_text()) if numbers else (0, "")
+    owners = _owners(folder)
+    number = owners.last()
+    return (0, "") if number is None else (number, owners.path(number).read_text())
 
 
 def claim(folder: Path, owner: str, still_ours: Callable[[], None] = lambda: None) -> None:
-    """Say that from now on this attempt may write, and no earlier one.
+    """Claim the folder of a cycle: from now on this attempt may write, and no earlier one.
 
-    Claims are numbered files, each created exclusively and never replaced; the last one counts. Its number is chosen
-    before the lease is looked at, so a driver that was paused finds the number taken, looks at the lease, and stops.
+    The last claim counts. Its number is chosen before the lease is checked, see `Numbered.append`, so a driver that
+    was paused finds the number taken, checks the lease, and stops.
 
     Args:
         still_ours: raises when another driver has the run.
     """
-    while True:
-        number, _ = last_claim(folder)
+
+    def content(_: int | None) -> bytes:
         still_ours()
-        if create_bytes(_claim_path(folder, number + 1), owner.encode()):
-            return
+        return owner.encode()
+
+    _owners(folder).append(create_bytes, content)
 
 
 def release(folder: Path, prefix: str) -> None:
-    """Nobody may write from now on, unless another driver has claimed the folder.
+    """End the claim of this driver: nobody may write from now on, unless another driver has claimed the folder.
 
     Args:
-        prefix: how the names of this driver's attempts begin.
+        prefix: of the names of this driver's attempts.
     """
-    while True:
-        number, owner = last_claim(folder)
-        if not owner.startswith(prefix) or create_bytes(_claim_path(folder, number + 1), b""):
-            return
+
+    def content(_: int | None) -> bytes | None:
+        return b"" if last_claim(folder)[1].startswith(prefix) else None
+
+    _owners(folder).append(create_bytes, content)
 
 
-def _claim_path(folder: Path, number: int) -> Path:
-    return folder / "train" / OWNERS / f"{number:06d}"
+def _owners(folder: Path) -> Numbered:
+    return Numbered(folder / "train" / _OWNERS, digits=6)

@@ -10,7 +10,7 @@ from distal.acquire.batch import select
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.scores import Scores
 from distal.artifacts.selection import Selection
-from distal.config import SelectConfig
+from distal.config import SelectSection
 from distal.errors import Damage
 from distal.hashing import mix64, sample_keys
 from distal.pool import Pool
@@ -49,7 +49,7 @@ def test_selection_is_the_order_of_promise_4(
 ) -> None:
     scores, assignments, score, margin = stored
     monkeypatch.setattr(batch, "STRIPE_SAMPLES", stripe)
-    config = SelectConfig(tie_break=tie_break)
+    config = SelectSection(tie_break=tie_break)
     selection = select(
         scores, assignments, pool, config, tmp_path / "s.parquet", last_row=0, budget=50, seed=9, cycle=2
     )
@@ -76,7 +76,7 @@ def test_another_seed_or_cycle_breaks_ties_in_another_way(pool: Pool, tmp_path: 
 
     def chosen(seed: int, cycle: int) -> list[int]:
         selection = select(
-            scores, assignments, pool, SelectConfig(), tmp_path / "s", last_row=0, budget=20, seed=seed, cycle=cycle
+            scores, assignments, pool, SelectSection(), tmp_path / "s", last_row=0, budget=20, seed=seed, cycle=cycle
         )
         return selection.indices.tolist()
 
@@ -88,7 +88,7 @@ def test_another_seed_or_cycle_breaks_ties_in_another_way(pool: Pool, tmp_path: 
 def test_more_than_there_is(pool: Pool, tmp_path: Path, stored) -> None:
     scores, assignments, score, _ = stored
     selection = select(
-        scores, assignments, pool, SelectConfig(), tmp_path / "s", last_row=0, budget=1000, seed=0, cycle=0
+        scores, assignments, pool, SelectSection(), tmp_path / "s", last_row=0, budget=1000, seed=0, cycle=0
     )
     assert len(selection) == np.count_nonzero(~np.isnan(score))
     assert selection.tie_share == 0
@@ -97,7 +97,7 @@ def test_more_than_there_is(pool: Pool, tmp_path: Path, stored) -> None:
 def test_tie_share(pool: Pool, tmp_path: Path, stored) -> None:
     scores, assignments, score, _ = stored
     selection = select(
-        scores, assignments, pool, SelectConfig(), tmp_path / "s", last_row=0, budget=50, seed=0, cycle=0
+        scores, assignments, pool, SelectSection(), tmp_path / "s", last_row=0, budget=50, seed=0, cycle=0
     )
     cut = selection.table["dispersion"].to_numpy()[-1]
     above = np.count_nonzero(score > cut)
@@ -118,7 +118,7 @@ def test_ties_are_broken_by_the_margin_of_the_last_checkpoint(pool: Pool, tmp_pa
         scores.write(block, {"dispersion": np.ones(len(block), np.float32)})
     for row in range(2):
         selection = select(
-            scores, assignments, pool, SelectConfig(), tmp_path / "s", last_row=row, budget=30, seed=0, cycle=0
+            scores, assignments, pool, SelectSection(), tmp_path / "s", last_row=row, budget=30, seed=0, cycle=0
         )
         assert selection.indices.tolist() == margin[row].argsort()[:30].tolist()
 
@@ -126,8 +126,8 @@ def test_ties_are_broken_by_the_margin_of_the_last_checkpoint(pool: Pool, tmp_pa
 def test_another_selection_than_was_made_is_damage(pool: Pool, tmp_path: Path, stored) -> None:
     scores, assignments, _, _ = stored
     again = {"last_row": 0, "budget": 20, "seed": 0, "cycle": 0}
-    made = select(scores, assignments, pool, SelectConfig(), tmp_path / "s", **again)
-    assert select(scores, assignments, pool, SelectConfig(), tmp_path / "t", expected=made.sha256, **again) == made
+    made = select(scores, assignments, pool, SelectSection(), tmp_path / "s", **again)
+    assert select(scores, assignments, pool, SelectSection(), tmp_path / "t", expected=made.sha256, **again) == made
     with pytest.raises(Damage, match="is not the one that was made"):
-        select(scores, assignments, pool, SelectConfig(), tmp_path / "u", expected="0" * 64, **again)
+        select(scores, assignments, pool, SelectSection(), tmp_path / "u", expected="0" * 64, **again)
     assert not (tmp_path / "u").exists()

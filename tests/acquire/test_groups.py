@@ -12,7 +12,7 @@ from distal.acquire.batch import select
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
 from distal.artifacts.scores import Scores
-from distal.config import SelectConfig
+from distal.config import SelectSection
 from distal.driver import checks
 from distal.driver import run as driver
 from distal.driver.score_folder import score_directory
@@ -55,7 +55,7 @@ def test_a_batch_against_going_down_the_list(grouped: Pool, tmp_path: Path, budg
         scores.write(block, {"dispersion": score[block.start : block.stop]})
 
     def chosen(n: int, cap: int | None) -> list[int]:
-        config = SelectConfig(tie_break="hash", max_per_group=cap)
+        config = SelectSection(tie_break="hash", max_per_group=cap)
         return select(
             scores, assignments, grouped, config, tmp_path / "s", last_row=0, budget=n, seed=0, cycle=0
         ).indices.tolist()
@@ -100,10 +100,10 @@ def test_a_run_with_groups(grouped: Pool, tmp_path: Path) -> None:
     batch = run.cycle(0).chosen()
     groups = [group_of(i) for i in batch.indices.tolist() if group_of(i) is not None]
     assert len(groups) == len(set(groups))
-    told = [explain(tmp_path / "run", name)["cycles"][0] for name in grouped.samples(0, 40)["sample_id"].to_pylist()]
-    full = [each for each in told if "as many of group" in each["why"]]
+    told = [explain(tmp_path / "run", name).cycles[0] for name in grouped.samples(0, 40)["sample_id"].to_pylist()]
+    full = [each for each in told if "as many of group" in each.why]
     assert full
-    assert all(each["group_id"] in groups and not each["chosen"] for each in full)
+    assert all(each.standing.group_id in groups and not each.choice.chosen for each in full)
 
 
 def test_mistakes(grouped: Pool, pool: Pool, cluster: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from distal.acquire.strategy import Shown
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.scores import Scores
-from distal.config import SelectConfig, parse
+from distal.config import SelectSection, parse
 from distal.config.needs import scored_epochs
 from distal.errors import ConfigError, ModelError, SourceError
 from distal.hashing import mix64
@@ -116,7 +116,7 @@ def choose(
     pool: Pool, stored: Any, folder: Path, budget: int = 20, *, seed: int = 4, cycle: int = 1, **config: Any
 ) -> list[int]:
     scores, assignments, _ = stored
-    section = SelectConfig(tie_break="hash", **config)
+    section = SelectSection(tie_break="hash", **config)
     dest = folder / "s.parquet"
     selection = select(
         scores, assignments, pool, section, dest,

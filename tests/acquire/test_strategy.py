@@ -42,7 +42,7 @@ def test_k_center_of_the_best_by_margin(pool: Pool, tmp_path: Path) -> None:
     assignments = Assignments.open(cycle.assignments)
     n_eligible = 238 - 24
     assert assignments.n_rows == 1
-    assert result["cycles"][0]["images_scored"] == n_eligible
+    assert result.cycles[0].images_scored == n_eligible
     assert Scores.open(cycle.scores).measures == ("margin",)
     last = checkpoints.read(cycle.checkpoints, 1)
     assert assignments.weights == {0: last.sha256}
@@ -66,8 +66,8 @@ def test_k_center_of_the_best_by_margin(pool: Pool, tmp_path: Path) -> None:
     assert set(chosen.table["decided_by"].to_pylist()) == {"k_center"}
     assert chosen.tie_share == 0
     again = select_run(tmp_path / "run", budget=5)  # from what is stored, so by the scores alone
-    assert Selection.read(Path(again["selection"])).indices.tolist() == best[:5].tolist()
-    assert verify(tmp_path / "run")["state"] == "sound"
+    assert Selection.read(again.selection).indices.tolist() == best[:5].tolist()
+    assert verify(tmp_path / "run").state == "sound"
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_nothing_is_scored_for_a_draw_or_a_list(pool: Pool, tmp_path: Path) -> N
     (tmp_path / "ids.txt").write_text("\n".join(names))
     folder = tmp_path / "run"
     drawn = small_config(folder, pool, None, "select.measure=random", "loop.cycles=1", "train.epochs=1")
-    assert run(drawn)["cycles"][0]["images_scored"] == 0
+    assert run(drawn).cycles[0].images_scored == 0
     first = Run.open(folder).cycle(0).chosen()
     assert len(first) == 16
     labelled = {*Run.open(folder).ledger(before=0).indices.tolist(), *first.indices.tolist()}
@@ -87,9 +87,9 @@ def test_nothing_is_scored_for_a_draw_or_a_list(pool: Pool, tmp_path: Path) -> N
             run(small_config(folder, pool, None, *listed))
         names = [f"s1-{i:05d}" for i in range(100, 140) if i not in labelled][:6]
         (tmp_path / "ids.txt").write_text("\n".join(names))
-    assert run(small_config(folder, pool, None, *listed))["cycles"][1]["images_scored"] == 0
+    assert run(small_config(folder, pool, None, *listed)).cycles[1].images_scored == 0
     assert Run.open(folder).cycle(1).chosen().sample_ids == names
-    assert verify(folder)["state"] == "sound"
+    assert verify(folder).state == "sound"
 
 
 @pytest.mark.slow
@@ -117,5 +117,5 @@ def test_a_random_part_is_scored_and_selected_from(pool: Pool, tmp_path: Path) -
     cycle = Run.open(tmp_path / "run").cycle(0)
     eligible = Assignments.open(cycle.assignments).eligible(0, 240)
     assert 70 < eligible.sum() < 150
-    assert result["cycles"][0]["images_scored"] == 2 * eligible.sum()
+    assert result.cycles[0].images_scored == 2 * eligible.sum()
     assert eligible[cycle.chosen().indices].all()

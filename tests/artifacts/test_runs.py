@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from distal.artifacts.assignments import Assignments
-from distal.artifacts.runs import Cycle, Run
+from distal.artifacts.cycles import Cycle
+from distal.artifacts.runs import Run
+from distal.artifacts.stages import ScoreOutputs
 from distal.errors import Damage
 from distal.score.eliminate import Barrier
 from distal.score.loop import barrier_path, read_barriers
-from distal.storage import create_json, remove_tree, write_json
+from distal.storage import create_json, remove_tree
 
 ROWS = 9
 WAS, NOW = "a" * 64, "b" * 64
@@ -66,7 +68,8 @@ def test_a_start_after_scoring_keeps_the_assignments(tmp_path: Path) -> None:
     for number in range(12):
         assert cycle.begin_attempt().name == (f"checkpoints-{number}" if number else "checkpoints")
     assert cycle.assignments.name == "assignments-11.zarr"
-    write_json(cycle.folder / "score.json", {"inputs": {}, "inputs_sha256": "", "seconds": 0})
+    outputs = ScoreOutputs(n_rows=ROWS, n_eligible=4, images_scored=4 * ROWS, left_out=0)
+    cycle.complete("score", {}, outputs, 0.0)
     for number in (12, 13):
         assert cycle.begin_attempt() == cycle.checkpoints == cycle.folder / f"checkpoints-{number}"
         assert cycle.assignments.name == "assignments-11.zarr"

@@ -46,10 +46,10 @@ BLOCK, BUDGET = 128, 20
 STUCK_S = 4
 PER_GROUP = 20  # samples of the pool
 QUICK_DEATHS = {  # so that a lost node is noticed within seconds, not half a minute
-    "health_check_initial_delay_ms": 500,
-    "health_check_period_ms": 500,
-    "health_check_failure_threshold": 3,
-    "health_check_timeout_ms": 500,
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 5,
+    "health_check_timeout_ms": 1000,
 }
 DISK = "30m"
 NOTHING = "nothing to strike"
@@ -719,7 +719,7 @@ def undisturbed(lab: Lab, kind: Kind) -> tuple[dict[str, object], float]:
     run.finish()
     seconds = time.monotonic() - began
     told = answer(path)
-    left_out = [cycle["left_out"] for cycle in Run.open(path).summary()["cycles"]]
+    left_out = [cycle.left_out for cycle in Run.open(path).summary().cycles]
     assert all(n > 0 for n in left_out) == (kind.name == "elimination"), left_out
     shutil.rmtree(path)
     return told, seconds

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import torch
 
 import distal
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.model.spec import ModelSpec, seeded_build
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     pool = distal.Pool.open(options.pool)
     table = pq.read_table(options.labels)
-    spec = ModelSpec(ModelConfig(), len(pool.classes), pool.image_shape, pool.mean, pool.std)
+    spec = ModelSpec(ModelSection(), len(pool.classes), pool.image_shape, pool.mean, pool.std)
     net, preprocess = seeded_build(spec, options.seed, options.cycle), spec.preprocess()
     images = preprocess(torch.from_numpy(pool.take(table["sample_index"].to_numpy())))
     labels = torch.from_numpy(table["label"].to_numpy().copy())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distal.cli import app
+from distal.cli import answer, app
 from distal.errors import ConfigError
 from distal.pool import Pool
 from tests.helpers import distal, small_overrides, write_checkpoints, write_source
@@ -179,13 +179,13 @@ def test_mistakes_as_json() -> None:
 def test_a_fault_of_ours_is_json_too_and_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(app, "_stop_on_signals", lambda *_: None)
+    monkeypatch.setattr(answer, "_stop_on_signals", lambda *_: None)
 
     def fail() -> dict[str, object]:
         raise KeyError("a bug")
 
     with pytest.raises(KeyError, match="a bug"):
-        app._answer(fail, True, str)
+        answer.answer(fail, True, str)
     assert json.loads(capsys.readouterr().out) == {"state": "error", "error": "'a bug'", "exit_code": 1}
 
 

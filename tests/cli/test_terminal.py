@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from distal.cli.tables import pool_table
 from distal.cli.terminal import Terminal
+from distal.pool.images import PoolInfo
 from distal.records import Progress
 
 STATE = Progress(
@@ -20,6 +22,23 @@ STATE = Progress(
     images=145_500,
     images_per_s=8_219.0,
     actors=2,
+)
+
+
+POOL = PoolInfo(
+    path=Path("pool"),
+    source="cats",
+    n_samples=1200,
+    n_labeled=1200,
+    n_unreadable=0,
+    unreadable=None,
+    image_shape=(1, 8, 8),
+    classes={"cat": 1200},
+    mean=(0.28689,),
+    std=(0.5,),
+    bytes_decoded=65_536,
+    samples_per_chunk=128,
+    content_sha256="7" * 64,
 )
 
 
@@ -55,8 +74,9 @@ def test_why_nothing_is_scored() -> None:
 
 def test_a_pool_in_words() -> None:
     out = io.StringIO()
-    Console(file=out, width=60).print(pool_table({"classes": {"cat": 1200}, "mean": [0.28689], "sha": "7" * 64}))
-    assert out.getvalue().split()[:4] == ["classes", "cat", "(1,200)", "mean"]
+    Console(file=out, width=60).print(pool_table(POOL))
+    words = out.getvalue().split()
+    assert words[words.index("classes") :][:4] == ["classes", "cat", "(1,200)", "mean"]
     assert "0.2869" in out.getvalue()
     assert out.getvalue().count("7") == 64
 

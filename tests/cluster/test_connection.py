@@ -151,7 +151,7 @@ def test_training_and_scoring_on_nodes_of_their_own(
     finally:
         nodes.shutdown()
     run = Run.open(tmp_path / "run")
-    assert len(run.summary()["cycles"]) == 2
+    assert len(run.summary().cycles) == 2
     (log,) = (run.path / "events").iterdir()
     assert '"slots": 2' in log.read_text()
 

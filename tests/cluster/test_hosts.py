@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from distal.driver import run as driver
-from distal.model.spec import SmallCNN
+from distal.model.networks import SmallCNN
 from distal.pool import Pool
 from tests.helpers import content, free_ports, ray_head, small_config, small_overrides, wait_until
 

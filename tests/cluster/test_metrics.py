@@ -355,7 +355,7 @@ result = driver.run(load(sys.argv[1], sys.argv[2:]), JsonLines())
 time.sleep(5)  # the driver's last word arrives
 done.set()
 late = [pages[n] for n in late]
-print(json.dumps({"pages": [page for page in pages if "ray_distal" in page], "late": late, "result": result}))
+print(json.dumps({"pages": [page for page in pages if "ray_distal" in page], "late": late, "result": result.to_record()}))
 """
 
 

@@ -14,7 +14,7 @@ from distal import Run
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
 from distal.compare.strategies import compare, first_config, strategy_config
-from distal.config import CompareConfig, load_compare
+from distal.config import CompareConfig, load
 from distal.config.needs import scored_epochs
 from distal.errors import ConfigError
 from distal.pool import Pool
@@ -43,7 +43,7 @@ def config(
     }
     file = tmp_path / "compare.yaml"
     file.write_text(yaml.safe_dump(tree))
-    return load_compare(file, overrides)
+    return load(file, overrides, CompareConfig)
 
 
 def test_a_strategy_scores_what_it_needs_and_the_first_cycle_what_any_does(
@@ -110,7 +110,7 @@ def test_a_comparison(pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
         batches = {name: run.cycle(0).chosen().sha256 for name, run in runs.items()}
         assert len(set(batches.values())) == len(STRATEGIES)
         assert [Assignments.open(run.cycle(1).assignments).n_rows for run in runs.values()] == [0, 1, 3, 3]
-        assert all(verify(run.path)["state"] == "sound" for run in runs.values())
+        assert all(verify(run.path).state == "sound" for run in runs.values())
         # A run on its own, which shares nothing, chooses the same.
         alone = strategy_config(whole, "dispersion", seed, tmp_path / f"alone-{seed}")
         from distal import run as run_alone

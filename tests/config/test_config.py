@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from distal import config as configuration
-from distal.config import check_unchanged, load, load_any, parse, parse_foreign
+from distal.config import ScoreConfig, check_unchanged, load, load_any, parse
 from distal.errors import ConfigError, RunConflict
-from distal.report.plan import forecast
+from distal.report.plan import plan
 from distal.train.rank import learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -39,8 +39,8 @@ def test_the_protocol_of_the_authors(n_classes: int) -> None:
     assert rates == [0.02] * 60 + [0.01] * 20 + [0.005] * 20
     authors = ["select.measure=dispersion_authors", "score.transform=train"]  # what the file says of their code
     assert load(ROOT / "configs" / f"cifar{n_classes}.yaml", authors).select.measure == "dispersion_authors"
-    plan = forecast(loaded)
-    assert (plan["samples"], plan["candidates"], plan["forwards"]) == (50_000, 45_000, 4_500_000)
+    planned = plan(loaded)
+    assert (planned.samples, planned.candidates, planned.forwards) == (50_000, 45_000, 4_500_000)
 
 
 def test_the_commented_yaml_is_the_default_configuration() -> None:
@@ -48,7 +48,7 @@ def test_the_commented_yaml_is_the_default_configuration() -> None:
 
 
 def test_every_key_is_described_and_says_when_it_may_change() -> None:
-    for name, field in configuration.documented_keys():
+    for name, field in configuration.documented_keys(configuration.Config):
         assert field.description, name
         assert field.json_schema_extra["changes"] in (  # type: ignore[index]
             configuration.NEVER,
@@ -147,7 +147,7 @@ def test_configurations_are_immutable_and_survive_a_record() -> None:
     loaded = parse(MINIMAL, ["train.schedule=milestones", "train.milestones=[3, 6]"])
     with pytest.raises(ValueError, match="frozen"):
         loaded.seed = 1  # type: ignore[misc]
-    record = yaml.safe_load(yaml.safe_dump(configuration.to_record(loaded)))
+    record = yaml.safe_load(yaml.safe_dump(loaded.to_record()))
     assert configuration.from_record(record) == loaded
 
 
@@ -190,7 +190,13 @@ class TestChanges:
         check_unchanged(self.old, parse(MINIMAL, new), 2)
 
     def test_what_a_run_is(self) -> None:
-        assert sorted(self.old.fixed()) == ["loop.balance", "loop.initial", "pool.block_size", "pool.limit", "seed"]
+        assert sorted(self.old.identity_keys()) == [
+            "loop.balance",
+            "loop.initial",
+            "pool.block_size",
+            "pool.limit",
+            "seed",
+        ]
 
     def test_a_hash_is_of_what_is_not_a_default(self) -> None:
         """A key that is added later, with a default that changes nothing, changes no hash."""
@@ -200,8 +206,8 @@ class TestChanges:
 
 def test_decisive_keys_and_autos() -> None:
     loaded = parse(MINIMAL)
-    assert "train.lr" in loaded.decisive()
-    assert "score.actors" not in loaded.decisive()
+    assert "train.lr" in loaded.result_keys()
+    assert "score.actors" not in loaded.result_keys()
     assert loaded.autos() == ["device", "pool.block_size", "train.threads", "score.precision", "score.batch_size"]
     resolved = loaded.with_values({"train.threads": 2, "pool.block_size": 64})
     assert (resolved.train.threads, resolved.pool.block_size) == (2, 64)
@@ -215,4 +221,4 @@ def test_a_pattern_needs_no_quotes_on_the_command_line() -> None:
         "model": {"num_classes": 2, "normalize": "pool"},
         "checkpoints": {"path": "c"},
     }
-    assert parse_foreign(tree, ["checkpoints.pattern=*.ckpt"]).checkpoints.pattern == "*.ckpt"
+    assert parse(tree, ["checkpoints.pattern=*.ckpt"], ScoreConfig).checkpoints.pattern == "*.ckpt"

@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distal.cluster import Node, divide
 from distal.driver import checks
 from distal.pool import Pool
 from distal.pool.build import build
@@ -15,47 +14,14 @@ from distal.progress import Silent
 from distal.storage import read_json, write_json
 from tests.helpers import png, small_config
 
-AUTO = ["pool.block_size=auto", "train.threads=auto", "score.batch_size=auto", "device=auto"]
-
-
-def test_what_auto_comes_to(pool: Pool, tmp_path: Path) -> None:
-    config = small_config(tmp_path / "run", pool, None, *AUTO)
-    assert checks.constants(config, pool, divide([Node(8)], "auto")) == {
-        "device": "cpu",
-        "pool.block_size": 128,
-        "train.threads": 4,
-    }
-    resolved = checks.resolved(config, checks.constants(config, pool, divide([Node(8)], "auto")))
-    assert resolved.autos() == ["score.batch_size"]  # tried on a scoring actor
-    assert checks.eligible_per_block(resolved, pool, n_labeled=24) == 114  # of the 128 images of a block
-    assert checks.constants(config, pool, divide([Node(8, gpus=2)], "auto"))["device"] == "cuda"
-
-
-def test_what_is_given_is_taken(pool: Pool, tmp_path: Path) -> None:
-    config = small_config(tmp_path / "run", pool, None)
-    constants = checks.constants(config, pool, divide([Node(8)], "auto"))
-    assert (constants["pool.block_size"], constants["train.threads"]) == (64, 1)
-
-
-def test_what_auto_came_to_holds_on_another_machine(pool: Pool, tmp_path: Path) -> None:
-    config = small_config(tmp_path / "run", pool, None, *AUTO)
-    tried = {"score.batch_size": 64}
-    here = checks.constants(config, pool, divide([Node(8)], "auto")) | tried
-    there = checks.constants(config, pool, divide([Node(2)], "auto"))
-    assert here != there
-    resolved = checks.resolved(config, here)
-    assert resolved.autos() == []
-    assert (resolved.train.threads, resolved.device) == (4, "cpu")
-    assert checks.resolved(resolved, there) == resolved
-
 
 def test_a_pool_is_known_by_its_content(pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", pool, test_pool)
-    fixed = checks.fixed(config, pool, {"test": test_pool})
-    assert checks.content(pool).items() <= fixed.items()
+    keys = checks.identity_keys(config, pool, {"test": test_pool})
+    assert checks.content_key(pool).items() <= keys.items()
     moved = small_config(tmp_path / "elsewhere", test_pool, None)
-    assert checks.fixed(moved, pool, {"test": test_pool}) == fixed
-    assert checks.fixed(config, test_pool, {"test": test_pool}) != fixed
+    assert checks.identity_keys(moved, pool, {"test": test_pool}) == keys
+    assert checks.identity_keys(config, test_pool, {"test": test_pool}) != keys
 
 
 class Said(Silent):

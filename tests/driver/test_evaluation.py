@@ -16,13 +16,15 @@ from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
 from distal.cli.tables import status_table, summary_table
 from distal.driver import run as driver
+from distal.driver.run import RunResult
 from distal.errors import PoolError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
 from distal.pool.build import build
 from distal.progress import Silent
+from distal.report.repair import repair
 from distal.report.status import status
-from distal.report.verify import repair, verify
+from distal.report.verify import verify
 from distal.score.predict import Predictor
 from tests.helpers import content, distal, flip, small_config, small_overrides, write_source
 
@@ -98,7 +100,7 @@ def test_that_it_goes_on_is_said_once(
     (run / "cycles/000/select.json").unlink()
     again = Said()
     result = driver.run(small_config(run, pool, test_pool, *keys), again)
-    assert result["state"] == "complete"
+    assert result.state == "complete"
     assert "as well" not in "".join(again.lines)
 
 
@@ -153,8 +155,11 @@ def test_validation_labels_are_paid_for(
     told = result["cycles"][0]
     assert (told["n_labeled"], told["n_val"], told["n_paid"]) == (24, N_VAL, 24 + N_VAL)
     assert len(Run.open(run).ledger(before=0)) == 24
-    assert status(run)["cycles"][0].items() >= {"n_labeled": 24, "n_val": N_VAL, "n_paid": 24 + N_VAL}.items()
-    closing, present = summary_table(result), status_table(status(run))
+    told = status(run).cycles[0]
+    assert (told.n_labeled, told.n_val, told.n_paid) == (24, N_VAL, 24 + N_VAL)
+    closed = RunResult("complete", run, Run.open(run).summary().cycles)
+    assert closed.to_record() == result
+    closing, present = summary_table(closed), status_table(status(run))
     assert [column.header for column in closing.columns][1:4] == ["labelled", "paid", "accuracy"]
     assert [list(column.cells) for column in closing.columns][2] == ["46"]
     assert "val.auroc: no image has the label 'line'" in str(closing.caption)
@@ -166,11 +171,11 @@ def test_damage_is_found_and_made_good(
     evaluated: tuple[Path, CompletedProcess[str]], pool: Pool, test_pool: Pool, keys: list[str]
 ) -> None:
     run = evaluated[0]
-    assert verify(run)["state"] == "sound"
+    assert verify(run).state == "sound"
     before = content(run)
     flip(run / "cycles/000/val.zarr/probabilities/c/0/0/0")
-    assert "val.zarr/probabilities" in verify(run)["damage"][0]
+    assert "val.zarr/probabilities" in verify(run).damage[0]
     repair(run)
     driver.run(small_config(run, pool, test_pool, *keys))
     assert content(run) == before
-    assert verify(run)["state"] == "sound"
+    assert verify(run).state == "sound"

@@ -54,13 +54,13 @@ def test_measures_of_a_window_without_inference(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (run / "cycles/001").rglob("*") if path.is_file()}
     measures = tuple(name for name in FROM_VOTES if name != "dispersion_authors")  # of augmented images
     result = reduce_run(run, measures=measures, window=Window(last=3))
-    assert result["cycle"] == 1
+    assert result.cycle == 1
     votes = Votes(Assignments.open(run / "cycles/001/assignments.zarr").read(0, N, [2, 3, 4]), 4)
-    for each in result["analyses"]:
-        folder = run / f"cycles/001/analyses/{each['measure']}@last=3"
-        assert each["scores"] == str(folder / "scores.zarr" / each["measure"])
-        found = Scores.open(folder / "scores.zarr").read(each["measure"], 0, N)
-        expected = np.where(votes.complete, FROM_VOTES[each["measure"]](votes), np.nan).astype(np.float32)
+    for each in result.analyses:
+        folder = run / f"cycles/001/analyses/{each.measure}@last=3"
+        assert each.scores == folder / "scores.zarr" / each.measure
+        found = Scores.open(folder / "scores.zarr").read(each.measure, 0, N)
+        expected = np.where(votes.complete, FROM_VOTES[each.measure](votes), np.nan).astype(np.float32)
         assert np.array_equal(found, expected, equal_nan=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # the cycle's own record
 
@@ -68,16 +68,16 @@ def test_measures_of_a_window_without_inference(run: Path) -> None:
 def test_the_whole_window_gives_the_cycles_own_selection(run: Path) -> None:
     cycle = Run.open(run).cycle(0)
     again = select_run(run, cycle=0, measure="dispersion", budget=16)
-    assert again["selection_sha256"] == cycle.chosen().sha256
-    assert again["selection"] == str(run / "cycles/000/analyses/dispersion/selection-16.parquet")
+    assert again.selection_sha256 == cycle.chosen().sha256
+    assert again.selection == run / "cycles/000/analyses/dispersion/selection-16.parquet"
     smaller = select_run(run, cycle=0, measure="dispersion", budget=7)
-    assert Selection.read(Path(smaller["selection"])).sample_ids == cycle.chosen().sample_ids[:7]
+    assert Selection.read(smaller.selection).sample_ids == cycle.chosen().sample_ids[:7]
     assert select_run(run, cycle=0, measure="dispersion", budget=16) == again
 
 
 @pytest.mark.parametrize("measure", ["margin", "random", "vote_margin", "last_flip"])
 def test_any_measure_can_select(run: Path, measure: str) -> None:
-    chosen = Selection.read(Path(select_run(run, measure=measure, budget=9, annotate=True)["selection"])).table
+    chosen = Selection.read(select_run(run, measure=measure, budget=9, annotate=True).selection).table
     scores = chosen[measure].to_numpy()
     assert (np.diff(scores) <= 0).all()
     assert set(chosen["mode"].to_pylist()) <= set(range(4))
@@ -114,7 +114,7 @@ def test_a_changed_pool_is_refused_and_damage_is_named(run: Path, tmp_path: Path
     chunk.unlink()
     with pytest.raises(Damage, match="sample 128 is eligible and has no value"):
         reduce_run(copy, measures=("gini",))
-    selection = Path(select_run(copy, cycle=0, budget=5)["selection"])
+    selection = select_run(copy, cycle=0, budget=5).selection
     Selection.write(selection, Selection.read(selection).table.slice(1))
     with pytest.raises(Damage, match="selection-5.parquet: not the selection that was made"):
         select_run(copy, cycle=0, budget=5)
@@ -124,13 +124,13 @@ def test_a_changed_pool_is_refused_and_damage_is_named(run: Path, tmp_path: Path
 def test_elimination_in_a_run_selects_the_same(run: Path, pool: Pool, tmp_path: Path) -> None:
     """The whole loop: the first cycle selects the same samples, so the second one trains on the same."""
     config = small_config(tmp_path / "run", pool, None, f"train.epochs={ROWS}", "score.eliminate=exact")
-    summary = driver.run(config)["cycles"]
-    plain = Run.open(run).summary()["cycles"]
-    assert [cycle["selection_sha256"] for cycle in summary] == [cycle["selection_sha256"] for cycle in plain]
+    summary = driver.run(config).cycles
+    plain = Run.open(run).summary().cycles
+    assert [cycle.selection_sha256 for cycle in summary] == [cycle.selection_sha256 for cycle in plain]
     for mine, full in zip(summary, plain, strict=True):
-        assert mine["images_scored"] + mine["left_out"] == full["images_scored"]
-    assert full["left_out"] == 0
-    assert select_run(tmp_path / "run", budget=16)["n_selected"] == 16
+        assert mine.images_scored + mine.left_out == full.images_scored
+    assert full.left_out == 0
+    assert select_run(tmp_path / "run", budget=16).n_selected == 16
     with pytest.raises(UserError, match="--budget: 17: samples that could not be among the first 16 were left out"):
         select_run(tmp_path / "run", budget=17)
 

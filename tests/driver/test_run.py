@@ -20,7 +20,7 @@ from distal.artifacts.assignments import Assignments, begun_path
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Run
 from distal.driver import run as driver
-from distal.driver.run import _Reusing
+from distal.driver.training import ReusingRows
 from distal.errors import ConfigError, Damage, DistalError, ModelError, PoolError, RunConflict, UserError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
@@ -28,7 +28,7 @@ from distal.pool.build import build
 from distal.progress import spoken
 from distal.records import CheckpointRef, Progress
 from distal.report.status import status
-from distal.score.job import Published
+from distal.score.job import AllPublished
 from distal.score.predict import Predictor
 from distal.train import launch
 from tests.helpers import flip, small_config, write_source
@@ -86,7 +86,7 @@ def test_what_earlier_starts_were_begun_with_is_read_once(tmp_path: Path) -> Non
     """Its rows and those of many starts would be read for every row otherwise."""
     earlier = [laid_out(tmp_path / "b.zarr", "a", "b", "x"), laid_out(tmp_path / "a.zarr", "a", "b", "c")]
     now, events = laid_out(tmp_path / "now.zarr"), []
-    reusing = _Reusing(Published(refs_of("a", "b", "c")), now, earlier, 0, lambda name, **_: events.append(name))
+    reusing = ReusingRows(AllPublished(refs_of("a", "b", "c")), now, earlier, 0, lambda name, **_: events.append(name))
     for each in earlier:
         for row in range(3):
             (begun_path(each.path) / f"{row:05d}.json").unlink()
@@ -98,7 +98,7 @@ def test_what_earlier_starts_were_begun_with_is_read_once(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("given", "n_kept"), [("abc", 3), ("abx", 2), ("axc", 1), ("xbc", 0)])
 def test_a_row_counts_while_all_before_it_have_the_weights_of_before(tmp_path: Path, given: str, n_kept: int) -> None:
     earlier, now, events = laid_out(tmp_path / "a.zarr", *"abc"), laid_out(tmp_path / "now.zarr"), []
-    reusing = _Reusing(Published(refs_of(*given)), now, [earlier], 0, lambda name, **_: events.append(name))
+    reusing = ReusingRows(AllPublished(refs_of(*given)), now, [earlier], 0, lambda name, **_: events.append(name))
     reusing.published()
     assert [len(now.committed(row)) for row in range(3)] == [2] * n_kept + [0] * (3 - n_kept)
     assert events == ["other_weights"] * (n_kept < 3)
@@ -117,7 +117,7 @@ def test_a_row_is_never_taken_over_without_its_weights(tmp_path: Path) -> None:
         def sound() -> None:
             assert now.weights.keys() >= {row for row in range(3) if now.committed(row)}
 
-        return _Reusing(Published(refs_of("a", "b")), now, [earlier], 0, print).published, sound
+        return ReusingRows(AllPublished(refs_of("a", "b")), now, [earlier], 0, print).published, sound
 
     def check() -> None:
         assert state["now"].weights == {0: "a", 1: "b"}
@@ -185,10 +185,10 @@ def test_summary(finished: Path, test_pool: Pool, pool: Pool) -> None:
 
 def test_what_a_run_is_and_what_its_autos_came_to(finished: Path, pool: Pool, test_pool: Pool) -> None:
     run = Run.open(finished)
-    assert run.identity["constants"] == {
+    assert run.identity.constants == {
         "device": "cpu", "pool.block_size": 64, "train.threads": 1, "score.precision": "fp32", "score.batch_size": 32,
     }  # fmt: skip
-    assert run.identity["fixed"] == {
+    assert run.identity.fixed == {
         "seed": 0, "pool.limit": None, "pool.block_size": 64, "loop.initial": INITIAL, "loop.balance": True,
         "pool content (pool.path)": pool.content_sha256, "test content (eval.test)": test_pool.content_sha256,
         "validation content (eval.val)": None,
@@ -199,17 +199,17 @@ def test_what_a_run_is_and_what_its_autos_came_to(finished: Path, pool: Pool, te
 def test_again_is_complete_and_touches_nothing(finished: Path, pool: Pool, test_pool: Pool) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     result = driver.run(small_config(finished, pool, test_pool))
-    assert result["state"] == "complete"
-    assert len(result["cycles"]) == 2
+    assert result.state == "complete"
+    assert len(result.cycles) == 2
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} <= {finished / "summary.json"}
 
 
 def test_status_from_storage_alone(finished: Path) -> None:
     told = status(finished)
-    assert told["state"] == "complete"
-    assert [cycle["next"] for cycle in told["cycles"]] == [None, None]
-    assert told["cycles"][0]["blocks_scored"] == told["cycles"][0]["blocks"] == ROWS * 4
+    assert told.state == "complete"
+    assert [cycle.next for cycle in told.cycles] == [None, None]
+    assert told.cycles[0].blocks_scored == told.cycles[0].blocks == ROWS * 4
     with pytest.raises(RunConflict, match="no run here"):
         status(finished / "cycles")
 
@@ -248,7 +248,7 @@ def test_a_begun_cycle_keeps_its_configuration(finished: Path, pool: Pool, test_
     with pytest.raises(RunConflict, match=r"train.lr: 0.05 -> 0.1: cycle 1 has begun .* may apply from cycle 2"):
         driver.run(small_config(cut_off, pool, test_pool, "train.lr=0.1"))
     result = driver.run(small_config(cut_off, pool, test_pool, "score.actors=2", "score.cache_gb=0.5"))
-    assert hashes(result) == hashes(json.loads((finished / "summary.json").read_text()))
+    assert hashes(result.to_record()) == hashes(json.loads((finished / "summary.json").read_text()))
 
 
 def test_a_changed_input_of_a_complete_stage_is_noticed(
@@ -312,7 +312,7 @@ def test_a_flipped_bit_in_an_unfinished_stage_is_scored_again(
     flip_a_bit(cycle / "assignments.zarr/assignments/c/1/2")
     display = Lines()
     result = driver.run(small_config(copy, pool, test_pool), display)
-    assert hashes(result) == hashes(json.loads((finished / "summary.json").read_text()))
+    assert hashes(result.to_record()) == hashes(json.loads((finished / "summary.json").read_text()))
     (line,) = [line for line in display.lines if "damaged block" in line]
     assert "assignments: row 1, block 2 does not decode" in line
     both = [zarr.open(run / "cycles/001/assignments.zarr")["assignments"][:] for run in (copy, finished)]
@@ -345,19 +345,19 @@ def test_a_run_may_grow_with_other_settings(finished: Path, pool: Pool, test_poo
     display = Lines()
     result = driver.run(small_config(longer, pool, test_pool, *overrides), display)
     left = N_READABLE - INITIAL - 2 * BUDGET
-    assert hashes(result)[:2] == hashes(json.loads((finished / "summary.json").read_text()))
+    assert hashes(result.to_record())[:2] == hashes(json.loads((finished / "summary.json").read_text()))
     assert (longer / "cycles/001/labels.parquet").exists()
-    assert result["cycles"][2]["n_labeled"] == INITIAL + 2 * BUDGET
-    assert result["cycles"][2]["images_scored"] == left  # for margin the last checkpoint is enough
-    assert result["cycles"][2]["n_selected"] == left  # a short cycle takes what is left, and says so
+    assert result.cycles[2].n_labeled == INITIAL + 2 * BUDGET
+    assert result.cycles[2].images_scored == left  # for margin the last checkpoint is enough
+    assert result.cycles[2].n_selected == left  # a short cycle takes what is left, and says so
     assert any(f"{left} eligible images are left, fewer than the budget of 1000" in line for line in display.lines)
     assert json.loads((longer / "cycles/002/train.json").read_text())["inputs"]["warm_from"]
 
     display.lines.clear()
     result = driver.run(small_config(longer, pool, test_pool, *overrides, "loop.cycles=4"), display)
     assert any("every eligible image is labelled: the loop ends before cycle 3" in line for line in display.lines)
-    assert len(result["cycles"]) == 3
-    assert status(longer)["state"] == "complete"
+    assert len(result.cycles) == 3
+    assert status(longer).state == "complete"
     display.lines.clear()
     driver.run(small_config(longer, pool, test_pool, *overrides, "loop.cycles=4"), display)
     assert display.lines == [f"{longer}: complete"]
@@ -523,8 +523,8 @@ def test_what_is_scored_counts_while_all_weights_so_far_are_the_same(
     earlier = [scored(f"before-{i}.zarr", weights, i) for i, weights in enumerate(before)]
     mine = scored("mine.zarr", [], 9)
     refs = [CheckpointRef(row, row + 1, tmp_path, sha256) for row, sha256 in enumerate(now)]
-    reusing = _Reusing(
-        Published(refs),  # type: ignore[arg-type]
+    reusing = ReusingRows(
+        AllPublished(refs),  # type: ignore[arg-type]
         mine,
         earlier,
         first_index=0,
@@ -555,8 +555,8 @@ def test_nothing_is_reused_that_is_damaged_or_that_another_machine_scored(tmp_pa
     flip(before.chunk("assignments", 0, before.blocks[0]))
     said: list[str] = []
     for each in (mine, other):
-        _Reusing(
-            Published([CheckpointRef(0, 1, tmp_path, "a")]),  # type: ignore[arg-type]
+        ReusingRows(
+            AllPublished([CheckpointRef(0, 1, tmp_path, "a")]),  # type: ignore[arg-type]
             each,
             [before],
             first_index=0,

@@ -15,9 +15,9 @@ import zarr
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
 from distal.artifacts.selection import Selection
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.driver import reanalyse
-from distal.driver.score_folder import score_directory
+from distal.driver.score_folder import ScoreResult, score_directory
 from distal.errors import ConfigError, ModelError, RunConflict, SourceError, UserError
 from distal.model.spec import ModelSpec
 from distal.pool import Pool
@@ -56,7 +56,9 @@ def folder(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scored(cluster: str, pool: Pool, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def scored(
+    cluster: str, pool: Pool, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ScoreResult]:
     run = tmp_path_factory.mktemp("scored") / "run"
     return run, score_directory(foreign_config(run, pool, folder, "score.actors=auto"))
 
@@ -65,13 +67,15 @@ def assignments(run: Path) -> np.ndarray:
     return Assignments.open(run / "cycles/000/assignments.zarr").read(0, N)[:T]
 
 
-def test_assignments_are_what_each_checkpoint_predicts(scored: tuple[Path, dict], pool: Pool, folder: Path) -> None:
+def test_assignments_are_what_each_checkpoint_predicts(
+    scored: tuple[Path, ScoreResult], pool: Pool, folder: Path
+) -> None:
     """Against a plain loop, and read with plain Zarr."""
     run, result = scored
     stored = zarr.open(run / "cycles/000/assignments.zarr")["assignments"]
     assert stored.shape[0] > T  # spare rows
     assert (stored.shape[1], stored.dtype, stored.chunks, stored.fill_value) == (N, np.uint8, (1, 64), 255)
-    spec = ModelSpec(ModelConfig(), 4, pool.image_shape, pool.mean, pool.std)
+    spec = ModelSpec(ModelSection(), 4, pool.image_shape, pool.mean, pool.std)
     net, preprocess = spec.build().eval(), spec.preprocess()
     readable = np.array([status == "ok" for status in pool.samples(0, N)["status"].to_pylist()])
     for row in range(T):
@@ -80,35 +84,35 @@ def test_assignments_are_what_each_checkpoint_predicts(scored: tuple[Path, dict]
             expected = net(preprocess(torch.from_numpy(pool.read(0, N)))).argmax(1).numpy()
         assert np.array_equal(stored[row][readable], expected[readable])
         assert (stored[row][~readable] == 255).all()
-    assert result["images_scored"] == T * READABLE
-    assert result["seconds"] > 0
-    assert result["images_per_s"] > 0
-    assert set(result["peak_rss_bytes"]) == {"driver", "actor"}
+    assert result.images_scored == T * READABLE
+    assert result.seconds > 0
+    assert result.images_per_s > 0
+    assert set(result.peak_rss_bytes) == {"driver", "actor"}
     right = (stored[T - 1] == pool.columns(0, N, "label")[0])[readable].mean()
-    assert result["accuracy"] == pytest.approx(right)
+    assert result.accuracy == pytest.approx(right)
 
 
-def test_the_selection_is_of_the_most_dispersed(scored: tuple[Path, dict]) -> None:
+def test_the_selection_is_of_the_most_dispersed(scored: tuple[Path, ScoreResult]) -> None:
     run, result = scored
     votes = assignments(run)
     counts = np.stack([(votes == c).sum(axis=0) for c in range(4)])
     dispersion = np.where((votes < 4).all(axis=0), 1 - counts.max(axis=0) / T, -1)
-    chosen = Selection.read(Path(result["selection"]))
+    chosen = Selection.read(result.selection)
     assert len(chosen) == 20
     assert dispersion[chosen.indices].min() >= np.sort(dispersion)[-20]
-    assert chosen.sha256 == result["selection_sha256"]
+    assert chosen.sha256 == result.selection_sha256
 
 
-def test_a_selection_is_explained(scored: tuple[Path, dict], pool: Pool) -> None:
+def test_a_selection_is_explained(scored: tuple[Path, ScoreResult], pool: Pool) -> None:
     run, result = scored
     ids = pool.samples(0, N)["sample_id"].to_pylist()
-    chosen = Selection.read(Path(result["selection"])).sample_ids
-    assert explain(run, chosen[0])["cycles"][0]["why"].startswith("chosen at place 1 of 20, by ")
-    said = {name: explain(run, name)["cycles"][0]["why"] for name in ids[::16] if name not in chosen}
+    chosen = Selection.read(result.selection).sample_ids
+    assert explain(run, chosen[0]).cycles[0].why.startswith("chosen at place 1 of 20, by ")
+    said = {name: explain(run, name).cycles[0].why for name in ids[::16] if name not in chosen}
     assert all(why.startswith(("not chosen: its dispersion is ", "not eligible: unreadable")) for why in said.values())
 
 
-def test_again_does_nothing_and_says_the_same(scored: tuple[Path, dict], pool: Pool, folder: Path) -> None:
+def test_again_does_nothing_and_says_the_same(scored: tuple[Path, ScoreResult], pool: Pool, folder: Path) -> None:
     run, result = scored
     stamps = {path: path.stat().st_mtime_ns for path in run.rglob("*/c/*") if path.is_file()}
     assert score_directory(foreign_config(run, pool, folder)) == result
@@ -116,7 +120,7 @@ def test_again_does_nothing_and_says_the_same(scored: tuple[Path, dict], pool: P
 
 
 def test_late_checkpoints_are_added_without_scoring_the_old_ones_again(
-    scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+    scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path
 ) -> None:
     early = tmp_path / "early"
     write_checkpoints(early, pool, range(5))
@@ -127,16 +131,16 @@ def test_late_checkpoints_are_added_without_scoring_the_old_ones_again(
     }
     write_checkpoints(early, pool, range(5, T))
     second = score_directory(config)
-    assert (first["checkpoints"], second["checkpoints"]) == (5, T)
+    assert (first.checkpoints, second.checkpoints) == (5, T)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert np.array_equal(assignments(tmp_path / "run"), assignments(scored[0]))
-    assert second["selection_sha256"] == scored[1]["selection_sha256"]
-    assert Path(first["selection"]).exists()  # the earlier one is not overwritten
-    assert first["selection"] != second["selection"]
+    assert second.selection_sha256 == scored[1].selection_sha256
+    assert first.selection.exists()  # the earlier one is not overwritten
+    assert first.selection != second.selection
 
 
 def test_watch_scores_checkpoints_as_they_come(
-    scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+    scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path
 ) -> None:
     early = tmp_path / "early"
     early.mkdir()
@@ -150,28 +154,28 @@ def test_watch_scores_checkpoints_as_they_come(
     thread.start()
     result = score_directory(foreign_config(tmp_path / "run", pool, early, f"checkpoints.expect={T}"), watch=True)
     thread.join()
-    assert result["checkpoints"] == T
+    assert result.checkpoints == T
     assert np.array_equal(assignments(tmp_path / "run"), assignments(scored[0]))
-    assert result["selection_sha256"] == scored[1]["selection_sha256"]
+    assert result.selection_sha256 == scored[1].selection_sha256
 
 
 def test_watch_ends_when_nothing_comes_any_more(pool: Pool, tmp_path: Path) -> None:
     write_checkpoints(tmp_path / "ck", pool, range(2))
     lines = Lines()
     config = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "checkpoints.idle=1")
-    assert score_directory(config, lines, watch=True)["checkpoints"] == 2
+    assert score_directory(config, lines, watch=True).checkpoints == 2
     assert "no new checkpoint for 1 s: going on with the 2 that are there" in lines.said
 
 
 @pytest.mark.parametrize("eliminate", ["none", "exact"])
 def test_watch_when_fewer_come_than_were_expected(
-    scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path, eliminate: str
+    scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path, eliminate: str
 ) -> None:
     """The margin, which breaks ties, is wanted of the row that turned out to be the last one."""
     overrides = (f"checkpoints.expect={T + 1}", "checkpoints.idle=1", f"score.eliminate={eliminate}", "score.budget=4")
     result = score_directory(foreign_config(tmp_path / "run", pool, folder, *overrides), watch=True)
-    assert result["checkpoints"] == T
-    assert result["selection_sha256"] == reanalyse.select_run(scored[0], budget=4)["selection_sha256"]
+    assert result.checkpoints == T
+    assert result.selection_sha256 == reanalyse.select_run(scored[0], budget=4).selection_sha256
 
 
 def test_a_checkpoint_that_comes_too_late_belongs_to_another_pass(pool: Pool, folder: Path, tmp_path: Path) -> None:
@@ -180,34 +184,36 @@ def test_a_checkpoint_that_comes_too_late_belongs_to_another_pass(pool: Pool, fo
     lines = Lines()
     lines.progress = lambda state: write_checkpoints(early, pool, [5]) if state.rows_scored else None  # type: ignore
     config = foreign_config(tmp_path / "run", pool, early, "checkpoints.expect=5")
-    assert score_directory(config, lines, watch=True)["checkpoints"] == 5
+    assert score_directory(config, lines, watch=True).checkpoints == 5
     assert (early / "epoch6.pt").exists()
     more = foreign_config(tmp_path / "run", pool, early, "checkpoints.expect=6")
-    assert score_directory(more)["checkpoints"] == 6
+    assert score_directory(more).checkpoints == 6
 
 
-def test_watch_leaves_alone_what_is_scored(scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path) -> None:
+def test_watch_leaves_alone_what_is_scored(
+    scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(scored[0], run)
     stamps = {path: path.stat().st_mtime_ns for path in run.glob("cycles/000/assignments.zarr/*/c/*/*")}
     result = score_directory(foreign_config(run, pool, folder, "checkpoints.idle=1"), watch=True)
-    assert result["selection_sha256"] == scored[1]["selection_sha256"]
+    assert result.selection_sha256 == scored[1].selection_sha256
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
 def test_another_measure_selects_again_without_scoring(
-    scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+    scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(scored[0], run)
     other = score_directory(foreign_config(run, pool, folder, "select.measure=flips", "select.tie_break=hash"))
-    assert other["measure"] == "flips"
-    assert other["selection_sha256"] != scored[1]["selection_sha256"]
-    assert other["images_scored"] == scored[1]["images_scored"]
+    assert other.measure == "flips"
+    assert other.selection_sha256 != scored[1].selection_sha256
+    assert other.images_scored == scored[1].images_scored
 
 
 def test_another_kind_of_batch_selects_again_without_scoring(
-    scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+    scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path
 ) -> None:
     """As a run that asked for it from the start."""
     run = tmp_path / "run"
@@ -215,7 +221,7 @@ def test_another_kind_of_batch_selects_again_without_scoring(
     power = ("select.batch=power", "select.beta=0.1")
     again = score_directory(foreign_config(run, pool, folder, *power))
     fresh = score_directory(foreign_config(tmp_path / "fresh", pool, folder, *power))
-    assert again["selection_sha256"] == fresh["selection_sha256"] != scored[1]["selection_sha256"]
+    assert again.selection_sha256 == fresh.selection_sha256 != scored[1].selection_sha256
 
 
 def test_the_order_of_checkpoints_is_told(pool: Pool, folder: Path, tmp_path: Path) -> None:
@@ -227,20 +233,20 @@ def test_the_order_of_checkpoints_is_told(pool: Pool, folder: Path, tmp_path: Pa
         f"{T} checkpoints, in this order: epoch1.pt, epoch2.pt, ..., epoch7.pt, epoch8.pt",
         "best.pt is left out: it has the weights of epoch8.pt",
     ]
-    assert result["checkpoints"] == T
+    assert result.checkpoints == T
 
 
 def test_elimination_selects_the_same_with_fewer_passes(
-    scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+    scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     result = score_directory(foreign_config(run, pool, folder, "score.eliminate=exact", "score.budget=4"))
     full = reanalyse.select_run(scored[0], budget=4)
-    assert result["selection_sha256"] == full["selection_sha256"]
-    assert 0 < result["images_left_out"] < result["images_scored"]
-    assert result["images_scored"] + result["images_left_out"] == T * READABLE
+    assert result.selection_sha256 == full.selection_sha256
+    assert 0 < result.images_left_out < result.images_scored
+    assert result.images_scored + result.images_left_out == T * READABLE
     votes, every = assignments(run), assignments(scored[0])
-    assert result["images_scored"] == (votes < 4).sum()
+    assert result.images_scored == (votes < 4).sum()
     assert np.array_equal(votes[votes < 4], every[votes < 4])
     with pytest.raises(ConfigError, match="only dispersion over all checkpoints can be computed"):
         reanalyse.select_run(run, budget=5, measure="gini")
@@ -250,16 +256,16 @@ def test_elimination_selects_the_same_with_fewer_passes(
 
 
 def test_excluded_samples_are_neither_scored_nor_selected(
-    scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+    scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path
 ) -> None:
-    best = Selection.read(Path(scored[1]["selection"]))
+    best = Selection.read(Path(scored[1].selection))
     (tmp_path / "labelled.txt").write_text("\n".join([*best.sample_ids[:10], "somewhere else"]))
     lines = Lines()
     config = foreign_config(tmp_path / "run", pool, folder, f"pool.exclude={tmp_path / 'labelled.txt'}")
     result = score_directory(config, lines)
     assert "pool.exclude: 1 of its 11 samples are not in the pool" in lines.said
-    assert result["images_scored"] == T * (READABLE - 10)
-    chosen = Selection.read(Path(result["selection"])).sample_ids
+    assert result.images_scored == T * (READABLE - 10)
+    chosen = Selection.read(result.selection).sample_ids
     assert chosen[:10] == best.sample_ids[10:]
     with pytest.raises(RunConflict, match=r"excluded samples \(pool.exclude\)"):
         score_directory(foreign_config(tmp_path / "run", pool, folder))
@@ -275,17 +281,19 @@ class TestKnownSamples:
         (tmp_path / "known.csv").write_text(f"sample_id,label\n{rows}\n")
         return tmp_path / "known.csv"
 
-    def test_accuracy_is_told_first(self, scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path) -> None:
+    def test_accuracy_is_told_first(
+        self, scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path
+    ) -> None:
         last = assignments(scored[0])[T - 1, 20:60]
         lines = Lines()
         config = foreign_config(tmp_path / "run", pool, folder)
         result = score_directory(config, lines, check=self.known(tmp_path, pool, last), expect_accuracy=0.99)
-        assert result["known_accuracy"][-1] == 1.0
-        assert len(result["known_accuracy"]) == T
+        assert result.known_accuracy[-1] == 1.0
+        assert len(result.known_accuracy) == T
         assert f"epoch{T}.pt: 1.0000 of 40 known samples right" in lines.said
 
     def test_below_what_is_expected_nothing_is_scored(
-        self, scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+        self, scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path
     ) -> None:
         wrong = (assignments(scored[0])[T - 1, 20:60] + 1) % 4
         config = foreign_config(tmp_path / "run", pool, folder)
@@ -294,7 +302,7 @@ class TestKnownSamples:
         assert not (tmp_path / "run").exists()  # so that it can be tried with another model.normalize
 
     def test_watch_checks_the_first_one_that_comes(
-        self, scored: tuple[Path, dict], pool: Pool, folder: Path, tmp_path: Path
+        self, scored: tuple[Path, ScoreResult], pool: Pool, folder: Path, tmp_path: Path
     ) -> None:
         wrong = (assignments(scored[0])[0, 20:60] + 1) % 4
         known = self.known(tmp_path, pool, wrong)
@@ -318,12 +326,12 @@ class TestKnownSamples:
 
 def test_bf16_is_compared_with_fp32(pool: Pool, folder: Path, tmp_path: Path) -> None:
     config = foreign_config(tmp_path / "run", pool, folder, "score.precision=bf16")
-    report = score_directory(config, check_precision=2)["precision_check"]
-    assert report["blocks"] == 2
-    assert report["images"] == 110  # two of four blocks: the first, of 64, and the last, of 48, each with a damaged one
-    assert 0.9 < report["label_agreement"] <= 1
-    assert 0.5 < report["dispersion_spearman"] <= 1
-    assert 0 < report["selection_overlap"] <= 1
+    report = score_directory(config, check_precision=2).precision_check
+    assert report.blocks == 2
+    assert report.images == 110  # two of four blocks: the first, of 64, and the last, of 48, each with a damaged one
+    assert 0.9 < report.label_agreement <= 1
+    assert 0.5 < report.dispersion_spearman <= 1
+    assert 0 < report.selection_overlap <= 1
     with pytest.raises(ConfigError, match="score.precision is fp32 already"):
         score_directory(foreign_config(tmp_path / "fp32", pool, folder), check_precision=2)
 
@@ -331,13 +339,13 @@ def test_bf16_is_compared_with_fp32(pool: Pool, folder: Path, tmp_path: Path) ->
 def test_auto_is_tried_once_and_kept(pool: Pool, folder: Path, tmp_path: Path) -> None:
     config = foreign_config(tmp_path / "run", pool, folder, "score.precision=auto", "score.batch_size=auto")
     result = score_directory(config, select=False)
-    assert result["precision"] in ("fp32", "bf16")
-    assert result["batch_size"] in (32, 64, 128)
-    assert "selection" not in result
+    assert result.precision in ("fp32", "bf16")
+    assert result.batch_size in (32, 64, 128)
+    assert result.selection is None
     identity = Run.open(tmp_path / "run").identity
     assert identity is not None
-    assert identity["constants"]["score.batch_size"] == result["batch_size"]
-    assert score_directory(config, select=False)["batch_size"] == result["batch_size"]
+    assert identity.constants["score.batch_size"] == result.batch_size
+    assert score_directory(config, select=False).batch_size == result.batch_size
 
 
 class TestMistakes:
@@ -386,7 +394,7 @@ class TestMistakes:
         torch.save(state, tmp_path / "ck/epoch3.pt")
         self.refuse(r"epoch3.pt: 14.bias has values that are not finite", ModelError, pool, tmp_path)
         (tmp_path / "ck/epoch3.pt").unlink()
-        assert score_directory(foreign_config(tmp_path / "run", pool, tmp_path / "ck"))["checkpoints"] == 4
+        assert score_directory(foreign_config(tmp_path / "run", pool, tmp_path / "ck")).checkpoints == 4
 
     def test_a_logit_that_is_not_finite(self, cluster: str, pool: Pool, tmp_path: Path) -> None:
         write_checkpoints(tmp_path / "ck", pool, range(5))
@@ -400,7 +408,7 @@ class TestMistakes:
             score_directory(foreign_config(tmp_path / "run", pool, tmp_path / "ck"))
         assert (assignments(tmp_path / "run")[2] == 255).all()
 
-    def test_another_pool(self, scored: tuple[Path, dict], test_pool: Pool, folder: Path) -> None:
+    def test_another_pool(self, scored: tuple[Path, ScoreResult], test_pool: Pool, folder: Path) -> None:
         with pytest.raises(RunConflict, match=r"pool content \(pool.path\)"):
             score_directory(foreign_config(scored[0], test_pool, folder))
         with pytest.raises(RunConflict, match="score.batch_size: 32 -> 64"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distal.config import load_portable, parse, to_record
+from distal.config import load_portable, parse
 from distal.driver.submit import CONFIG, shipped
 from distal.errors import ConfigError
 from distal.pool import Pool
@@ -100,7 +100,7 @@ class TestShipped:
         assert name == CONFIG
         record = yaml.safe_load(text)
         assert record["ray"] == {"address": "local"}  # which is the cluster that runs the job
-        assert parse(record).decisive() == config.decisive()
+        assert parse(record).result_keys() == config.result_keys()
         assert parse(record).places() == config.places()
 
     def test_modules_and_what_they_import(self, folder: Path, pool: Pool) -> None:
@@ -250,10 +250,10 @@ class TestOnARealCluster:
     def test_a_comparison_and_scoring_that_waits(self, head: Head, pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
         """The section of a configuration says which command the job is."""
         strategies = {"random": {"measure": "random"}, "entropy": {"measure": "entropy"}}
-        comparing = to_record(small_config(tmp_path / "comparison", pool, test_pool))
+        comparing = small_config(tmp_path / "comparison", pool, test_pool).to_record()
         comparing["compare"] = {"strategies": strategies, "seeds": 1}
         write_checkpoints(tmp_path / "checkpoints", pool, [0, 1])
-        waiting = to_record(foreign_config(tmp_path / "scores", pool, tmp_path / "checkpoints", "checkpoints.idle=3"))
+        waiting = foreign_config(tmp_path / "scores", pool, tmp_path / "checkpoints", "checkpoints.idle=3").to_record()
         for record, options, told in [
             (comparing, (), f"report: {tmp_path}/comparison/report.md"),
             (waiting, ("--watch",), "no new checkpoint for 3 s"),

@@ -376,7 +376,7 @@ def test_a_run_and_a_cycle_are_begun_once(fresh: Callable[[], Path]) -> None:
             start(2)
             run = Run(path)
             assert run.identity is not None
-            state["kept"] = run.identity["constants"], run.cycle(0).config
+            state["kept"] = run.identity.constants, run.cycle(0).config
 
         return (lambda: start(1)), second
 
@@ -386,7 +386,7 @@ def test_a_run_and_a_cycle_are_begun_once(fresh: Callable[[], Path]) -> None:
         run = Run(path)
         assert run.identity is not None
         if state["kept"] is not None:
-            assert (run.identity["constants"], run.cycle(0).config) == state["kept"]
+            assert (run.identity.constants, run.cycle(0).config) == state["kept"]
         assert run.cycle(0).config is not None
 
     assert interleavings(begin, check) > 3

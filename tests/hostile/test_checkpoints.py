@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.errors import Damage, ModelError
 from distal.model.spec import ModelSpec, seeded_build
 from distal.pool import Pool
-from distal.train.folder import ForeignCheckpoints
+from distal.train.folder import FolderCheckpoints
 from tests.helpers import write_checkpoints
 from tests.hostile import checkpoints as corpus
 
-SPEC = ModelSpec(ModelConfig(), 4, (1, 12, 12), (0.5,), (0.5,))
+SPEC = ModelSpec(ModelSection(), 4, (1, 12, 12), (0.5,), (0.5,))
 STATE = seeded_build(SPEC, 0, 0).state_dict()
 MOST_BYTES = 2**28  # that a file may add to what the process has
 
 
 def look(folder: Path) -> list[str]:
     """Names of the checkpoints that count."""
-    found = ForeignCheckpoints(folder.with_suffix(".json"), folder, "*.*", STATE)
+    found = FolderCheckpoints(folder.with_suffix(".json"), folder, "*.*", STATE)
     found.settle()
     found.keep()
     return [ref.path.name for ref in found.refs]

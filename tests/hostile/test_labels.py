@@ -45,8 +45,8 @@ def test_every_file_ends_in_its_line(corpus: Corpus, start: Start, tmp_path: Pat
     for number, (name, expectation) in enumerate(expected.items()):
         run = start(tmp_path / str(number))
         if isinstance(expectation, int):
-            assert import_labels(run.path, folder / name)["new"] == expectation, name
-            assert import_labels(run.path, folder / name)["new"] == 0, name
+            assert import_labels(run.path, folder / name).new == expectation, name
+            assert import_labels(run.path, folder / name).new == 0, name
             continue
         with pytest.raises(UserError) as caught:
             import_labels(run.path, folder / name)

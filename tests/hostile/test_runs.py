@@ -72,4 +72,4 @@ def test_what_a_case_does_is_noticed(small_run: Path, tmp_path: Path, name: str)
     """That the corpus does harm at all: some of it must not go unseen."""
     run = copy(small_run, tmp_path / "run")
     dict(CASES)[name](run)
-    assert verify(run)["state"] == "damaged"
+    assert verify(run).state == "damaged"

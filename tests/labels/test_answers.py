@@ -20,7 +20,7 @@ from distal.artifacts.ledger import LABELED, SKIPPED, UNSURE, write_labels
 from distal.artifacts.runs import Run
 from distal.errors import Damage, UnknownFormat
 from distal.labels.answers import Answer, Policy, add, last_words, read, settle
-from distal.labels.waiting import Waiting, export_labels, import_labels
+from distal.labels.waiting import ImportResult, Waiting, export_labels, import_labels
 from distal.pool import Pool
 from distal.storage import create_bytes
 from tests.helpers import CLASSES
@@ -109,8 +109,8 @@ def test_histories(pool: Pool, history: list[File | str | int], policy: Policy) 
             else:
                 path = write_csv(Path(folder, step[0]), pool, step[1])
                 known = len(read(run.answers))
-                assert import_labels(run.path, path)["new"] == len(read(run.answers)) - known
-                assert import_labels(run.path, path)["new"] == 0
+                assert import_labels(run.path, path).new == len(read(run.answers)) - known
+                assert import_labels(run.path, path).new == 0
 
 
 timed = st.lists(
@@ -259,7 +259,7 @@ def test_the_race_that_two_importers_run(tmp_path: Path, monkeypatch: pytest.Mon
 class TestARun:
     """What imports do to a run; nothing is trained."""
 
-    def said(self, run: Run, pool: Pool, *said: Row, name: str = "a.csv", **options: object) -> dict:
+    def said(self, run: Run, pool: Pool, *said: Row, name: str = "a.csv", **options: object) -> ImportResult:
         return import_labels(run.path, write_csv(run.path.parent / name, pool, said), **options)  # type: ignore[arg-type]
 
     def labels(self, run: Run, before: int = 0) -> dict[int, str]:
@@ -269,13 +269,13 @@ class TestARun:
     def test_files_that_name_nobody(self, pool: Pool, tmp_path: Path) -> None:
         """Each is an annotator by its name: the same one corrects, another one disagrees."""
         run = waiting_run(tmp_path / "run", pool, SAMPLES, policy="reask")
-        assert self.said(run, pool, (0, "circle", ""))["answered"] == 1
+        assert self.said(run, pool, (0, "circle", "")).answered == 1
         told = self.said(run, pool, (0, "cross", ""), name="b.csv")
-        assert (told["answered"], len(told["conflicts"])) == (0, 1)
+        assert (told.answered, len(told.conflicts)) == (0, 1)
         told = self.said(run, pool, (0, "cross", ""))
-        assert (told["answered"], told["conflicts"], told["changed"]) == (1, [], told["changed"][:1])
+        assert (told.answered, told.conflicts, told.changed) == (1, [], told.changed[:1])
         told = self.said(run, pool, (0, "circle", ""), name="c.csv", annotator="a.csv")
-        assert (len(told["changed"]), len(told["conflicts"])) == (1, 1)
+        assert (len(told.changed), len(told.conflicts)) == (1, 1)
         assert {each.annotator for each in read(run.answers)} == {"a.csv", "b.csv"}
 
     def test_a_file_that_contradicts_itself(self, pool: Pool, tmp_path: Path) -> None:
@@ -286,9 +286,9 @@ class TestARun:
             ):
                 self.said(run, pool, (0, "circle", ""), (1, "cross", ""), (0, second, ""))
             assert not run.answers.exists()
-        assert self.said(run, pool, (0, "circle", ""), (0, "circle", ""))["new"] == 1
+        assert self.said(run, pool, (0, "circle", ""), (0, "circle", "")).new == 1
         told = self.said(run, pool, (1, "circle", ""), (1, "cross", ""), annotator="ann")
-        assert (told["answers"], told["new"]) == (2, 1)
+        assert (told.answers, told.new) == (2, 1)
         assert read(run.answers)[-1].label == 1
 
     def test_a_label_of_a_declined_sample_is_used(self, pool: Pool, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ class TestARun:
         first = run.ledger(before=0)
         assert first.declined.tolist() == [2]
         told = self.said(run, pool, (2, "line", "bob"), allow_unasked=True)
-        assert (told["new"], told["too_late"]) == (1, [])
+        assert (told.new, told.too_late) == (1, [])
         assert waiting.collect(run)
         assert self.labels(run, before=1) == {0: "circle", 1: "cross", 2: "line"}
         assert run.ledger(before=1).declined.tolist() == []
@@ -315,11 +315,11 @@ class TestARun:
         assert initial.collect(run)
         later = next_cycle(run, initial, pool, [2])
         told = self.said(run, pool, *lost, (2, "dot", "ann"))
-        assert (told["new"], told["too_late"], told["answered"]) == (1, [], 1)
+        assert (told.new, told.too_late, told.answered) == (1, [], 1)
         told = self.said(run, pool, *lost, (0, "cross", "bob"), (0, "cross", "dan"), (1, "", "ann"))
-        assert (told["new"], len(told["changed"])) == (3, 2)
+        assert (told.new, len(told.changed)) == (3, 2)
         names = pool.samples(0, 2)["sample_id"].to_pylist()
-        assert told["too_late"] == names
+        assert told.too_late == names
         assert later.collect(run)
         assert self.labels(run, before=1) == {0: "circle", 1: "cross", 2: "dot"}
         assert len(read(run.answers)) == 8
@@ -330,19 +330,17 @@ class TestARun:
         self.said(run, pool, *((sample, "", "ann") for sample in SAMPLES))
         waiting = waiting_of(run)
         report = waiting.report(run)
-        assert (report["answered"], report["ready"]) == (3, False)
-        assert report["short"] == (
-            "0 labelled samples of 0 classes; training needs at least 2 (2 per rank) of 2 classes"
-        )
+        assert (report.answered, report.ready) == (3, False)
+        assert report.short == ("0 labelled samples of 0 classes; training needs at least 2 (2 per rank) of 2 classes")
         assert not waiting.collect(run)
         assert not run.initial.exists()
-        assert export_labels(run.path, tmp_path / "again.csv")["samples"] == 3
+        assert export_labels(run.path, tmp_path / "again.csv").samples == 3
         self.said(run, pool, (0, "circle", "ann"), (1, "circle", "ann"))
-        assert "2 labelled samples of 1 classes" in waiting.report(run)["short"]
-        assert export_labels(run.path, tmp_path / "again.csv")["samples"] == 1
+        assert "2 labelled samples of 1 classes" in waiting.report(run).short
+        assert export_labels(run.path, tmp_path / "again.csv").samples == 1
         (tmp_path / "b.csv").write_text(f"sample_id,label\n{pool.samples(9, 10)['sample_id'][0].as_py()},cross\n")
-        assert import_labels(run.path, tmp_path / "b.csv", allow_unasked=True)["answered"] == 3
-        assert waiting.report(run)["ready"]
+        assert import_labels(run.path, tmp_path / "b.csv", allow_unasked=True).answered == 3
+        assert waiting.report(run).ready
         assert waiting.collect(run)
         assert self.labels(run) == {0: "circle", 1: "circle", 9: "cross"}
 
@@ -350,5 +348,5 @@ class TestARun:
         run = waiting_run(tmp_path / "run", pool, SAMPLES)
         self.said(run, pool, (0, "circle", "ann"), (1, "cross", "ann"), (2, "dot", "ann"))
         for fmt in ("csv", "parquet", "label-studio"):
-            assert export_labels(run.path, tmp_path / "rest", fmt=fmt)["samples"] == 0  # type: ignore[arg-type]
+            assert export_labels(run.path, tmp_path / "rest", fmt=fmt).samples == 0  # type: ignore[arg-type]
         assert json.loads((tmp_path / "rest").read_text()) == []

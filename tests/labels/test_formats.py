@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from distal.artifacts.ledger import LABELED, SKIPPED, UNSURE
 from distal.errors import ConfigError, SourceError
-from distal.labels.formats import Format, labelling_xml, read_said, unsure_word, write_batch
+from distal.labels.formats import Format, labelling_xml, read_annotations, unsure_word, write_batch
 
 CLASSES = ("circle", "cross")
 
@@ -43,7 +43,7 @@ def test_ids_come_back_as_they_were(names: list[str], fmt: Format) -> None:
             cells = [cell for name in ("sample_id", "image", "uri") for cell in table[name].to_pylist()]
             assert not any(cell[0] in "=+-@\t\r\n" for cell in cells)
             assert table["flips"].to_pylist() == [-1.5] * len(names)
-        said = read_said(path)
+        said = read_annotations(path)
     assert [each.sample_id for each in said] == names
     assert {each.status for each in said} == {SKIPPED}
 
@@ -77,7 +77,7 @@ def test_a_class_called_cannot_tell(tmp_path: Path) -> None:
         assert word not in [each.strip().casefold() for each in classes]
         assert word.encode() in labelling_xml(classes)
         (tmp_path / "a.csv").write_text(f"sample_id,label\na,{name}\nb,{word}\n")
-        said = read_said(tmp_path / "a.csv", word)
+        said = read_annotations(tmp_path / "a.csv", word)
         assert [(each.status, each.label) for each in said] == [(LABELED, name.strip()), (UNSURE, None)]
 
 
@@ -94,26 +94,26 @@ def tasks(folder: Path, *annotations: dict[str, Any]) -> Path:
 class TestLabelStudio:
     def test_other_controls_are_ignored(self, tmp_path: Path) -> None:
         other = result("1", control="quality")
-        said = read_said(tasks(tmp_path, {"result": [other, result("cross")]}, {"result": [other]}))
+        said = read_annotations(tasks(tmp_path, {"result": [other, result("cross")]}, {"result": [other]}))
         assert [(each.label, each.status) for each in said] == [("cross", LABELED), (None, SKIPPED)]
         flat = [{"sample_id": "a", "quality": "circle", "choice": "cross"}, {"sample_id": "b", "quality": "circle"}]
         (tmp_path / "flat.json").write_text(json.dumps(flat))
-        assert [each.label for each in read_said(tmp_path / "flat.json")] == ["cross", None]
+        assert [each.label for each in read_annotations(tmp_path / "flat.json")] == ["cross", None]
 
     def test_the_control_has_another_name(self, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match="no answer of the control 'choice', which the exported"):
-            read_said(tasks(tmp_path, {"result": [result("cross", control="class")]}))
+            read_annotations(tasks(tmp_path, {"result": [result("cross", control="class")]}))
         (tmp_path / "flat.json").write_text(json.dumps([{"sample_id": "a", "label": "cross"}]))
         with pytest.raises(SourceError, match="no answer of the control 'choice', which the exported"):
-            read_said(tmp_path / "flat.json")
+            read_annotations(tmp_path / "flat.json")
 
     def test_two_choices(self, tmp_path: Path) -> None:
         for results in ([result("cross", "circle")], [result("cross"), result("circle")]):
             with pytest.raises(SourceError, match="2 choices of a; a sample has one class"):
-                read_said(tasks(tmp_path, {"result": results}))
+                read_annotations(tasks(tmp_path, {"result": results}))
 
     def test_who_and_when(self, tmp_path: Path) -> None:
-        said = read_said(
+        said = read_annotations(
             tasks(
                 tmp_path,
                 {"result": [result("cross")], "completed_by": 3, "updated_at": "1970-01-01T00:00:01.000002Z"},
@@ -135,9 +135,9 @@ def test_times_of_tables(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(
         "sample_id,label,updated_at\na,cross,1970-01-01T00:00:01Z\nb,cross,\nc,cross,1970-01-01 00:00:02\n"
     )
-    assert [each.time for each in read_said(tmp_path / "a.csv")] == [1_000_000, None, 2_000_000]
+    assert [each.time for each in read_annotations(tmp_path / "a.csv")] == [1_000_000, None, 2_000_000]
     times = pa.array([3_000_000, None], pa.timestamp("us"))
     pq.write_table(
         pa.table({"sample_id": ["a", "b"], "label": ["x", "y"], "updated_at": times}), tmp_path / "a.parquet"
     )
-    assert [each.time for each in read_said(tmp_path / "a.parquet")] == [3_000_000, None]
+    assert [each.time for each in read_annotations(tmp_path / "a.parquet")] == [3_000_000, None]

@@ -126,7 +126,7 @@ def test_a_hundred_images(label_studio: LabelStudio, cluster: str, tmp_path: Pat
     pool = build(str(tmp_path / "b.parquet"), tmp_path / "pool")
     files = ("label.oracle=files", f"pool.classes=[{', '.join(CLASSES)}]", f"loop.initial={N}", "loop.cycles=1")
     made = small_config(tmp_path / "run", pool, None, *files)
-    assert driver.run(made)["asked"] == N
+    assert driver.run(made).asked == N
 
     png = tmp_path / "png"
     with served(png) as url:
@@ -164,21 +164,21 @@ def test_a_hundred_images(label_studio: LabelStudio, cluster: str, tmp_path: Pat
 
     answered = answer(tasks[: N // 2])
     first = import_labels(tmp_path / "run", export("JSON_MIN"))
-    assert first["answered"] == N // 2 - N // 20  # JSON-MIN has no skipped ones
-    assert driver.run(made)["state"] == "waiting_for_labels"
+    assert first.answered == N // 2 - N // 20  # JSON-MIN has no skipped ones
+    assert driver.run(made).state == "waiting_for_labels"
     answer(tasks[N // 2 :])
     told = import_labels(tmp_path / "run", export("JSON"))
-    assert (told["answered"], told["new"]) == (N, N - first["new"])  # the same annotator and times in both formats
+    assert (told.answered, told.new) == (N, N - first.new)  # the same annotator and times in both formats
     other = next(name for name in CLASSES if name != name_of(tasks[0]))
     for name in (other, name_of(tasks[0])):  # a correction that is taken back
         label_studio.change(answered[0], name)
         told = import_labels(tmp_path / "run", export("JSON"))
-        assert (told["new"], told["changed"]) == (1, [tasks[0]["data"]["sample_id"]])
-    assert import_labels(tmp_path / "run", tmp_path / "JSON_MIN.json")["new"] == 0  # an old export
+        assert (told.new, told.changed) == (1, [tasks[0]["data"]["sample_id"]])
+    assert import_labels(tmp_path / "run", tmp_path / "JSON_MIN.json").new == 0  # an old export
     csv = tmp_path / "export.csv"
     csv.write_bytes(label_studio.read(f"/api/projects/{project}/export?exportType=CSV"))
-    assert import_labels(tmp_path / "run", csv)["new"] == 0
-    assert driver.run(made)["state"] == "complete"
+    assert import_labels(tmp_path / "run", csv).new == 0
+    assert driver.run(made).state == "complete"
     ledger = Run.open(tmp_path / "run").ledger(before=0)
     assert len(ledger) == N - N // 5
     assert len(ledger.declined) == N // 5
@@ -194,10 +194,10 @@ def test_predictions_are_taken(label_studio: LabelStudio, pool: Pool, cluster: s
     lines = [f"{names[index]},{CLASSES[place % 4]}" for place, index in enumerate(asked)]
     (tmp_path / "a.csv").write_text("sample_id,label\n" + "\n".join(lines) + "\n")
     import_labels(tmp_path / "run", tmp_path / "a.csv")
-    assert driver.run(made)["cycle"] == 0
+    assert driver.run(made).cycle == 0
     told = export_labels(tmp_path / "run", tmp_path / "tasks.json", fmt="label-studio", predictions=True)
     xml = (tmp_path / "tasks.xml").read_text()
     project = label_studio.call("POST", "/api/projects", {"title": "batch 1", "label_config": xml})["id"]
     tasks = json.loads((tmp_path / "tasks.json").read_text())
     made = label_studio.call("POST", f"/api/projects/{project}/import", tasks)
-    assert (made["task_count"], made["prediction_count"]) == (told["samples"], told["samples"])
+    assert (made["task_count"], made["prediction_count"]) == (told.samples, told.samples)

@@ -20,11 +20,12 @@ from distal.driver import preflight
 from distal.driver import run as driver
 from distal.errors import ConfigError, Damage, PoolError, RunConflict, SourceError
 from distal.labels.answers import Answer, settle
-from distal.labels.waiting import Waiting, export_labels, import_labels
+from distal.labels.waiting import ImportResult, Waiting, export_labels, import_labels
 from distal.pool import Pool
 from distal.pool.build import build
+from distal.report.repair import repair
 from distal.report.status import status
-from distal.report.verify import repair, verify
+from distal.report.verify import verify
 from distal.storage import read_json, write_json
 from tests.helpers import CLASSES, flip, small_config, write_source
 
@@ -54,7 +55,7 @@ def play(run: Path, truth: dict[str, int], rng: random.Random, files: int = 1, r
     told = export_labels(run, run.parent / "batch.csv")
     with (run.parent / "batch.csv").open() as lines:
         rows = sorted(csv.DictReader(lines), key=lambda row: row["sample_id"])
-    assert len(rows) == told["samples"]
+    assert len(rows) == told.samples
     said: list[tuple[str, str, str]] = []
     for number, row in enumerate(rows):
         name = CLASSES[truth[row["sample_id"]]]
@@ -91,14 +92,14 @@ def test_a_run_that_people_label(unlabelled: tuple[Pool, dict[str, int]], tmp_pa
         made = config(run, pool, "loop.cycles=3")
         for step in range(3):
             waiting = driver.run(made)
-            assert (waiting["state"], waiting["cycle"]) == ("waiting_for_labels", step - 1)
-            assert waiting["answered"] == 0
-            assert waiting["asked"] == waiting["needed"] == (24 if step == 0 else 16)
+            assert (waiting.state, waiting.cycle) == ("waiting_for_labels", step - 1)
+            assert waiting.answered == 0
+            assert waiting.asked == waiting.needed == (24 if step == 0 else 16)
             with pytest.MonkeyPatch.context() as patch:  # from storage alone: no cluster is looked at
                 patch.delattr(preflight, "check")
                 assert driver.run(made) == waiting
             play(run, truth, random.Random(step), files, repeat)
-        assert driver.run(made)["state"] == "complete"
+        assert driver.run(made).state == "complete"
         told[name] = ledgers(run, 3)
         ledger = Run.open(run).ledger(before=2)
         assert [truth[pool.samples(i, i + 1)["sample_id"][0].as_py()] for i in ledger.indices] == ledger.labels.tolist()
@@ -115,7 +116,7 @@ def selected(unlabelled: tuple[Pool, dict[str, int]], tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("selected")
     lines = "\n".join(f"{name},{CLASSES[label]}" for name, label in [*truth.items()][:30])
     (folder / "known.csv").write_text(f"sample_id,label\n{lines}\n")
-    assert driver.run(config(folder / "run", pool, f"loop.initial={folder / 'known.csv'}"))["cycle"] == 0
+    assert driver.run(config(folder / "run", pool, f"loop.initial={folder / 'known.csv'}")).cycle == 0
     return folder / "run", folder / "known.csv"
 
 
@@ -136,22 +137,22 @@ def test_a_batch_that_people_label_is_made_again_after_a_repair(
     made = config(run, pool, f"loop.initial={selected[1]}")
     batch = Run.open(run).cycle(0).chosen()
     flip(run / "cycles/000" / damaged)
-    assert repair(run)["state"] == "repaired"
+    assert repair(run).state == "repaired"
 
     remade = f"{run}: the batch of cycle 0 is made again after a repair; call `distal run` first"
     told = status(run)
-    assert (told["state"], told["waiting"]["next"]) == ("stopped", remade)
+    assert (told.state, told.waiting.next) == ("stopped", remade)
     (tmp_path / "a.csv").write_text(f"sample_id,label\n{batch.sample_ids[0]},{CLASSES[truth[batch.sample_ids[0]]]}\n")
     for call in (lambda: import_labels(run, tmp_path / "a.csv"), lambda: export_labels(run, tmp_path / "b.csv")):
         with pytest.raises(RunConflict, match=remade):
             call()
 
     asked = driver.run(made)
-    assert (asked["state"], asked["cycle"], asked["asked"]) == ("waiting_for_labels", 0, 16)
+    assert (asked.state, asked.cycle, asked.asked) == ("waiting_for_labels", 0, 16)
     assert Run.open(run).cycle(0).chosen().sha256 == batch.sha256
-    assert status(run)["state"] == "waiting_for_labels"
-    assert import_labels(run, tmp_path / "a.csv")["new"] == 1
-    assert verify(run)["damage"] == []
+    assert status(run).state == "waiting_for_labels"
+    assert import_labels(run, tmp_path / "a.csv").new == 1
+    assert verify(run).damage == []
 
 
 def test_what_is_waited_for_lacks_a_key(selected: tuple[Path, Path], tmp_path: Path) -> None:
@@ -173,33 +174,33 @@ def test_enough_is_enough(unlabelled: tuple[Pool, dict[str, int]], tmp_path: Pat
         "sample_id,label\n" + "\n".join(f"{name},{CLASSES[truth[name]]}" for name in ids[:30]) + "\n"
     )
     made = config(run, pool, "label.min_labels=5", f"loop.initial={tmp_path / 'known.csv'}", "loop.cycles=3")
-    assert driver.run(made)["needed"] == 5
+    assert driver.run(made).needed == 5
     assert len(Run.open(run).ledger(before=0)) == 30
     batch = Run.open(run).cycle(0).chosen().sample_ids
 
-    def say(names: list[str]) -> dict:
+    def say(names: list[str]) -> ImportResult:
         lines = "\n".join(f"{name},{CLASSES[truth[name]]}" for name in names)
         (tmp_path / "a.csv").write_text(f"sample_id,label\n{lines}\n")
         return import_labels(run, tmp_path / "a.csv")
 
-    assert say(batch[:4])["answered"] == 4
-    assert driver.run(made)["answered"] == 4
-    assert say(batch[4:6])["answered"] == 6
-    assert driver.run(made)["cycle"] == 1
+    assert say(batch[:4]).answered == 4
+    assert driver.run(made).answered == 4
+    assert say(batch[4:6]).answered == 6
+    assert driver.run(made).cycle == 1
     assert len(Run.open(run).ledger(before=1)) == 36
     second = Run.open(run).cycle(1).chosen().sample_ids
-    assert say([name for name in batch[6:8] if name not in second])["new"] > 0
+    assert say([name for name in batch[6:8] if name not in second]).new > 0
     say(second[:5])
     driver.run(made)
     assert set(find_ids(pool, batch[6:8])) <= set(Run.open(run).ledger(before=2).indices.tolist()) | set(
         find_ids(pool, second)
     )
-    assert driver.run(made.with_values({"loop.cycles": 4}))["cycle"] == 2  # the last cycle does not label
+    assert driver.run(made.with_values({"loop.cycles": 4})).cycle == 2  # the last cycle does not label
     before = Run.open(run).ledger(before=2).sha256
     (tmp_path / "a.csv").write_text(f"sample_id,label\n{batch[0]},{CLASSES[(truth[batch[0]] + 1) % 4]}\n")
     told = import_labels(run, tmp_path / "a.csv")
-    assert (told["new"], told["changed"], told["too_late"]) == (1, [batch[0]], [batch[0]])
-    assert import_labels(run, tmp_path / "a.csv")["new"] == 0
+    assert (told.new, told.changed, told.too_late) == (1, [batch[0]], [batch[0]])
+    assert import_labels(run, tmp_path / "a.csv").new == 0
     assert Run.open(run).ledger(before=2).sha256 == before
 
 
@@ -232,7 +233,7 @@ def test_conflicts(policy: str, said: list[tuple[str, int | None]], expected: in
 def waiting(unlabelled: tuple[Pool, dict[str, int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that waits for its first labels."""
     run = tmp_path_factory.mktemp("waiting") / "run"
-    assert driver.run(config(run, unlabelled[0]))["state"] == "waiting_for_labels"
+    assert driver.run(config(run, unlabelled[0])).state == "waiting_for_labels"
     return run
 
 
@@ -247,17 +248,17 @@ def test_all_are_skipped(unlabelled: tuple[Pool, dict[str, int]], tmp_path: Path
     import_labels(run, tmp_path / "a.csv")
     for again in range(2):
         waiting = driver.run(made)
-        assert (waiting["state"], waiting["answered"], waiting["ready"]) == ("waiting_for_labels", 24, False), again
+        assert (waiting.state, waiting.answered, waiting.ready) == ("waiting_for_labels", 24, False), again
         lines = waiting_table(waiting).splitlines()
         assert sum("not enough to begin with: 0 labelled samples of 0 classes" in line for line in lines) == 1
     assert not (run / "initial.parquet").exists()
-    assert export_labels(run, tmp_path / "again.csv")["samples"] == 24
+    assert export_labels(run, tmp_path / "again.csv").samples == 24
     lines = [f"{names[index]},{CLASSES[truth[names[index]]]}\n" for index in asked]
     (tmp_path / "b.csv").write_text("sample_id,label\n" + "".join(lines))
     import_labels(run, tmp_path / "b.csv")
     waiting = Waiting.read(Run.open(run))
     assert waiting is not None
-    assert waiting.report(Run.open(run))["ready"]
+    assert waiting.report(Run.open(run)).ready
 
 
 @pytest.mark.slow
@@ -268,27 +269,27 @@ def test_a_run_goes_on_when_labels_come_late(unlabelled: tuple[Pool, dict[str, i
     driver.run(made)
     names = pool.samples(0, pool.n_samples)["sample_id"].to_pylist()
 
-    def say(indices: list[int], *, skip: bool) -> dict:
+    def say(indices: list[int], *, skip: bool) -> ImportResult:
         lines = [f"{names[index]},{'' if skip else CLASSES[truth[names[index]]]}\n" for index in indices]
         (tmp_path / "a.csv").write_text("sample_id,label\n" + "".join(lines))
         return import_labels(run, tmp_path / "a.csv")
 
     say(sorted(Run.open(run).asked()), skip=True)
-    assert driver.run(made)["cycle"] == -1
+    assert driver.run(made).cycle == -1
     say(sorted(Run.open(run).asked()), skip=False)
-    assert driver.run(made)["cycle"] == 0
+    assert driver.run(made).cycle == 0
     batch = Run.open(run).cycle(0).chosen().indices.tolist()
     say(batch, skip=True)
-    assert driver.run(made)["cycle"] == 1
+    assert driver.run(made).cycle == 1
     assert Run.open(run).ledger(before=1).declined.tolist() == sorted(batch)
-    assert say(batch[:3], skip=False)["new"] == 3
+    assert say(batch[:3], skip=False).new == 3
     say(Run.open(run).cycle(1).chosen().indices.tolist(), skip=False)
-    assert driver.run(made)["state"] == "complete"
+    assert driver.run(made).state == "complete"
     ledger = Run.open(run).ledger(before=2)
     assert len(ledger) == 24 + 3 + 16
     assert set(batch[:3]) <= set(ledger.indices.tolist())
     assert ledger.declined.tolist() == sorted(batch[3:])
-    assert [cycle["n_labeled"] for cycle in driver.run(made)["cycles"]] == [24, 24, 43]
+    assert [cycle.n_labeled for cycle in driver.run(made).cycles] == [24, 24, 43]
 
 
 @pytest.mark.slow
@@ -299,7 +300,7 @@ def test_more_ranks_than_the_labels_are_enough_for(unlabelled: tuple[Pool, dict[
     made = config(
         tmp_path / "run", pool, f"loop.initial={tmp_path / 'known.csv'}", "loop.budget=4", "label.min_labels=1"
     )
-    assert driver.run(made)["cycle"] == 0
+    assert driver.run(made).cycle == 0
     (tmp_path / "a.csv").write_text(f"sample_id,label\n{Run.open(tmp_path / 'run').cycle(0).chosen().sample_ids[0]},\n")
     import_labels(tmp_path / "run", tmp_path / "a.csv")
     with pytest.raises(ConfigError, match="train.workers: 3 ranks need 6 labelled samples, 2 each, and cycle 1 has 4"):
@@ -322,7 +323,7 @@ class TestExport:
             waiting, tmp_path / "tasks.json", fmt="label-studio", copy_images=tmp_path / "png",
             url_map=(str(tmp_path), "http://images"),
         )  # fmt: skip
-        assert told["files"] == [str(tmp_path / "tasks.json"), str(tmp_path / "tasks.xml")]
+        assert told.files == [tmp_path / "tasks.json", tmp_path / "tasks.xml"]
         tasks = json.loads((tmp_path / "tasks.json").read_text())
         assert len(tasks) == 24
         assert tasks[0]["data"]["image"].startswith("http://images/png/")
@@ -346,11 +347,11 @@ class TestExport:
         ]
         (tmp_path / "full.json").write_text(json.dumps(full))
         told = import_labels(waiting, tmp_path / "full.json")
-        assert (told["answers"], told["new"], told["answered"]) == (4, 4, 3)
+        assert (told.answers, told.new, told.answered) == (4, 4, 3)
         (tmp_path / "min.json").write_text(json.dumps([{"sample_id": ids[3], "choice": "line", "annotator": 1}]))
-        assert import_labels(waiting, tmp_path / "min.json")["answered"] == 4
-        assert import_labels(waiting, tmp_path / "full.json")["new"] == 0
-        assert export_labels(waiting, tmp_path / "rest.csv")["samples"] == 20
+        assert import_labels(waiting, tmp_path / "min.json").answered == 4
+        assert import_labels(waiting, tmp_path / "full.json").new == 0
+        assert export_labels(waiting, tmp_path / "rest.csv").samples == 20
 
 
 class TestMistakes:
@@ -421,15 +422,15 @@ def test_a_class_is_appended_and_never_renumbered(unlabelled, tmp_path: Path) ->
     (tmp_path / "known.csv").write_text(f"sample_id,label\n{known}\n")
     three = ("label.oracle=files", f"loop.initial={tmp_path / 'known.csv'}", "loop.cycles=3")
     first = small_config(tmp_path / "run", pool, None, *three, "pool.classes=[circle, cross, dot]")
-    assert driver.run(first)["cycle"] == 0
+    assert driver.run(first).cycle == 0
     with pytest.raises(RunConflict, match="cycle 0 was begun with circle, cross, dot; keep them in this order"):
         driver.run(small_config(tmp_path / "run", pool, None, *three, "pool.classes=[cross, circle, dot, line]"))
     grown = small_config(tmp_path / "run", pool, None, *three, "pool.classes=[circle, cross, dot, line]")
-    assert driver.run(grown)["cycle"] == 0
+    assert driver.run(grown).cycle == 0
     batch = Run.open(tmp_path / "run").cycle(0).chosen().sample_ids
     (tmp_path / "a.csv").write_text("sample_id,label\n" + "\n".join(f"{name},line" for name in batch) + "\n")
     import_labels(tmp_path / "run", tmp_path / "a.csv")
-    assert driver.run(grown)["cycle"] == 1
+    assert driver.run(grown).cycle == 1
     ledger = Run.open(tmp_path / "run").ledger(before=1)
     assert set(ledger.labels.tolist()) == {0, 1, 2, 3}
     assert np.array_equal(pa.array(ledger.labels[ledger.labels == 3]).to_numpy(), [3] * 16)

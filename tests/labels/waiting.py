@@ -9,6 +9,7 @@ import numpy as np
 
 from distal.acquire.batch import random_batch
 from distal.artifacts.runs import Run
+from distal.artifacts.stages import SelectOutputs
 from distal.labels.answers import Policy
 from distal.labels.waiting import Waiting
 from distal.pool import Pool
@@ -45,7 +46,7 @@ def next_cycle(run: Run, waiting: Waiting, pool: Pool, asked: Sequence[int], nee
     """The next batch, as if a cycle had been trained and had selected it."""
     cycle = run.cycle(waiting.cycle + 1)
     selection = random_batch(pool, np.array(asked, np.int64), cycle.selection)
-    cycle.complete("select", {}, {"selection_sha256": selection.sha256, "n_selected": len(selection)}, 0.0)
+    cycle.complete("select", {}, SelectOutputs.of(selection), 0.0)
     later = Waiting(
         cycle.index, cycle.selection, waiting.classes, needed, 0, waiting.policy, waiting.pool, waiting.pool_sha256
     )

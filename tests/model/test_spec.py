@@ -9,16 +9,16 @@ import torch
 import torchvision
 from torch import nn
 
-from distal.artifacts import checkpoints
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.errors import ModelError
 from distal.model.spec import ModelSpec, seeded_build
+from distal.model.weights import serialize
 
 
 def spec(image_shape: tuple[int, int, int] = (1, 28, 28), n_classes: int = 10, **config: object) -> ModelSpec:
     channels = image_shape[0]
     mean, std = (0.25, 0.5, 0.75)[:channels], (0.5, 0.25, 0.125)[:channels]
-    return ModelSpec(ModelConfig(**config), n_classes, image_shape, mean, std)  # type: ignore[arg-type]
+    return ModelSpec(ModelSection(**config), n_classes, image_shape, mean, std)  # type: ignore[arg-type]
 
 
 def mlp(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
@@ -175,7 +175,7 @@ def test_initial_weights_depend_on_seed_and_cycle_alone() -> None:
 
 class TestPretrained:
     def save(self, path: Path, state: object) -> str:
-        path.write_bytes(checkpoints.serialize(state))
+        path.write_bytes(serialize(state))
         return str(path)
 
     def test_the_same_network(self, tmp_path: Path) -> None:

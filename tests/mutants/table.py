@@ -69,9 +69,9 @@ PLAN = _of(
         "pass",
     ),
     ("plan: what was queued behind the culprit is blamed", "self.actor_left(actor)[:1]:", "self.actor_left(actor):"),
-    ("plan: failures are not forgotten", "        self._attempts.pop(work.block, None)\n", ""),
-    ("plan: the actor at fault is not forgotten", "        self._failed_at.pop(work.block, None)\n", ""),
-    ("plan: a failed block stays with its actor", "        self._owner.pop(work.block, None)\n", ""),
+    ("plan: failures are not forgotten", "        self._attempts.pop(task.block, None)\n", ""),
+    ("plan: the actor at fault is not forgotten", "        self._failed_at.pop(task.block, None)\n", ""),
+    ("plan: a failed block stays with its actor", "        self._owner.pop(task.block, None)\n", ""),
     ("plan: one attempt more", "if self._attempts[block] >= MAX_ATTEMPTS:", "if self._attempts[block] > MAX_ATTEMPTS:"),
     (
         "plan: a second hand-out before others have one",
@@ -102,7 +102,7 @@ PLAN = _of(
     ),
     ("plan: no barrier before the second one", "if below else None,", "if below > 1 else None,"),
     ("plan: a hand-out without rows", "return max(1, min(MAX_ROWS", "return max(0, min(MAX_ROWS"),
-    ("plan: hand-outs do not get smaller", "waiting // (2 * IN_FLIGHT * len(self._work))", "waiting"),
+    ("plan: hand-outs do not get smaller", "waiting // (2 * IN_FLIGHT * len(self._in_hand))", "waiting"),
     ("plan: the newest row is the oldest", "min(self._waiting[block], default", "max(self._waiting[block], default"),
     ("plan: waiting rows are not counted", "            self._n_waiting[row] += 1\n", ""),
     ("plan: counting comes last", "            rank = -1\n", "            rank = self._n_rows\n"),
@@ -150,7 +150,7 @@ ELIMINATE = _of(
     "score/eliminate.py",
     "score/test_eliminate.py",
     ("eliminate: a tie is left out", "& (mode_count <= theta)", "& (mode_count < theta)"),
-    ("eliminate: a barrier too early", "range(n_rows // 2 + 1, n_rows, STEP)", "range(n_rows // 2, n_rows, STEP)"),
+    ("eliminate: a barrier too early", "range(n_rows // 2 + 1, n_rows, _STEP)", "range(n_rows // 2, n_rows, _STEP)"),
     ("eliminate: a row to come is forgotten", "int(reached[0]) + n_rows - row)", "int(reached[0]) + n_rows - row - 1)"),
     ("eliminate: one sample more than the budget", "cumsum() >= budget)", "cumsum() > budget)"),
     ("eliminate: those at theta do not remain", "counts[: theta + 1].sum()", "counts[:theta].sum()"),
@@ -225,7 +225,7 @@ K_CENTER = _of(
     "acquire/k_center.py",
     "acquire/test_k_center.py",
     ("k_center: a chosen one is chosen again", "nearest[chosen[: place + 1]] = -1", "nearest[chosen[:place]] = -1"),
-    ("k_center: rounding is a distance", "        distance[distance <= ROUNDING * scale] = 0\n", ""),
+    ("k_center: rounding is a distance", "        distance[distance <= _ROUNDING * scale] = 0\n", ""),
     (
         "k_center: the last of the farthest",
         "int(np.argmax(nearest))",
@@ -525,66 +525,99 @@ CHECKPOINTS = _of(
     ("checkpoints: weights that have changed", "if sha256(data) != checkpoint.sha256:", "if False:"),
     (
         "checkpoints: a folder is a commit",
-        "return sorted(index for index in indices if is_committed(folder, index))",
-        "return sorted(indices)",
+        "return [index for index in Numbered(folder, digits=4).numbers() if is_committed(folder, index)]",
+        "return Numbered(folder, digits=4).numbers()",
     ),
-    (
-        "checkpoints: strides are part of the weights",
-        "return value.detach().cpu().contiguous()",
-        "return value.detach().cpu()",
-    ),
-    ("checkpoints: code is loaded", "weights_only=True", "weights_only=False"),
     ("checkpoints: the queue is complete early", "set(range(self._n)) -", "set(range(self._n - 1)) -"),
     ("checkpoints: one that is late is missed at once", "> VISIBLE_S:", ">= 0:"),
 )
 
-STORAGE = _of(
-    "storage.py",
-    "test_storage.py",
-    ("storage: the last creator wins", "os.link(temporary, path)", "os.replace(temporary, path)"),
+WEIGHTS = _of(
+    "model/weights.py",
+    "model/test_weights.py",
     (
-        "storage: a write in place",
-        "        temporary.write_bytes(data)\n        _replace(temporary, path)",
-        "        path.write_bytes(data)",
+        "weights: strides are part of the weights",
+        "return value.detach().cpu().contiguous()",
+        "return value.detach().cpu()",
     ),
-    ("storage: a record that has changed", "if seal != found:", "if False:"),
-    (
-        "storage: another format",
-        "if found != FORMAT:\n        raise _unknown(path, found)\n    try",
-        "if False:\n        raise _unknown(path, found)\n    try",
-    ),
-    ("storage: sealed bytes that have changed", "if sealed[:64] != sha256(data).encode():", "if False:"),
-    ("storage: a table that has changed", "    check_parquet(path)\n    with", "    with"),
-    ("storage: half of a table is hashed", "((0, place), (place + 64, size))", "((0, place),)"),
-    ("storage: temporary files have names", ' if not name.startswith("."))', ")"),
-    (
-        "storage: names in any order",
-        "return sorted(name for name in os.listdir(folder)",
-        "return list(name for name in reversed(sorted(os.listdir(folder)))",
-    ),
-    ("storage: young files are swept", "_last_change(path) >= older_than:", "_last_change(path) <= older_than:"),
-    (
-        "storage: files that are no leftovers are swept",
-        " for name in names if name.endswith(TEMPORARY))",
-        " for name in names)",
-    ),
-    (
-        "storage: the name before the bytes",
-        "    if is_durable():\n        _flush(temporary)\n    temporary.replace(path)\n",
-        "    temporary.replace(path)\n",
-    ),
-    (
-        "storage: created before its bytes are there",
-        "        if is_durable():\n            _flush(temporary)\n        try:",
-        "        try:",
-    ),
-    ("storage: a quota is no full disk", "{errno.ENOSPC, errno.EDQUOT}", "{errno.ENOSPC}"),
-    (
-        "storage: a failed write leaves its file",
-        "            with suppress(FileNotFoundError):\n                temporary.unlink()\n\n\n@contextmanager\ndef parquet",
-        "            pass\n\n\n@contextmanager\ndef parquet",
-    ),
+    ("weights: code is loaded", "weights_only=True", "weights_only=False"),
 )
+
+STORAGE = [
+    *_of(
+        "storage/files.py",
+        "test_storage.py",
+        ("storage: the last creator wins", "os.link(temporary, path)", "os.replace(temporary, path)"),
+        (
+            "storage: a write in place",
+            "        temporary.write_bytes(data)\n        replace(temporary, path)",
+            "        path.write_bytes(data)",
+        ),
+        (
+            "storage: the name before the bytes",
+            "    if is_durable():\n        fsync(temporary)\n    temporary.replace(path)\n",
+            "    temporary.replace(path)\n",
+        ),
+        (
+            "storage: created before its bytes are there",
+            "        if is_durable():\n            fsync(temporary)\n        try:",
+            "        try:",
+        ),
+        ("storage: a quota is no full disk", "{errno.ENOSPC, errno.EDQUOT}", "{errno.ENOSPC}"),
+        (
+            "storage: a failed write leaves its file",
+            "            with suppress(FileNotFoundError):\n                temporary.unlink()\n",
+            "            pass\n",
+        ),
+    ),
+    *_of(
+        "storage/sealed.py",
+        "test_storage.py",
+        ("storage: a record that has changed", "if seal != found:", "if False:"),
+        (
+            "storage: another format",
+            "if found != FORMAT:\n        raise unknown_format(path, found)\n    try",
+            "if False:\n        raise unknown_format(path, found)\n    try",
+        ),
+        ("storage: sealed bytes that have changed", "if sealed[:64] != sha256(data).encode():", "if False:"),
+    ),
+    *_of(
+        "storage/parquet.py",
+        "test_storage.py",
+        ("storage: a table that has changed", "    check_parquet(path)\n    with", "    with"),
+        ("storage: half of a table is hashed", "((0, place), (place + len(_NO_SEAL), size))", "((0, place),)"),
+    ),
+    *_of(
+        "storage/numbered.py",
+        "artifacts/test_runs.py driver/test_writers.py",
+        (
+            "numbered: the content is made before the number is chosen",
+            "            last = self.last()\n            made = content(last)\n",
+            "            made = content(self.last())\n            last = self.last()\n",
+        ),
+        (
+            "numbered: a number that was taken meanwhile is used",
+            "if create(self.path(number), made):",
+            "if create(self.path(number), made) or True:",
+        ),
+    ),
+    *_of(
+        "storage/folders.py",
+        "test_storage.py",
+        ("storage: temporary files have names", ' if not name.startswith("."))', ")"),
+        (
+            "storage: names in any order",
+            "return sorted(name for name in os.listdir(folder)",
+            "return list(name for name in reversed(sorted(os.listdir(folder)))",
+        ),
+        ("storage: young files are swept", "_last_change(path) >= older_than:", "_last_change(path) <= older_than:"),
+        (
+            "storage: files that are no leftovers are swept",
+            " for name in names if name.endswith(_TEMPORARY))",
+            " for name in names)",
+        ),
+    ),
+]
 
 ARRAYS = _of(
     "artifacts/arrays.py",
@@ -643,7 +676,7 @@ LEDGER = _of(
         "len(labels) >= LABELS_PER_RANK * workers",
         "len(labels) >= LABELS_PER_RANK * workers - 1",
     ),
-    ("ledger: one class is enough", "n_classes >= LEAST_CLASSES", "n_classes >= LEAST_CLASSES - 1"),
+    ("ledger: one class is enough", "n_classes >= _LEAST_CLASSES", "n_classes >= _LEAST_CLASSES - 1"),
     (
         "ledger: every table has labels",
         'name.startswith("labels") and name.endswith(".parquet")',
@@ -722,14 +755,14 @@ ASSIGNMENTS = _of(
         "assignments: labels before what is recorded",
         "        for name, values in (recorded or {}).items():\n"
         "            self._arrays[name].write(where, values.astype(self._arrays[name].dtype, copy=False))\n"
-        "        self._arrays[ARRAY].write(where, labels)\n",
-        "        self._arrays[ARRAY].write(where, labels)\n"
+        "        self._arrays[_ARRAY].write(where, labels)\n",
+        "        self._arrays[_ARRAY].write(where, labels)\n"
         "        for name, values in (recorded or {}).items():\n"
         "            self._arrays[name].write(where, values.astype(self._arrays[name].dtype, copy=False))\n",
     ),
     (
         "assignments: laid out otherwise than recorded",
-        "_lay_out(beside, *(kept[key] for key in LAYOUT))",
+        "_lay_out(beside, *(kept[key] for key in _LAYOUT))",
         "_lay_out(beside, n_rows, n_samples, block_size, n_classes, recorded)",
     ),
     ("assignments: one class too many", "(labels >= self.n_classes) &", "(labels > self.n_classes) &"),
@@ -757,8 +790,8 @@ ASSIGNMENTS = _of(
     ),
     (
         "assignments: recorded arrays are not checked",
-        "for name in (*self.recorded, ARRAY):\n            array",
-        "for name in (ARRAY,):\n            array",
+        "for name in (*self.recorded, _ARRAY):\n            array",
+        "for name in (_ARRAY,):\n            array",
     ),
     (
         "assignments: damaged flags stay",
@@ -790,30 +823,16 @@ PROCESSES = _of(
     ),
 )
 
-RUNS = _of(
-    "artifacts/runs.py",
+CYCLES = _of(
+    "artifacts/cycles.py",
     "artifacts/test_runs.py driver/test_writers.py",
     (
-        "runs: the lease is looked at before the number is chosen",
-        "            last = max(self._attempts(), default=None)\n"
-        "            number = 0 if last is None else last + 1\n"
-        "            still_ours()\n",
-        "            still_ours()\n"
-        "            last = max(self._attempts(), default=None)\n"
-        "            number = 0 if last is None else last + 1\n",
+        "cycles: a start after scoring begins anew",
+        'if self.marker("score") is None:\n                return {"assignments"',
+        'if True:\n                return {"assignments"',
     ),
     (
-        "runs: the last one that makes an attempt wins",
-        'if storage.create_json(self._attempt_path(number), {"assignments": own}):',
-        'if not storage.write_json(self._attempt_path(number), {"assignments": own}):',
-    ),
-    (
-        "runs: a start after scoring begins anew",
-        'number if self.marker("score") is None else self._assignments_of(last)',
-        "number",
-    ),
-    (
-        "runs: what was left out outlives its assignments",
+        "cycles: what was left out outlives its assignments",
         'self.assignments.with_name(f"{self.assignments.name}.elimination")',
         'self.folder / self.assignments.stem.replace("assignments", "elimination")',
     ),
@@ -834,7 +853,7 @@ LEASE = _of(
         "if create_json(self._path(number + 1), asdict(self._me)):",
         "if not write_json(self._path(number + 1), asdict(self._me)):",
     ),
-    ("lease: a number that was given before", "if max(self._numbers()) == number + 1:", "if True:"),
+    ("lease: a number that was given before", "if _leases(self._run).last() == number + 1:", "if True:"),
     (
         "lease: a driver does not look",
         "                if number > self.number:\n                    self._successor = holder\n                    return\n",
@@ -874,7 +893,7 @@ OTHERS = (
     *_of(
         "score/evaluate.py",
         "score/test_evaluate.py",
-        ("evaluation: the other border of a bin", "/ N_BINS, right=True)", "/ N_BINS, right=False)"),
+        ("evaluation: the other border of a bin", "/ _N_BINS, right=True)", "/ _N_BINS, right=False)"),
     ),
     *_of(
         "train/rank.py",
@@ -911,8 +930,8 @@ OTHERS = (
         ),
         (
             "train: the checkpoint before the state",
-            "            write_sealed(self.job.state_path, checkpoints.serialize(state))\n            self._commit(epoch, loss)\n",
-            "            self._commit(epoch, loss)\n            write_sealed(self.job.state_path, checkpoints.serialize(state))\n",
+            "            write_sealed(self.job.state_path, serialize(state))\n            self._commit(epoch, loss)\n",
+            "            self._commit(epoch, loss)\n            write_sealed(self.job.state_path, serialize(state))\n",
         ),
         (
             "train: an attempt that is superseded saves",
@@ -926,8 +945,8 @@ OTHERS = (
         "score/test_actor.py",
         (
             "scorer: committed blocks are written again",
-            "todo = [ref for ref in order.refs if not self._is_done(ref.index - job.first_index, block)]",
-            "todo = list(order.refs)",
+            "todo = [(row, ref) for row, ref in zip(task.rows, refs, strict=True) if not self._is_done(row, block)]",
+            "todo = list(zip(task.rows, refs, strict=True))",
         ),
     ),
     *_of(
@@ -956,13 +975,14 @@ MUTANTS = [
     *ELIGIBILITY,
     *HASHING,
     *CHECKPOINTS,
+    *WEIGHTS,
     *STORAGE,
     *ARRAYS,
     *ASSIGNMENTS,
     *LEDGER,
     *ANSWERS,
     *PROCESSES,
-    *RUNS,
+    *CYCLES,
     *LEASE,
     *OTHERS,
 ]

@@ -21,10 +21,12 @@ import scipy.io
 from torchvision import datasets
 
 from distal.errors import SourceError
-from distal.pool import sources
+from distal.pool import parquet_source
 from distal.pool.build import build
 from distal.pool.decode import decode
-from distal.pool.sources import Columns, FolderSource, ParquetSource, open_source
+from distal.pool.folder_source import FolderSource
+from distal.pool.parquet_source import Columns, ParquetSource
+from distal.pool.sources import open_source
 from distal.records import split_blocks
 from tests.helpers import png, write_source
 
@@ -296,7 +298,9 @@ class TestRanges:
     def test_a_task_opens_the_files_that_it_needs(self, source: ParquetSource, monkeypatch: pytest.MonkeyPatch) -> None:
         opened = []
         monkeypatch.setattr(
-            sources, "_open_parquet", lambda path, real=sources._open_parquet: (opened.append(path.name), real(path))[1]
+            parquet_source,
+            "_open_parquet",
+            lambda path, real=parquet_source._open_parquet: (opened.append(path.name), real(path))[1],
         )
         part = source.part(9_990, 10_010)
         rows = list(part.rows(9_990, 10_010))

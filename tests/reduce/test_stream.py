@@ -117,7 +117,7 @@ def test_a_window_in_the_name_of_a_measure(pool: Pool, tmp_path: Path, eligible:
 
 
 def test_ray_tasks_write_the_same_bytes_as_threads(cluster: str, pool: Pool, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(stream, "STRIPE_SAMPLES", 64)
+    monkeypatch.setattr(stream, "_MAX_SAMPLES", 64)
     assignments = filled(tmp_path / "a.zarr", pool, 64)
     for name, mapper in (("threads", stream.in_threads), ("tasks", in_tasks)):
         reduce(assignments, pool, tmp_path / name, mapper=mapper, annotate=True)

@@ -13,6 +13,7 @@ from distal.acquire.strategy import Shown
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
 from distal.artifacts.scores import Scores
+from distal.artifacts.stages import ReduceOutputs, ScoreOutputs, SelectOutputs
 from distal.config.needs import scored_epochs
 from distal.driver import run as driver
 from distal.errors import RunConflict, UserError
@@ -44,34 +45,34 @@ def test_the_timeline_of_every_sample(run: Path, pool: Pool) -> None:
     chosen = set(cycle.chosen().sample_ids)
     reasons = set()
     for index in (*cycle.chosen().indices[:2].tolist(), *range(0, 240, 17), 7):
-        told = explain(run, ids[index])["cycles"][0]
-        assert told["labels"] == [None if v == 255 else pool.classes[v] for v in votes[:, index]]  # type: ignore[index]
-        assert told["chosen"] == (ids[index] in chosen)
+        told = explain(run, ids[index]).cycles[0]
+        assert told.labels == [None if v == 255 else pool.classes[v] for v in votes[:, index]]  # type: ignore[index]
+        assert told.choice.chosen == (ids[index] in chosen)
         if not np.isnan(scores[index]):
-            assert told["scores"]["dispersion"] == scores[index]
-            assert told["rank"] == 1 + int((scores > scores[index]).sum())
-            assert told["ties"] == int((scores == scores[index]).sum()) - 1
-        reasons.add(told["why"].partition(":")[0].partition(" at ")[0].partition(",")[0])
+            assert told.scores["dispersion"] == scores[index]
+            assert told.rank.rank == 1 + int((scores > scores[index]).sum())
+            assert told.rank.ties == int((scores == scores[index]).sum()) - 1
+        reasons.add(told.why.partition(":")[0].partition(" at ")[0].partition(",")[0])
     assert {"chosen", "not chosen", "not eligible"} <= reasons
 
 
 def test_a_chosen_sample_is_labelled_in_the_next_cycle(run: Path) -> None:
     first = Run.open(run).cycle(0).chosen().sample_ids[0]
-    told = explain(run, first)["cycles"][1]
-    assert told["why"].startswith("labelled already, as ")
-    assert told["labels"] == [None] * 3
+    told = explain(run, first).cycles[1]
+    assert told.why.startswith("labelled already, as ")
+    assert told.labels == [None] * 3
 
 
 def test_what_two_selections_share(run: Path, pool: Pool, tmp_path: Path) -> None:
     driver.run(small_config(tmp_path / "other", pool, None, "select.measure=margin", "loop.cycles=1"))
     told = diff(run, tmp_path / "other")
     batches = [set(Run.open(path).cycle(0).chosen().sample_ids) for path in (run, tmp_path / "other")]
-    assert told["cycle"] == 0
-    assert told["shared"] == len(batches[0] & batches[1])
-    assert set(told["only_in_first"]) == batches[0] - batches[1]
-    assert set(told["only_in_second"]) == batches[1] - batches[0]
-    assert told["configuration"]["select.measure"] == ["dispersion", "margin"]
-    assert diff(run, run)["jaccard"] == 1
+    assert told.cycle == 0
+    assert told.shared == len(batches[0] & batches[1])
+    assert set(told.only_in_first) == batches[0] - batches[1]
+    assert set(told.only_in_second) == batches[1] - batches[0]
+    assert told.configuration["select.measure"] == ["dispersion", "margin"]
+    assert diff(run, run).jaccard == 1
 
 
 def test_mistakes(run: Path, tmp_path: Path) -> None:
@@ -142,12 +143,14 @@ def selected(folder: Path, pool: Pool, *overrides: str) -> Run:
             }
             assignments.write(row, block, np.where(flags, votes[row], 255).astype(np.uint8), recorded)
         remaining.append(int(flags.sum()))
-    cycle.complete("score", {}, {"n_rows": n_rows, "n_eligible": eligible.count()}, 0.0)
+    n = eligible.count()
+    outputs = ScoreOutputs(n_rows=n_rows, n_eligible=n, images_scored=n_rows * n, left_out=0)
+    cycle.complete("score", {}, outputs, 0.0)
     measures = measures_of(config)
     kept = tuple(remaining) if config.score.eliminate == "exact" else None
     reduction = Reduction(assignments, pool, measures, range(n_rows), remaining=kept, seed=config.seed, cycle=0)
     scores = reduce(reduction, cycle.scores)
-    cycle.complete("reduce", {}, {"measures": measures}, 0.0)
+    cycle.complete("reduce", {}, ReduceOutputs(measures=tuple(measures)), 0.0)
     if config.select.from_ is not None:
         batch = listed_batch(pool, eligible, Path(config.select.from_), cycle.selection)
     else:
@@ -165,7 +168,7 @@ def selected(folder: Path, pool: Pool, *overrides: str) -> Run:
                 name: np.random.default_rng(5).random((240, 3), np.float32)[indices] for name in names
             },
         )
-    cycle.complete("select", {}, {"selection_sha256": batch.sha256, "n_selected": len(batch)}, 0.0)
+    cycle.complete("select", {}, SelectOutputs.of(batch), 0.0)
     return run
 
 
@@ -347,7 +350,7 @@ def test_every_sentence_is_true_of_every_sample(grouped: Pool, tmp_path: Path, o
     ids = grouped.samples(0, 240)["sample_id"].to_pylist()
     after = [i for i in facts.order if i not in facts.batch]
     near = {*facts.batch[:3], *facts.batch[-3:], *after[:20], *after[-2:], 7, 20, *range(0, 240, 16)}
-    kinds = {facts.check(i, explain(run.path, ids[i])["cycles"][0]["why"]) for i in sorted(near)}
+    kinds = {facts.check(i, explain(run.path, ids[i]).cycles[0].why) for i in sorted(near)}
     assert len(kinds) >= 3
 
 
@@ -356,5 +359,5 @@ def test_of_a_list_that_was_chosen_elsewhere(grouped: Pool, tmp_path: Path) -> N
     (tmp_path / "ids.txt").write_text("\n".join(ids[i] for i in (50, 41, 99)))
     run = selected(tmp_path / "run", grouped, f"select.from={tmp_path / 'ids.txt'}")
     facts = Facts(run, grouped)
-    assert {facts.check(i, explain(run.path, ids[i])["cycles"][0]["why"]) for i in (7, 20, 41, 42, 50, 99)}
-    assert explain(run.path, ids[41])["cycles"][0]["why"] == "chosen at place 2 of 3, as select.from names it"
+    assert {facts.check(i, explain(run.path, ids[i]).cycles[0].why) for i in (7, 20, 41, 42, 50, 99)}
+    assert explain(run.path, ids[41]).cycles[0].why == "chosen at place 2 of 3, as select.from names it"

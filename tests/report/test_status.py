@@ -23,12 +23,21 @@ from rich.text import Text
 from distal.artifacts import checkpoints
 from distal.artifacts.arrays import Array
 from distal.artifacts.assignments import Assignments
+from distal.artifacts.cycles import Cycle
 from distal.artifacts.lease import Holder, Lease, lease_path
-from distal.artifacts.runs import STAGES, Cycle, Run
+from distal.artifacts.runs import Run
+from distal.artifacts.stages import (
+    EvaluationOutputs,
+    ReduceOutputs,
+    ScoreOutputs,
+    SelectOutputs,
+    TrainOutputs,
+)
 from distal.cli.terminal import WatchScreen
-from distal.config import parse
+from distal.config import Config, parse
 from distal.pool import Pool
-from distal.report.status import Watch, status
+from distal.records import Result
+from distal.report.status import Look, Watch, status
 from distal.storage import write_json
 from tests.helpers import SMALL_RUN, small_overrides
 
@@ -36,6 +45,15 @@ ROOT = Path(__file__).parents[2]
 ROWS, N, BLOCK = 3, 240, 64
 ELIGIBLE = np.arange(N) % 5 != 0
 PER_BLOCK = [int(ELIGIBLE[start : start + BLOCK].sum()) for start in range(0, N, BLOCK)]
+
+
+OUTPUTS: dict[str, Result] = {
+    "train": TrainOutputs(n_labeled=24, device="cpu", world_size=1, deterministic=True),
+    "score": ScoreOutputs(n_rows=ROWS, n_eligible=192, images_scored=ROWS * 192, left_out=0),
+    "test": EvaluationOutputs(),
+    "reduce": ReduceOutputs(measures=("dispersion",)),
+    "select": SelectOutputs(n_selected=16, tie_share=0.0, selection_sha256="0" * 64),
+}
 
 
 class Growing:
@@ -65,7 +83,7 @@ class Growing:
 
     def complete(self, *stages: str) -> None:
         for stage in stages:
-            self.cycle.complete(stage, {}, {"n_labeled": 24, "selection_sha256": "0" * 64}, 1.0)
+            self.cycle.complete(stage, {}, OUTPUTS[stage], 1.0)
 
 
 @pytest.fixture
@@ -79,30 +97,30 @@ def test_what_a_watcher_sees_of_a_run_that_grows(growing: Growing, monkeypatch: 
     stored = Array.stored
     watch = Watch(growing.run.path, clock=lambda: now)
 
-    def look(after: float = 2.0) -> dict:
+    def look(after: float = 2.0) -> Look:
         nonlocal now
         now += after
         listed.clear()
         with monkeypatch.context() as patched:
             patched.setattr(Array, "stored", lambda array, row: (listed.append(row), stored(array, row))[1])
             told = watch.look()
-        if told["cycle"] is not None:  # counted anew, by another way
-            (cycle,) = status(growing.run.path)["cycles"]
-            assert (told["blocks_scored"], told["published"]) == (
-                cycle["blocks_scored"],
-                cycle["checkpoints_published"],
+        if told.cycle is not None:  # counted anew, by another way
+            (cycle,) = status(growing.run.path).cycles
+            assert (told.blocks_scored, told.published) == (
+                cycle.blocks_scored,
+                cycle.checkpoints_published,
             )
         return told
 
     told = look()
-    assert (told["state"], told["stage"], told["cycle"], told["faults"]) == ("unfinished", "begin", None, {})
+    assert (told.state, told.stage, told.cycle, told.faults) == ("unfinished", "begin", None, {})
     growing.begin_cycle()
     told = look()
-    assert (told["stage"], told["published"], told["checkpoints"], told["blocks"]) == ("train + score", 0, ROWS, 0)
+    assert (told.stage, told.published, told.checkpoints, told.blocks) == ("train + score", 0, ROWS, 0)
 
     growing.lay_out()
     told = look()
-    assert (told["blocks"], told["images"], told["images_per_s"]) == (ROWS * 4, ROWS * ELIGIBLE.sum(), None)
+    assert (told.blocks, told.images, told.images_per_s) == (ROWS * 4, ROWS * ELIGIBLE.sum(), None)
     assert listed == [], "nothing is published, so there is nothing to look for"
 
     growing.publish(0)
@@ -111,29 +129,29 @@ def test_what_a_watcher_sees_of_a_run_that_grows(growing: Growing, monkeypatch: 
     growing.score(1, 0)
     told = look()
     scored = 2 * PER_BLOCK[0] + PER_BLOCK[2]
-    assert (told["published"], told["scored"], told["blocks_scored"]) == (2, 0, 3)
-    assert told["images_scored"] == scored
-    assert told["images_per_s"] == scored / 2
-    assert told["seconds_left"] == pytest.approx((ROWS * ELIGIBLE.sum() - scored) / (scored / 2))
+    assert (told.published, told.scored, told.blocks_scored) == (2, 0, 3)
+    assert told.images_scored == scored
+    assert told.images_per_s == scored / 2
+    assert told.seconds_left == pytest.approx((ROWS * ELIGIBLE.sum() - scored) / (scored / 2))
     assert listed == [0, 1]
 
     growing.score(0, 1, 3)
-    assert look()["scored"] == 1
+    assert look().scored == 1
     growing.publish(2)
     growing.complete("train")
     growing.score(2, 3)
     told = look()
     assert listed == [1, 2], "a row that is complete is not listed again"
-    assert (told["stage"], told["blocks_scored"]) == ("score", 6)
-    assert look(after=1000.0)["images_per_s"] == 0
+    assert (told.stage, told.blocks_scored) == ("score", 6)
+    assert look(after=1000.0).images_per_s == 0
 
     growing.score(1, 1, 2, 3)
     growing.score(2, 0, 1, 2)
     growing.complete("score", "test")
     told = look()
-    assert (told["stage"], told["images_scored"], told["seconds_left"]) == ("reduce", told["images"], 0)
+    assert (told.stage, told.images_scored, told.seconds_left) == ("reduce", told.images, 0)
     growing.complete("reduce", "select")
-    assert look()["state"] == "complete"
+    assert look().state == "complete"
 
 
 def test_a_cycle_that_scores_only_its_last_checkpoint(growing: Growing) -> None:
@@ -143,12 +161,12 @@ def test_a_cycle_that_scores_only_its_last_checkpoint(growing: Growing) -> None:
     for row in range(ROWS - 1):
         growing.publish(row)
         told = watch.look()
-        assert (told["published"], told["scored"], told["blocks"]) == (row + 1, 0, 4)
+        assert (told.published, told.scored, told.blocks) == (row + 1, 0, 4)
     growing.publish(ROWS - 1)
     growing.score(0, 1)
     told = watch.look()
-    assert (told["published"], told["checkpoints"]) == (ROWS, ROWS)
-    assert (told["blocks_scored"], told["images_scored"], told["images"]) == (1, PER_BLOCK[1], ELIGIBLE.sum())
+    assert (told.published, told.checkpoints) == (ROWS, ROWS)
+    assert (told.blocks_scored, told.images_scored, told.images) == (1, PER_BLOCK[1], ELIGIBLE.sum())
 
 
 def test_what_is_left_out_of_later_rows_is_not_expected(growing: Growing) -> None:
@@ -159,19 +177,19 @@ def test_what_is_left_out_of_later_rows_is_not_expected(growing: Growing) -> Non
     growing.score(0, 0, 1, 2, 3)
     growing.score(1, 0, 1, 2, 3)
     watch = Watch(growing.run.path)
-    assert watch.look()["images"] == ROWS * ELIGIBLE.sum()
+    assert watch.look().images == ROWS * ELIGIBLE.sum()
     write_json(growing.cycle.elimination / "00002.json", {"row": 2, "theta": 1, "remaining": [5, 4, 3, 2]})
     growing.score(2, 1)
     told = watch.look()
-    assert told["images"] == 2 * ELIGIBLE.sum() + 14
-    assert told["images_scored"] == 2 * ELIGIBLE.sum() + 4
+    assert told.images == 2 * ELIGIBLE.sum() + 14
+    assert told.images_scored == 2 * ELIGIBLE.sum() + 4
 
 
 def test_faults_are_told_once_and_counted_over_all_attempts(growing: Growing) -> None:
     growing.run.event("actor_lost", cycle=0, actor=1, reason="its node died", blocks_in_hand=2)
     watch = Watch(growing.run.path)
     told = watch.look()
-    assert (told["faults"], told["new_faults"]) == ({"actor_lost": 1}, ["cycle 0: actor lost: its node died"])
+    assert (told.faults, told.new_faults) == ({"actor_lost": 1}, ["cycle 0: actor lost: its node died"])
     other = Run(growing.run.path)  # another attempt: another file
     other.event("stage", cycle=0, stage="train", seconds=1.0)
     other.event("actor_lost", cycle=0, actor=0, reason="killed")
@@ -180,11 +198,11 @@ def test_faults_are_told_once_and_counted_over_all_attempts(growing: Growing) ->
     with log.open("a") as out:
         out.write(whole[:20])  # it is being written
     told = watch.look()
-    assert (told["faults"], told["new_faults"]) == ({"actor_lost": 2}, ["cycle 0: actor lost: killed"])
+    assert (told.faults, told.new_faults) == ({"actor_lost": 2}, ["cycle 0: actor lost: killed"])
     with log.open("a") as out:
         out.write(whole[20:] + "\n")
-    assert watch.look()["faults"] == {"actor_lost": 2, "block_failed": 1}
-    assert watch.look()["new_faults"] == []
+    assert watch.look().faults == {"actor_lost": 2, "block_failed": 1}
+    assert watch.look().new_faults == []
 
 
 def test_on_a_terminal_it_is_redrawn_and_elsewhere_a_line_now_and_then(growing: Growing) -> None:
@@ -231,10 +249,10 @@ def test_the_command_ends_with_the_run(growing: Growing) -> None:
         growing.publish(row)
         growing.score(row, 0, 1, 2, 3)
     growing.run.event("actor_lost", cycle=0, actor=1, reason="killed")
-    growing.complete(*STAGES[:-1])
+    growing.complete(*Config.stages[:-1])
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert json.loads(output) == status(growing.run.path)
+    assert json.loads(output) == status(growing.run.path).to_record()
     assert json.loads(output)["state"] == "complete"
     assert "cycle 0: actor lost: killed" in errors
     assert "12/12 blocks" in errors.splitlines()[-1]
@@ -267,21 +285,21 @@ def test_the_command_ends_when_the_driver_is_killed(growing: Growing) -> None:
     growing.begin_cycle()
     with driven(growing.run.path) as driver:
         told = status(growing.run.path)
-        assert (told["state"], told["driver"]["pid"], told["driver"]["attempt"]) == ("running", driver.pid, "killed")
+        assert (told.state, told.driver.pid, told.driver.attempt) == ("running", driver.pid, "killed")
         process = watching(growing.run.path, "running")
         driver.kill()
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 3, errors
     assert json.loads(output)["state"] == "stopped"
     assert f"stopped (process {driver.pid} on " in errors.splitlines()[-1]
-    assert status(growing.run.path)["state"] == "stopped"
+    assert status(growing.run.path).state == "stopped"
 
 
 def test_a_driver_that_ended_by_itself_has_stopped(growing: Growing) -> None:
     growing.begin_cycle()
     with Lease(growing.run.path, "ends"):
-        assert status(growing.run.path)["state"] == Watch(growing.run.path).look()["state"] == "running"
-    assert status(growing.run.path)["state"] == Watch(growing.run.path).look()["state"] == "stopped"
+        assert status(growing.run.path).state == Watch(growing.run.path).look().state == "running"
+    assert status(growing.run.path).state == Watch(growing.run.path).look().state == "stopped"
 
 
 def test_a_driver_of_another_machine_lives_while_its_beat_goes_on(growing: Growing) -> None:
@@ -295,15 +313,15 @@ def test_a_driver_of_another_machine_lives_while_its_beat_goes_on(growing: Growi
         now[0] = 1000.0 + at
         write_json(path, asdict(replace(far, beat=beat)))
         os.utime(path, (0, 0))  # the clock of that machine is wrong
-        return str(watch.look()["state"])
+        return str(watch.look().state)
 
     assert [look(1, 0), look(1, 29), look(2, 31), look(3, 36), look(3, 65)] == ["running"] * 5
     assert look(3, 66) == "stopped"
-    assert status(growing.run.path)["state"] == "stopped"  # a single look has nothing but the time of the file
+    assert status(growing.run.path).state == "stopped"  # a single look has nothing but the time of the file
     write_json(path, asdict(replace(far, beat=4)))
-    assert status(growing.run.path)["state"] == "running"
+    assert status(growing.run.path).state == "running"
     write_json(path, asdict(replace(far, beat=4, released=True)))
-    assert status(growing.run.path)["state"] == watch.look()["state"] == "stopped"
+    assert status(growing.run.path).state == watch.look().state == "stopped"
 
 
 def test_the_command_ends_with_ctrl_c(growing: Growing) -> None:

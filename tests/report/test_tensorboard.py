@@ -9,6 +9,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from distal.artifacts import checkpoints
 from distal.artifacts.runs import Run
+from distal.artifacts.stages import EvaluationOutputs, TrainOutputs
 from distal.config import parse
 from distal.errors import ConfigError, RunConflict
 from distal.report.tensorboard import export
@@ -37,12 +38,14 @@ def test_what_was_measured_comes_out(tmp_path: Path) -> None:
         for row in range(2):
             metrics = {"train_loss": 1.5 - index - row / 4}
             checkpoints.commit(cycle.checkpoints, row, 3 * (row + 1), {"w": torch.zeros(1)}, metrics=metrics)
-        cycle.complete("train", {}, {"n_labeled": 24 + 16 * index}, 2.5)
+        trained = TrainOutputs(n_labeled=24 + 16 * index, device="cpu", world_size=1, deterministic=True)
+        cycle.complete("train", {}, trained, 2.5)
         run.event("stage", cycle=index, stage="train", seconds=2.5 + index)
         run.event("actor_lost", cycle=index, reason="killed")
-    run.cycle(0).complete("test", {}, {"test": {"accuracy": 0.75, "auroc": None}, "val": {"accuracy": 0.5}}, 0.1)
-    run.cycle(1).complete("test", {}, {"test": None, "val": None}, 0.1)
-    assert export(run.path, tmp_path / "out")["scalars"] == 10
+    tested = EvaluationOutputs(test={"accuracy": 0.75, "auroc": None}, val={"accuracy": 0.5})
+    run.cycle(0).complete("test", {}, tested, 0.1)
+    run.cycle(1).complete("test", {}, EvaluationOutputs(), 0.1)
+    assert export(run.path, tmp_path / "out").scalars == 10
     assert scalars(tmp_path / "out") == {
         "train_loss/cycle_0": [(3, 1.5), (6, 1.25)],
         "train_loss/cycle_1": [(3, 0.5), (6, 0.25)],

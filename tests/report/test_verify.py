@@ -25,8 +25,9 @@ from distal.labels import answers
 from distal.labels.answers import Answer
 from distal.pool import Pool
 from distal.pool.build import build
+from distal.report.repair import repair
 from distal.report.status import status
-from distal.report.verify import repair, verify
+from distal.report.verify import verify
 from distal.storage import FORMAT, names_in, read_json, read_yaml, write_json, write_yaml
 from tests.helpers import content, flip, foreign_config, small_config, write_checkpoints, write_source
 
@@ -51,9 +52,9 @@ def again(run: Path, pool: Pool, test: Pool) -> None:
 
 def test_a_run_that_is_sound(finished: Path) -> None:
     told = verify(finished)
-    assert (told["state"], told["damage"]) == ("sound", [])
-    assert told["files"] > 50
-    assert repair(finished)["state"] == "sound"
+    assert (told.state, told.damage) == ("sound", [])
+    assert told.files > 50
+    assert repair(finished).state == "sound"
 
 
 CHUNK = "cycles/000/assignments.zarr/assignments/c/1/2"
@@ -95,16 +96,16 @@ def test_a_flipped_bit_is_named_and_repaired(
     (path,) = run.glob(pattern)
     flip(path)
     told = verify(run)
-    assert told["state"] == "damaged"
-    assert len(told["damage"]) == 1, told["damage"]
-    assert str(path).rsplit("/c/", 1)[0] in told["damage"][0] or pattern.endswith("zarr.json")
-    assert message.split("|")[-1].rstrip(": ").split(".*")[0] in told["damage"][0]
+    assert told.state == "damaged"
+    assert len(told.damage) == 1, told.damage
+    assert str(path).rsplit("/c/", 1)[0] in told.damage[0] or pattern.endswith("zarr.json")
+    assert message.split("|")[-1].rstrip(": ").split(".*")[0] in told.damage[0]
 
     repaired = repair(run)
-    assert (repaired["state"], repaired["left"]) == ("repaired", [])
+    assert (repaired.state, repaired.left) == ("repaired", [])
     again(run, pool, test_pool)
     select_run(run, measure="gini", budget=9)
-    assert verify(run)["state"] == "sound"
+    assert verify(run).state == "sound"
     assert content(run) == content(finished)
 
 
@@ -114,12 +115,12 @@ def test_a_missing_chunk_of_a_finished_cycle_is_damage(
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / CHUNK).unlink()
-    assert verify(run)["damage"] == [f"{run}/cycles/000/assignments.zarr: row 1, block 2 is missing"]
+    assert verify(run).damage == [f"{run}/cycles/000/assignments.zarr: row 1, block 2 is missing"]
     told = repair(run)
-    assert (told["state"], told["deleted"], told["redone"]) == ("repaired", [], [f"{run}/cycles/000: score"])
-    assert told["next"] == "run the command that made it again"
+    assert (told.state, told.deleted, told.redone) == ("repaired", [], [f"{run}/cycles/000: score"])
+    assert told.next == "run the command that made it again"
     assert not (run / "cycles/000/score.json").exists()
-    assert repair(run)["state"] == "sound"
+    assert repair(run).state == "sound"
     again(run, pool, test_pool)
     assert content(run) == content(finished)
 
@@ -139,10 +140,10 @@ def test_what_cannot_be_made_again_is_named_and_left_alone(finished: Path, tmp_p
     flip(run / pattern)
     before = (run / pattern).read_bytes()
     told = repair(run)
-    assert told["state"] == "damaged"
-    assert told["deleted"] == []
-    assert f"{pattern}: " in told["left"][0]
-    assert told["left"][0].endswith("put it back from a copy")
+    assert told.state == "damaged"
+    assert told.deleted == []
+    assert f"{pattern}: " in told.left[0]
+    assert told.left[0].endswith("put it back from a copy")
     assert (run / pattern).read_bytes() == before
 
 
@@ -186,8 +187,8 @@ def test_other_weights_than_were_scored_are_named_and_nothing_is_deleted(finishe
     write_json(first / "manifest.json", {**record, "index": 0})
     shutil.copy(second / record["file"], first)
     told = repair(run)
-    assert told["deleted"] == []
-    assert "row 0 was scored with other weights than checkpoint 0 has now; put the old checkpoint" in told["left"][0]
+    assert told.deleted == []
+    assert "row 0 was scored with other weights than checkpoint 0 has now; put the old checkpoint" in told.left[0]
 
 
 def with_command(cycle: Path) -> None:
@@ -202,20 +203,20 @@ def test_what_a_script_trained_is_not_deleted(finished: Path, tmp_path: Path, na
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     with_command(run / "cycles/001")
-    assert verify(run)["damage"] == []
+    assert verify(run).damage == []
     (path,) = (run / "cycles/001/checkpoints/0001").glob(name)
     flip(path)
     before = sorted(run.rglob("*"))
     told = repair(run)
-    assert (told["state"], told["deleted"], told["redone"]) == ("damaged", [], [])
-    assert told["left"][0].endswith("put it back from a copy")
+    assert (told.state, told.deleted, told.redone) == ("damaged", [], [])
+    assert told.left[0].endswith("put it back from a copy")
     assert [path for path in before if not path.exists()] == []
 
 
 def test_files_of_more_than_half_of_the_memory(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_bytes", lambda: 2000)
     assert (finished / "cycles/000/train/state.pt").stat().st_size > 1000
-    assert verify(finished)["damage"] == []
+    assert verify(finished).damage == []
 
 
 @pytest.mark.parametrize(
@@ -242,11 +243,11 @@ def test_what_cannot_be_read_here_is_left_alone(
     monkeypatch.setattr(sys.modules["distal.report.verify"], read, fail)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     told = repair(run)
-    assert bool(told["deleted"]) == is_damage
+    assert bool(told.deleted) == is_damage
     if not is_damage:
-        assert told["left"]
-        assert all(": could not be read here: " in line for line in told["left"])
-        assert all(line.endswith("; try again where it can be") for line in told["left"])
+        assert told.left
+        assert all(": could not be read here: " in line for line in told.left)
+        assert all(line.endswith("; try again where it can be") for line in told.left)
         assert before.items() <= {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}.items()
 
 
@@ -261,8 +262,8 @@ def test_assignments_that_cannot_be_read_here_are_left_alone(
 
     monkeypatch.setattr(Assignments, "open", fail)
     told = repair(run)
-    assert (told["deleted"], told["mended"]) == ([], [])
-    assert f"{run}/cycles/000/assignments.zarr: could not be read here: MemoryError; try" in told["left"][0]
+    assert (told.deleted, told.mended) == ([], [])
+    assert f"{run}/cycles/000/assignments.zarr: could not be read here: MemoryError; try" in told.left[0]
 
 
 def of_the_version_before(path: Path) -> None:
@@ -294,7 +295,7 @@ def test_a_pool_of_another_version_is_refused(pool: Pool, test_pool: Pool, tmp_p
     of_the_version_before(tmp_path / "pool/pool.json")
     with pytest.raises(UnknownFormat, match=r"pool/pool\.json: format .* or make it anew: build a pool again"):
         Pool.open(tmp_path / "pool")
-    (line,) = verify(tmp_path / "pool")["damage"]
+    (line,) = verify(tmp_path / "pool").damage
     assert "build a pool again" in line
 
 
@@ -302,7 +303,7 @@ def test_a_cycle_without_its_configuration_is_missed(finished: Path, tmp_path: P
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "cycles/000/cycle.yaml").unlink()
-    assert "cycles/000/cycle.yaml: missing" in verify(run)["damage"][0]
+    assert "cycles/000/cycle.yaml: missing" in verify(run).damage[0]
 
 
 MINE = """
@@ -351,9 +352,9 @@ def test_a_strategy_that_cannot_be_imported_here_is_not_needed(
     if unfinished:
         for stage in ("score", "test", "reduce", "select"):
             (run / f"cycles/001/{stage}.json").unlink()
-    assert verify(run)["damage"] == []
+    assert verify(run).damage == []
     (run / "cycles/001/checkpoints/0002/manifest.json").unlink()
-    assert "0002/manifest.json: missing" in verify(run)["damage"][0]
+    assert "0002/manifest.json: missing" in verify(run).damage[0]
 
 
 def test_rows_that_were_scored_and_are_not_there_are_missed(finished: Path, tmp_path: Path) -> None:
@@ -361,7 +362,7 @@ def test_rows_that_were_scored_and_are_not_there_are_missed(finished: Path, tmp_
     shutil.copytree(finished, run)
     marker = read_json(run / "cycles/000/score.json")
     write_json(run / "cycles/000/score.json", {**marker, "n_rows": 4})
-    assert "assignments.zarr: 3 rows, and 4 were scored" in "".join(verify(run)["damage"])
+    assert "assignments.zarr: 3 rows, and 4 were scored" in "".join(verify(run).damage)
 
 
 class TestAnswers:
@@ -377,7 +378,7 @@ class TestAnswers:
         marker = read_json(run / "cycles/000/train.json")
         assert marker["n_imports"] == 0
         write_json(run / "cycles/000/train.json", {**marker, "n_imports": 2})
-        assert verify(run)["damage"] == []
+        assert verify(run).damage == []
         return run
 
     @pytest.mark.parametrize("number", [0, 1])
@@ -385,24 +386,24 @@ class TestAnswers:
         """Also when none is there that came later."""
         path = answers.import_path(run / "answers", number)
         path.unlink()
-        assert str(path) in verify(run)["damage"][0]
+        assert str(path) in verify(run).damage[0]
         for later in range(number + 1, 3):
             answers.import_path(run / "answers", later).unlink()
-        assert f"{path}: missing, and cycle 0 was trained after it" in verify(run)["damage"]
-        assert repair(run)["deleted"] == []
+        assert f"{path}: missing, and cycle 0 was trained after it" in verify(run).damage
+        assert repair(run).deleted == []
 
     def test_a_gap_is_missed_also_when_no_cycle_was_trained_since(self, run: Path) -> None:
         answers.add(run / "answers", [Answer(9, "s1-00009", 1, LABELED, "ann")])
         path = answers.import_path(run / "answers", 2)
         path.unlink()
-        (damage,) = verify(run)["damage"]
+        (damage,) = verify(run).damage
         assert str(path) in damage
 
     @pytest.mark.timeout(60)
     def test_a_number_far_off_is_one_gap(self, run: Path) -> None:
         """Such as a date."""
         (run / "answers/20241130.parquet").write_bytes(b"x")
-        gap, other = verify(run)["damage"]
+        gap, other = verify(run).damage
         some = ", ".join(str(answers.import_path(run / "answers", number)) for number in (3, 4, 5))
         assert gap == f"{some} and 20,241,124 more: missing, and the number of another file is higher"
         assert other.startswith(f"{run}/answers/20241130.parquet: ")
@@ -411,22 +412,22 @@ class TestAnswers:
         for number in (0, 2):
             answers.import_path(run / "answers", number).unlink()
         (run / "answers/000003.parquet").write_bytes(b"x")
-        gap, _ = verify(run)["damage"]
+        gap, _ = verify(run).damage
         assert gap.startswith(f"{run}/answers/000000.parquet, {run}/answers/000002.parquet: missing")
 
     def test_a_number_with_other_zeros(self, run: Path) -> None:
         shutil.copy(run / "answers/000001.parquet", run / "answers/0000001.parquet")
-        assert verify(run)["damage"] == [f"{run}/answers/0000001.parquet: not a file of answers"]
+        assert verify(run).damage == [f"{run}/answers/0000001.parquet: not a file of answers"]
 
     def test_a_file_under_the_name_of_another(self, run: Path) -> None:
         first, second, _ = names_in(run / "answers")
         shutil.copy(run / "answers" / first, run / "answers" / second)
-        (damage,) = verify(run)["damage"]
+        (damage,) = verify(run).damage
         assert f"{run / 'answers' / second}: holds another import than its number says" in damage
 
     def test_something_else(self, run: Path) -> None:
         (run / "answers/notes.txt").write_text("ask Ann")
-        assert verify(run)["damage"] == [f"{run}/answers/notes.txt: not a file of answers"]
+        assert verify(run).damage == [f"{run}/answers/notes.txt: not a file of answers"]
 
 
 def test_repair_waits_for_no_driver(finished: Path, tmp_path: Path) -> None:
@@ -441,8 +442,8 @@ def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) 
     write_checkpoints(tmp_path / "ck", pool, range(8))
     config = foreign_config(tmp_path / "run", pool, tmp_path / "ck", "score.eliminate=exact", "score.budget=4")
     first = score_directory(config)
-    assert first["images_left_out"] > 0
-    assert verify(tmp_path / "run")["state"] == "sound"
+    assert first.images_left_out > 0
+    assert verify(tmp_path / "run").state == "sound"
     whole = content(tmp_path / "run")
     damages: list[Callable[[], object]] = [
         lambda: flip(tmp_path / "run/cycles/000/assignments.zarr/assignments/c/1/0"),
@@ -451,21 +452,21 @@ def test_a_run_of_foreign_checkpoints(cluster: str, pool: Pool, tmp_path: Path) 
     ]
     for damage in damages:
         damage()
-        assert len(verify(tmp_path / "run")["damage"]) == 1
-        assert repair(tmp_path / "run")["state"] == "repaired"
-        assert score_directory(config)["selection_sha256"] == first["selection_sha256"]
+        assert len(verify(tmp_path / "run").damage) == 1
+        assert repair(tmp_path / "run").state == "repaired"
+        assert score_directory(config).selection_sha256 == first.selection_sha256
         assert content(tmp_path / "run") == whole
-        assert verify(tmp_path / "run")["state"] == "sound"
+        assert verify(tmp_path / "run").state == "sound"
     record = tmp_path / "run/cycles/000/checkpoints.json"
     whole_record = read_json(record)
     record.unlink()
-    assert verify(tmp_path / "run")["damage"] == [f"{record}: missing"]
+    assert verify(tmp_path / "run").damage == [f"{record}: missing"]
     write_json(record, {"checkpoints": whole_record["checkpoints"][:-1]})
-    assert verify(tmp_path / "run")["damage"] == [f"{record}: not the checkpoints that were scored"]
+    assert verify(tmp_path / "run").damage == [f"{record}: not the checkpoints that were scored"]
     write_json(record, whole_record)
     flip(tmp_path / "ck/epoch2.pt")
     told = repair(tmp_path / "run")
-    assert told["left"] == [f"{tmp_path}/ck/epoch2.pt: its bytes have changed; put the old file back"]
+    assert told.left == [f"{tmp_path}/ck/epoch2.pt: its bytes have changed; put the old file back"]
 
 
 class TestPools:
@@ -476,15 +477,15 @@ class TestPools:
 
     def test_images_are_packed_again(self, packed: tuple[Path, Path]) -> None:
         _, pool = packed
-        assert verify(pool)["state"] == "sound"
+        assert verify(pool).state == "sound"
         chunk = pool / "images.zarr/c/1/0/0/0"
         whole = chunk.read_bytes()
         flip(chunk)
         told = verify(pool)
-        assert told["damage"] == [f"{pool}/images.zarr: block 1 does not decode (its bytes have changed)"]
-        assert repair(pool)["state"] == "repaired"
+        assert told.damage == [f"{pool}/images.zarr: block 1 does not decode (its bytes have changed)"]
+        assert repair(pool).state == "repaired"
         assert chunk.read_bytes() == whole
-        assert verify(pool)["state"] == "sound"
+        assert verify(pool).state == "sound"
 
     def test_from_a_source_that_has_changed_nothing_is_repaired(self, packed: tuple[Path, Path]) -> None:
         """Valid chunks of other images would be worse than a damaged one."""
@@ -493,8 +494,8 @@ class TestPools:
         before = {path: path.read_bytes() for path in pool.rglob("*") if path.is_file()}
         write_source(source, 300, seed=4)
         told = repair(pool)
-        assert told["state"] == "damaged"
-        assert "block 1 does not decode" in told["left"][0]
+        assert told.state == "damaged"
+        assert "block 1 does not decode" in told.left[0]
         assert {path: path.read_bytes() for path in pool.rglob("*") if path.is_file()} == before
 
     def test_valid_chunks_of_other_images(self, packed: tuple[Path, Path]) -> None:
@@ -502,12 +503,12 @@ class TestPools:
         _, pool = packed
         chunks = pool / "images.zarr/c"
         shutil.copy(chunks / "0/0/0/0", chunks / "1/0/0/0")
-        assert "are not what pool.json says" in verify(pool)["damage"][0]
+        assert "are not what pool.json says" in verify(pool).damage[0]
 
     def test_samples(self, packed: tuple[Path, Path]) -> None:
         _, pool = packed
         flip(pool / "samples.parquet", 0.2)
-        assert "samples.parquet: " in verify(pool)["damage"][0]
+        assert "samples.parquet: " in verify(pool).damage[0]
 
     def test_neither_run_nor_pool(self, tmp_path: Path) -> None:
         with pytest.raises((RunConflict, PoolError), match="no run here"):

@@ -48,22 +48,22 @@ def stored(labels: np.ndarray, eligible: np.ndarray, n_classes: int, block_size:
                 decided.append(decide(row, [histograms[i] for i in range(len(blocks))], budget))
                 plan.pass_barrier()
                 histograms.clear()
-            in_hand += plan.next_work()
+            in_hand += plan.next_tasks()
             if not in_hand or rng.random() < 0.3:
                 continue
-            work = in_hand.pop(rng.randrange(len(in_hand)))
-            block = blocks[work.block]
+            task = in_hand.pop(rng.randrange(len(in_hand)))
+            block = blocks[task.block]
             here = slice(block.start, block.stop)
             scored = eligible[here]
-            if work.barrier is not None and work.rows:
-                theta = next(barrier.theta for barrier in decided if barrier.row == work.barrier)
-                scored = survivors(array[: work.barrier, here], eligible[here], n_classes, theta)
-            for row in work.rows:
+            if task.barrier is not None and task.rows:
+                theta = next(barrier.theta for barrier in decided if barrier.row == task.barrier)
+                scored = survivors(array[: task.barrier, here], eligible[here], n_classes, theta)
+            for row in task.rows:
                 array[row, here] = np.where(scored, labels[row, here], UNASSIGNED)
-                done.add((row, work.block))
-            if work.count is not None:
-                histograms[work.block] = histogram(array[: work.count, here], eligible[here], n_classes, T)
-            plan.done(work)
+                done.add((row, task.block))
+            if task.count is not None:
+                histograms[task.block] = histogram(array[: task.count, here], eligible[here], n_classes, T)
+            plan.done(task)
             if plan.finished:
                 remaining = decided[-1].remaining if decided else None
                 complete = eligible & (array < n_classes).all(axis=0)

@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +22,17 @@ import torch
 
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.errors import Damage, Diverged, PoolError, RunConflict, Unfit, UserError
 from distal.model.spec import ModelSpec, seeded_build
 from distal.pool import Pool
 from distal.pool.eligibility import Eligibility
-from distal.records import CheckpointRef, Progress, split_blocks
+from distal.records import Block, CheckpointRef, Progress, split_blocks
 from distal.score.actor import WATCH, Scorer
-from distal.score.fleet import STUCK_S, Scorers
-from distal.score.job import Done, Job, Order, Scored
+from distal.score.fleet import STUCK_S, Fleet
+from distal.score.job import ActorJob, Owner, Scored, ScoringJob, TaskResult
 from distal.score.loop import score
+from distal.score.plan import Task
 from distal.score.predict import Prediction, Predictor
 
 ROWS, BLOCK, BATCH = 4, 32, 16
@@ -53,13 +54,13 @@ class Silent:
         return 0
 
 
-def folder_of(job: Job) -> Path:
+def folder_of(job: ActorJob) -> Path:
     """Where its checkpoints are."""
     return job.assignments.parent / "checkpoints"
 
 
 def spec(pool: Pool) -> ModelSpec:
-    return ModelSpec(ModelConfig(), 4, pool.image_shape, pool.mean, pool.std)
+    return ModelSpec(ModelSection(), 4, pool.image_shape, pool.mean, pool.std)
 
 
 def commit(folder: Path, pool: Pool, row: int) -> None:
@@ -75,7 +76,7 @@ def prepare(
     published: int = ROWS,
     block_size: int = BLOCK,
     recorded: tuple[str, ...] = ("margin", "entropy", "probabilities"),
-) -> tuple[Job, Assignments]:
+) -> tuple[ActorJob, Assignments]:
     for row in range(published):
         commit(folder / "checkpoints", pool, row)
     eligible = Eligibility(pool, 0, None)
@@ -88,7 +89,7 @@ def prepare(
         eligible=(eligible.read(block.start, block.stop) for block in split_blocks(pool.n_samples, block_size)),
         recorded=recorded,
     )
-    job = Job(
+    job = ActorJob(
         pool=pool.path,
         pool_sha256=pool.content_sha256,
         assignments=assignments.path,
@@ -101,23 +102,29 @@ def prepare(
     return job, assignments
 
 
-def run(job: Job, assignments: Assignments, scorers: Scorers, n_actors: int, **options: object) -> Scored:
+def score_block(scorer: Scorer, job: ActorJob, block: Block, refs: Sequence[CheckpointRef]) -> int:
+    """Have one actor score a block; returns the images it predicted."""
+    return scorer.score(job, Task(0, block.index, tuple(ref.index for ref in refs)), refs).n_predicted
+
+
+def run(job: ActorJob, assignments: Assignments, fleet: Fleet, n_actors: int, **options: object) -> Scored:
     """Score with at most `n_actors`."""
-    scorers.slots = n_actors
-    return score(
+    fleet.slots = n_actors
+    whole = ScoringJob(
         job,
         assignments,
-        scorers,
         options.pop("producer", None) or Silent(folder_of(job)),
-        progress=Progress(0, "score"),
-        on_progress=options.pop("on_progress", lambda _: None),
+        Progress(0, "score"),
+        options.pop("on_progress", lambda _: None),
+        Owner(on_event=options.pop("on_event", lambda name, **values: None)),
         **options,
     )
+    return score(whole, fleet)
 
 
-def new_scorers(prefix: str, cache_bytes: int = 2**20, stuck_after: float = STUCK_S, **options: Any) -> Scorers:
+def new_fleet(prefix: str, cache_bytes: int = 2**20, stuck_after: float = STUCK_S, **options: Any) -> Fleet:
     """Actors of half a CPU each, on the only node that there is."""
-    return Scorers(
+    return Fleet(
         prefix,
         {"num_cpus": 0.5},
         asked=None,
@@ -130,9 +137,9 @@ def new_scorers(prefix: str, cache_bytes: int = 2**20, stuck_after: float = STUC
 
 
 @pytest.fixture(scope="module")
-def scorers(cluster: str) -> Iterator[Scorers]:
+def fleet(cluster: str) -> Iterator[Fleet]:
     """Actors that live from test to test, as they live from cycle to cycle in a run."""
-    shared = new_scorers("shared")
+    shared = new_fleet("shared")
     yield shared
     shared.shrink(0)
 
@@ -153,17 +160,17 @@ def digest(path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def reference(pool: Pool, scorers: Scorers, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def reference(pool: Pool, fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Every chunk as one undisturbed actor writes it."""
     job, assignments = prepare(tmp_path_factory.mktemp("reference"), pool)
-    run(job, assignments, scorers, 1)
+    run(job, assignments, fleet, 1)
     return digest(assignments.path)
 
 
-def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, fleet: Fleet, tmp_path: Path) -> None:
     """Against a plain loop over all images, without blocks, actors or Zarr."""
     job, assignments = prepare(tmp_path, pool)
-    assert run(job, assignments, scorers, 2).images == ROWS * 238
+    assert run(job, assignments, fleet, 2).images == ROWS * 238
     eligible = np.array([status == "ok" for status in pool.samples(0, 240)["status"].to_pylist()])
     for row in range(ROWS):
         predictor = Predictor(spec(pool).build(), spec(pool).preprocess(), batch_size=BATCH)
@@ -185,17 +192,17 @@ def test_assignments_are_what_each_checkpoint_predicts(pool: Pool, scorers: Scor
 
 @pytest.mark.parametrize("n_actors", [2, 3])
 def test_any_number_of_actors_writes_the_same_bytes(
-    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str], n_actors: int
+    pool: Pool, fleet: Fleet, tmp_path: Path, reference: dict[str, str], n_actors: int
 ) -> None:
     job, assignments = prepare(tmp_path, pool)
-    run(job, assignments, scorers, n_actors)
+    run(job, assignments, fleet, n_actors)
     assert digest(assignments.path) == reference
 
 
 def test_killed_actors_are_replaced_and_change_nothing(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
     """SIGKILL of the actor's process as soon as the 5th, the 12th and the 20th of 32 blocks are committed."""
     job, assignments = prepare(tmp_path, pool)
-    scorers = new_scorers("killed")
+    fleet = new_fleet("killed")
     pids: list[int] = []
     killed_at: list[int] = []
     events: list[str] = []
@@ -203,7 +210,7 @@ def test_killed_actors_are_replaced_and_change_nothing(pool: Pool, tmp_path: Pat
     def on_event(name: str, **values: object) -> None:
         events.append(name)
         if name == "actor_joined":
-            actor = scorers.actors[values["actor"]]
+            actor = fleet.actors[values["actor"]]
             pids.append(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
 
     def killer() -> None:
@@ -218,8 +225,8 @@ def test_killed_actors_are_replaced_and_change_nothing(pool: Pool, tmp_path: Pat
 
     thread = threading.Thread(target=killer, daemon=True)
     thread.start()
-    run(job, assignments, scorers, 1, on_event=on_event)
-    scorers.shrink(0)
+    run(job, assignments, fleet, 1, on_event=on_event)
+    fleet.shrink(0)
     assert digest(assignments.path) == reference
     assert len(killed_at) == 3
     assert killed_at[-1] < ROWS * len(assignments.blocks)
@@ -229,7 +236,7 @@ def test_killed_actors_are_replaced_and_change_nothing(pool: Pool, tmp_path: Pat
 def test_a_stuck_actor_is_replaced(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
     """SIGSTOP: the process is there and does nothing, nor does it answer. Woken up later, it changes nothing either."""
     job, assignments = prepare(tmp_path, pool)
-    scorers = new_scorers("stuck", stuck_after=2.0)
+    fleet = new_fleet("stuck", stuck_after=2.0)
     reasons: list[str] = []
     stopped: list[int] = []
 
@@ -237,12 +244,12 @@ def test_a_stuck_actor_is_replaced(pool: Pool, tmp_path: Path, reference: dict[s
         if name == "actor_lost":
             reasons.append(str(values["reason"]))
         if name == "actor_joined" and not stopped:
-            actor = scorers.actors[values["actor"]]
+            actor = fleet.actors[values["actor"]]
             stopped.append(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
             os.kill(stopped[0], signal.SIGSTOP)
 
-    run(job, assignments, scorers, 1, on_event=on_event)
-    scorers.shrink(0)
+    run(job, assignments, fleet, 1, on_event=on_event)
+    fleet.shrink(0)
     assert digest(assignments.path) == reference
     assert len(reasons) == 1
     assert re.match(r"no sign of life for \d+ s; it is replaced", reasons[0])
@@ -258,7 +265,7 @@ class HangsAtFirst(Scorer):
         if self.first and name.startswith("mute"):
             time.sleep(600)
 
-    def ready(self, job: Job) -> dict[str, str]:
+    def ready(self, job: ActorJob) -> dict[str, str]:
         if self.first:
             time.sleep(600)
         return super().ready(job)
@@ -271,10 +278,10 @@ def test_an_actor_that_hangs_before_it_has_work_is_replaced(
     monkeypatch.setattr("distal.score.fleet.Scorer", HangsAtFirst)
     monkeypatch.setattr("distal.score.fleet.WAITS_S", 8.0)
     job, assignments = prepare(tmp_path, pool)
-    scorers = new_scorers(prefix, stuck_after=2.0)
+    fleet = new_fleet(prefix, stuck_after=2.0)
     events: list[str] = []
-    run(job, assignments, scorers, 1, on_event=lambda name, **_: events.append(name))
-    scorers.shrink(0)
+    run(job, assignments, fleet, 1, on_event=lambda name, **_: events.append(name))
+    fleet.shrink(0)
     assert digest(assignments.path) == reference
     assert events.count(told) >= 1
     assert events[-1] == "actor_joined"
@@ -283,9 +290,9 @@ def test_an_actor_that_hangs_before_it_has_work_is_replaced(
 class NoBatches(Scorer):
     """Finishes a block now and then, and has predicted no batch, as where no sample of a block is left to score."""
 
-    def score(self, job: Job, order: Order) -> Done:
+    def score(self, job: ActorJob, task: Task, refs: Sequence[CheckpointRef], theta: int = 0) -> TaskResult:
         time.sleep(0.75)
-        return super().score(job, order)
+        return super().score(job, task, refs, theta)
 
     @ray.method(concurrency_group=WATCH)
     def sign_of_life(self) -> int:
@@ -295,31 +302,29 @@ class NoBatches(Scorer):
 def test_a_finished_block_is_a_sign_of_life(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distal.score.fleet.Scorer", NoBatches)
     job, assignments = prepare(tmp_path, pool, n_rows=1, published=1)
-    scorers = new_scorers("batchless", stuck_after=3.0)  # eight blocks take longer
+    fleet = new_fleet("batchless", stuck_after=3.0)  # eight blocks take longer
     events: list[str] = []
-    run(job, assignments, scorers, 1, on_event=lambda name, **_: events.append(name))
-    scorers.shrink(0)
+    run(job, assignments, fleet, 1, on_event=lambda name, **_: events.append(name))
+    fleet.shrink(0)
     assert events == ["actor_joined"]
 
 
-def test_only_what_is_missing_is_scored(
-    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
-) -> None:
+def test_only_what_is_missing_is_scored(pool: Pool, fleet: Fleet, tmp_path: Path, reference: dict[str, str]) -> None:
     job, assignments = prepare(tmp_path, pool)
-    run(job, assignments, scorers, 1)
+    run(job, assignments, fleet, 1)
     untouched = assignments.path / "assignments/c/0/0"
     stamp = untouched.stat().st_mtime_ns
-    again = run(job, assignments, scorers, 1)  # nothing is missing, and the figures are those of the whole array
+    again = run(job, assignments, fleet, 1)  # nothing is missing, and the figures are those of the whole array
     assert (again.images, again.n_rows, again.left_out) == (ROWS * 238, ROWS, 0)
     for lost in ("0/3", "2/0", "3/7"):
         (assignments.path / "assignments/c" / lost).unlink()
-    run(job, assignments, scorers, 2)
+    run(job, assignments, fleet, 2)
     assert digest(assignments.path) == reference
     assert untouched.stat().st_mtime_ns == stamp
 
 
 def test_checkpoints_are_scored_as_they_appear(
-    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
+    pool: Pool, fleet: Fleet, tmp_path: Path, reference: dict[str, str]
 ) -> None:
     """Training publishes one checkpoint after the other, and holds a slot until it is done."""
     job, assignments = prepare(tmp_path, pool, published=0)
@@ -343,45 +348,45 @@ def test_checkpoints_are_scored_as_they_appear(
             commit(folder_of(job), pool, trainer.n)
             trainer.n += 1
 
-    run(job, assignments, scorers, 2, producer=trainer, on_progress=follow)
+    run(job, assignments, fleet, 2, producer=trainer, on_progress=follow)
     assert digest(assignments.path) == reference
     for row in range(ROWS):
         assert (row + 1, row) in order or (row + 1, row + 1) in order
 
 
-def test_a_failed_producer_stops_the_pass(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+def test_a_failed_producer_stops_the_pass(pool: Pool, fleet: Fleet, tmp_path: Path) -> None:
     class Failed(Silent):
         def finished(self) -> bool:
             raise Diverged("the loss is nan")
 
     job, assignments = prepare(tmp_path, pool, published=1)
     with pytest.raises(Diverged, match="the loss is nan"):
-        run(job, assignments, scorers, 1, producer=Failed(folder_of(job)))
+        run(job, assignments, fleet, 1, producer=Failed(folder_of(job)))
 
 
-def test_a_logit_that_is_not_finite_names_checkpoint_and_sample(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+def test_a_logit_that_is_not_finite_names_checkpoint_and_sample(pool: Pool, fleet: Fleet, tmp_path: Path) -> None:
     job, assignments = prepare(tmp_path, pool, published=2)
     commit(folder_of(job), pool, 3)
     state = seeded_build(spec(pool), 0, 0).state_dict()
     state["14.bias"][1] = torch.nan
     checkpoints.commit(folder_of(job), 2, 3, state)
     with pytest.raises(Diverged, match=r"checkpoint 2 \(.*\) gives a logit that is not finite for sample s1-\d+"):
-        run(job, assignments, scorers, 1)
+        run(job, assignments, fleet, 1)
     assert assignments.committed(2) == set()
 
 
-def test_changed_weights_stop_the_pass(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+def test_changed_weights_stop_the_pass(pool: Pool, fleet: Fleet, tmp_path: Path) -> None:
     job, assignments = prepare(tmp_path, pool)
     weights = checkpoints.read(folder_of(job), 1).path
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(Damage, match="the bytes of checkpoint 1 have changed"):
-        run(job, assignments, scorers, 1)
+        run(job, assignments, fleet, 1)
 
 
 def test_another_machine_is_refused_unless_allowed(
-    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
+    pool: Pool, fleet: Fleet, tmp_path: Path, reference: dict[str, str]
 ) -> None:
-    strangers = new_scorers("another")
+    strangers = new_fleet("another")
     job, assignments = prepare(tmp_path, pool)
     assignments.adopt_fingerprint({"processor": "another one"})
     with pytest.raises(
@@ -389,25 +394,25 @@ def test_another_machine_is_refused_unless_allowed(
     ):
         run(job, assignments, strangers, 1)
     assert not strangers.actors
-    run(job, assignments, scorers, 1, mixed_hardware=True)
+    run(job, assignments, fleet, 1, mixed_hardware=True)
     assert digest(assignments.path) == reference
 
 
 def test_test_images_at_the_last_checkpoint_only(
-    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
+    pool: Pool, fleet: Fleet, tmp_path: Path, reference: dict[str, str]
 ) -> None:
     """The same pass with one row that belongs to the last checkpoint."""
     job, assignments = prepare(tmp_path, pool, n_rows=1)
-    run(replace(job, first_index=ROWS - 1, recorded_from=0), assignments, scorers, 1)
+    run(replace(job, first_index=ROWS - 1, recorded_from=0), assignments, fleet, 1)
     assert digest(assignments.path)["assignments/c/0/0"] == reference[f"assignments/c/{ROWS - 1}/0"]
 
 
 def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, reference: dict[str, str]) -> None:
     """The others go on without it."""
-    scorers = new_scorers("mixed")
+    fleet = new_fleet("mixed")
     first, assignments = prepare(tmp_path / "first", pool)
-    run(first, assignments, scorers, 1)
-    scorers._arguments = (2**20, 2)  # the next actor has two threads
+    run(first, assignments, fleet, 1)
+    fleet._arguments = (2**20, 2)  # the next actor has two threads
     job, mixed = prepare(tmp_path / "mixed", pool, published=ROWS - 1)
     mixed.adopt_fingerprint(assignments.fingerprint)
     events: list[tuple[str, object]] = []
@@ -423,21 +428,21 @@ def test_one_actor_of_another_kind_is_sent_away(pool: Pool, tmp_path: Path, refe
     run(
         job,
         mixed,
-        scorers,
+        fleet,
         2,
         producer=Waiting(folder_of(job)),
         on_event=lambda name, **values: events.append((name, values["actor"])),
     )
     assert sorted(events) == [("actor_joined", 0), ("actor_refused", 1)]
-    assert list(scorers.actors) == [0]
-    scorers.shrink(0)
+    assert list(fleet.actors) == [0]
+    fleet.shrink(0)
     assert digest(mixed.path) == reference
 
 
 class SeesNoPool(Scorer):
     """The second actor is on a node that lacks the folder of the pool, and says so when the first one is at work."""
 
-    def ready(self, job: Job) -> dict[str, str]:
+    def ready(self, job: ActorJob) -> dict[str, str]:
         first = job.assignments.with_name("first is ready")
         if self._name == "partly-0":
             first.touch()
@@ -453,7 +458,7 @@ def test_an_actor_that_cannot_see_the_pool_is_sent_away(
     """The others go on without it; when there is no other, the run ends with the reason."""
     monkeypatch.setattr("distal.score.fleet.Scorer", SeesNoPool)
     job, assignments = prepare(tmp_path, pool, published=ROWS - 1)
-    scorers = new_scorers("partly")
+    fleet = new_fleet("partly")
     refused: list[dict[str, object]] = []
 
     class Waiting(Silent):
@@ -467,30 +472,30 @@ def test_an_actor_that_cannot_see_the_pool_is_sent_away(
     run(
         job,
         assignments,
-        scorers,
+        fleet,
         2,
         producer=Waiting(folder_of(job)),
         on_event=lambda name, **values: refused.append(values) if name == "actor_refused" else None,
     )
     assert [(event["actor"], "/nowhere" in str(event["reason"])) for event in refused] == [(1, True)]
-    scorers.shrink(0)
+    fleet.shrink(0)
     assert digest(assignments.path) == reference
-    nobody = new_scorers("nobody")
+    nobody = new_fleet("nobody")
     job, assignments = prepare(tmp_path / "again", pool)
     with pytest.raises(UserError, match="/nowhere"):
         run(job, assignments, nobody, 2)
     nobody.shrink(0)
 
 
-def test_what_actors_had_in_hand_is_asked_of_others(pool: Pool, scorers: Scorers, cluster: str, tmp_path: Path) -> None:
+def test_what_actors_had_in_hand_is_asked_of_others(pool: Pool, fleet: Fleet, cluster: str, tmp_path: Path) -> None:
     """All of them die at once, as with their node; later one stops, and gives no sign of life."""
     job, _ = prepare(tmp_path, pool, published=1)
     ref = checkpoints.read(folder_of(job), 0)
     job = replace(job, batch_size=8)
     indices = np.arange(8, 200)  # three pieces
-    expected = scorers.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
-    scorers.shrink(0)
-    four = new_scorers("four", stuck_after=4.0)
+    expected = fleet.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
+    fleet.shrink(0)
+    four = new_fleet("four", stuck_after=4.0)
     four.slots = 4
     for number, where in ((signal.SIGKILL, slice(None)), (signal.SIGSTOP, slice(1))):
         four.grow(4)
@@ -516,23 +521,23 @@ class StopsAtFirst(Scorer):
 
 @pytest.mark.timeout(100)
 def test_an_actor_that_stops_before_its_first_word_keeps_no_answer_waiting(
-    pool: Pool, scorers: Scorers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool: Pool, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, _ = prepare(tmp_path, pool, published=1)
     ref = checkpoints.read(folder_of(job), 0)
     indices = np.arange(8, 200)
-    expected = scorers.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
+    expected = fleet.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
     monkeypatch.setattr("distal.score.fleet.Scorer", StopsAtFirst)
     monkeypatch.setattr("distal.score.fleet.WAITS_S", 8.0)
     stopped = tmp_path / "stopped"
     events: list[str] = []
-    one = new_scorers("stopped", stuck_after=2.0, on_event=lambda name, **_: events.append(name))
+    one, owner = new_fleet("stopped", stuck_after=2.0), Owner(on_event=lambda name, **_: events.append(name))
     one._options |= {"runtime_env": {"env_vars": {"STOPPED": str(stopped)}}}
     try:
-        found = one.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
+        found = one.outputs(job, indices, ref, {"probabilities"}, None, owner)["probabilities"]
         assert np.array_equal(found, expected)
         assert "actor_asked_for_again" in events
-        assert one.predict(job, indices, ref).tolist() == expected.argmax(axis=1).tolist()
+        assert one.predict(job, indices, ref, Owner()).tolist() == expected.argmax(axis=1).tolist()
     finally:
         one.shrink(0)
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -542,28 +547,28 @@ def test_an_actor_that_stops_before_its_first_word_keeps_no_answer_waiting(
 def test_probabilities_come_from_actors_of_one_kind(pool: Pool, cluster: str, tmp_path: Path) -> None:
     job, _ = prepare(tmp_path, pool, published=1)
     ref = checkpoints.read(folder_of(job), 0)
-    strangers = new_scorers("strangers")
+    strangers = new_fleet("strangers")
     with pytest.raises(Unfit, match="begun with processor 'another one', this actor has .*score.mixed_hardware=allow"):
         strangers.outputs(job, np.arange(8), ref, {"probabilities"}, {"processor": "another one"})
     assert not strangers.actors
 
 
 @pytest.mark.timeout(100)
-def test_an_actor_without_room_keeps_no_answer_waiting(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+def test_an_actor_without_room_keeps_no_answer_waiting(pool: Pool, fleet: Fleet, tmp_path: Path) -> None:
     """As after the loss of a node: two slots are counted, and there is room for one actor."""
-    scorers.shrink(0)
-    crowded = Scorers("crowded", {"num_cpus": 2}, asked=None, slots=lambda _: 2, cache_bytes=0, threads=1)
+    fleet.shrink(0)
+    crowded = Fleet("crowded", {"num_cpus": 2}, asked=None, slots=lambda _: 2, cache_bytes=0, threads=1)
     job, _ = prepare(tmp_path, pool, published=1)
     ref = checkpoints.read(folder_of(job), 0)
     indices = np.arange(8, 200)  # two pieces
     found = crowded.outputs(job, indices, ref, {"probabilities"}, None)["probabilities"]
-    assert (found.argmax(axis=1) == crowded.predict(job, indices, ref)).all()
+    assert (found.argmax(axis=1) == crowded.predict(job, indices, ref, Owner())).all()
     assert (len(crowded.actors), len(crowded.processes)) == (2, 1)
     crowded.shrink(0)
 
 
 def test_actors_make_room_for_training_that_comes_back(
-    pool: Pool, scorers: Scorers, tmp_path: Path, reference: dict[str, str]
+    pool: Pool, fleet: Fleet, tmp_path: Path, reference: dict[str, str]
 ) -> None:
     """Ranks that died need their slots again while two actors are at work."""
     seen: list[int] = []
@@ -582,30 +587,30 @@ def test_actors_make_room_for_training_that_comes_back(
     run(
         job,
         assignments,
-        scorers,
+        fleet,
         2,
         producer=Returning(folder_of(job)),
         on_progress=lambda state: seen.append(state.actors),
     )
     assert seen[-1] == 1
-    assert len(scorers.actors) == 1
+    assert len(fleet.actors) == 1
     assert digest(assignments.path) == reference
 
 
-def test_a_row_is_not_finished_with_other_weights(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+def test_a_row_is_not_finished_with_other_weights(pool: Pool, fleet: Fleet, tmp_path: Path) -> None:
     job, assignments = prepare(tmp_path, pool)
-    run(job, assignments, scorers, 1)
+    run(job, assignments, fleet, 1)
     (assignments.path / "assignments/c/1/3").unlink()
     (folder_of(job) / "0001/manifest.json").unlink()
     checkpoints.commit(folder_of(job), 1, 2, seeded_build(spec(pool), seed=99, cycle=0).state_dict())
     with pytest.raises(Damage, match="row 1 was begun with weights"):
-        run(job, Assignments.open(assignments.path), scorers, 1)
+        run(job, Assignments.open(assignments.path), fleet, 1)
 
 
-def test_another_pool_at_the_same_place_is_refused(pool: Pool, scorers: Scorers, tmp_path: Path) -> None:
+def test_another_pool_at_the_same_place_is_refused(pool: Pool, fleet: Fleet, tmp_path: Path) -> None:
     job, assignments = prepare(tmp_path, pool)
     with pytest.raises(PoolError, match="not the pool of this run .* every node must see the same files"):
-        run(replace(job, pool_sha256="0" * 64), assignments, scorers, 1)
+        run(replace(job, pool_sha256="0" * 64), assignments, fleet, 1)
 
 
 class TestReading:
@@ -623,7 +628,7 @@ class TestReading:
         monkeypatch.setattr(Pool, "read", counted)
         return seen
 
-    def refs(self, job: Job) -> list[CheckpointRef]:
+    def refs(self, job: ActorJob) -> list[CheckpointRef]:
         return [checkpoints.read(folder_of(job), row) for row in range(ROWS)]
 
     def test_a_block_is_read_once_for_all_checkpoints_that_wait(
@@ -632,7 +637,7 @@ class TestReading:
         job, assignments = prepare(tmp_path, pool)
         scorer = Scorer("one", cache_bytes=0, threads=1)
         for block in assignments.blocks:
-            scorer.score(job, Order(block, tuple(self.refs(job))))
+            score_block(scorer, job, block, tuple(self.refs(job)))
         assert reads == [(block.start, block.stop) for block in assignments.blocks]
         assert digest(assignments.path) == reference
 
@@ -642,8 +647,8 @@ class TestReading:
         job, assignments = prepare(tmp_path, pool)
         keeping, forgetting = Scorer("keeping", 2**20, threads=1), Scorer("forgetting", 0, threads=1)
         for ref in self.refs(job):
-            keeping.score(job, Order(assignments.blocks[0], (ref,)))
-            forgetting.score(job, Order(assignments.blocks[1], (ref,)))
+            score_block(keeping, job, assignments.blocks[0], (ref,))
+            score_block(forgetting, job, assignments.blocks[1], (ref,))
         assert reads.count((0, BLOCK)) == 1
         assert reads.count((BLOCK, 2 * BLOCK)) == ROWS
 
@@ -657,7 +662,7 @@ class TestReading:
         scorer = Scorer("small", cache_bytes=budget, threads=1)
         for ref in self.refs(job):
             for block in assignments.blocks:
-                scorer.score(job, Order(block, (ref,)))
+                score_block(scorer, job, block, (ref,))
                 kept = sum(piece.images.nbytes for pieces in scorer._pieces.values() for piece in pieces)
                 assert kept <= budget
         assert len(scorer._pieces) == n_kept
@@ -676,11 +681,11 @@ class TestReading:
             return predict(predictor, images)
 
         monkeypatch.setattr(Predictor, "__call__", measured)
-        Scorer("pieces", 0, threads=1).score(job, Order(assignments.blocks[0], tuple(self.refs(job)[:1])))
+        score_block(Scorer("pieces", 0, threads=1), job, assignments.blocks[0], tuple(self.refs(job)[:1]))
         assert sum(sizes) == 238
         assert max(sizes) < pool.chunk_size + BATCH
         assert sizes[0] % BATCH == 0
         blocks, other = prepare(tmp_path / "blocks", pool)
         for block in other.blocks:
-            Scorer("blocks", 0, threads=1).score(blocks, Order(block, tuple(self.refs(blocks)[:1])))
+            score_block(Scorer("blocks", 0, threads=1), blocks, block, tuple(self.refs(blocks)[:1]))
         assert np.array_equal(assignments.read(0, 240)[0], other.read(0, 240)[0])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distal.errors import BlockFailed
-from distal.score.plan import IN_FLIGHT, MAX_ROWS, Plan, Work, actors_allowed
+from distal.score.plan import IN_FLIGHT, MAX_ROWS, Plan, Task, actors_allowed
 
 
 def plan_with(n_rows: int, n_blocks: int, *actors: int, published: int = 0, done: tuple = ()) -> Plan:
@@ -24,17 +24,17 @@ def plan_with(n_rows: int, n_blocks: int, *actors: int, published: int = 0, done
 
 def test_nothing_is_handed_out_before_a_checkpoint_or_an_actor() -> None:
     plan = plan_with(2, 3, 0)
-    assert plan.next_work() == []
+    assert plan.next_tasks() == []
     plan = plan_with(2, 3, published=2)
-    assert plan.next_work() == []
+    assert plan.next_tasks() == []
 
 
 def test_every_actor_gets_one_before_any_gets_a_second() -> None:
     plan = plan_with(1, 8, 0, 1, 2, published=1)
-    handed_out = plan.next_work()
-    assert [work.actor for work in handed_out] == [0, 1, 2] * IN_FLIGHT
-    assert sorted(work.block for work in handed_out) == list(range(3 * IN_FLIGHT))
-    assert plan.next_work() == []  # all are busy
+    handed_out = plan.next_tasks()
+    assert [task.actor for task in handed_out] == [0, 1, 2] * IN_FLIGHT
+    assert sorted(task.block for task in handed_out) == list(range(3 * IN_FLIGHT))
+    assert plan.next_tasks() == []  # all are busy
 
 
 def test_a_block_stays_with_its_actor() -> None:
@@ -42,98 +42,98 @@ def test_a_block_stays_with_its_actor() -> None:
     owners: dict[int, set[int]] = {}
     for row in range(3):
         plan.published(row)
-        work = plan.next_work()
-        while work:
-            for one in work:
+        tasks = plan.next_tasks()
+        while tasks:
+            for one in tasks:
                 owners.setdefault(one.block, set()).add(one.actor)
                 plan.done(one)
-            work = plan.next_work()
+            tasks = plan.next_tasks()
     assert plan.finished
     assert all(len(actors) == 1 for actors in owners.values())
 
 
 def test_waiting_checkpoints_share_one_reading_of_a_block() -> None:
     plan = plan_with(MAX_ROWS + 3, 1, 0, published=MAX_ROWS + 3)
-    (work,) = plan.next_work()
-    assert work.rows == tuple(range(MAX_ROWS))
-    plan.done(work)
-    (work,) = plan.next_work()
-    assert work.rows == tuple(range(MAX_ROWS, MAX_ROWS + 3))
+    (task,) = plan.next_tasks()
+    assert task.rows == tuple(range(MAX_ROWS))
+    plan.done(task)
+    (task,) = plan.next_tasks()
+    assert task.rows == tuple(range(MAX_ROWS, MAX_ROWS + 3))
 
 
 def test_a_block_is_in_one_hand_at_a_time() -> None:
     plan = plan_with(2, 1, 0, 1, published=1)
-    (work,) = plan.next_work()
+    (task,) = plan.next_tasks()
     plan.published(1)
-    assert plan.next_work() == []
-    plan.done(work)
-    assert plan.next_work() == [Work(0, 0, (1,))]
+    assert plan.next_tasks() == []
+    plan.done(task)
+    assert plan.next_tasks() == [Task(0, 0, (1,))]
 
 
 def test_an_idle_actor_takes_from_the_one_with_most_left() -> None:
     plan = plan_with(2, 6, 0, published=1)
     for _ in range(6):
-        for work in plan.next_work():
-            plan.done(work)
+        for task in plan.next_tasks():
+            plan.done(task)
     plan.actor_joined(1)
     plan.published(1)
-    taken = [work.block for work in plan.next_work() if work.actor == 1]
+    taken = [task.block for task in plan.next_tasks() if task.actor == 1]
     assert len(taken) == IN_FLIGHT
 
 
 def test_committed_blocks_are_not_handed_out_again() -> None:
     plan = plan_with(2, 2, 0, published=2, done=((0, 0), (1, 0), (0, 1)))
-    assert plan.next_work() == [Work(0, 1, (1,))]
+    assert plan.next_tasks() == [Task(0, 1, (1,))]
     assert (plan.n_unfinished_blocks, plan.n_rows_done) == (1, 1)
 
 
 def test_publishing_twice_changes_nothing() -> None:
     plan = plan_with(1, 1, 0, published=1)
-    (work,) = plan.next_work()
+    (task,) = plan.next_tasks()
     plan.published(0)
-    plan.done(work)
+    plan.done(task)
     plan.published(0)
     assert plan.finished
-    assert plan.next_work() == []
+    assert plan.next_tasks() == []
 
 
 def test_what_a_lost_actor_had_waits_again() -> None:
     plan = plan_with(1, 3, 0, published=1)
-    lost = plan.next_work()
+    lost = plan.next_tasks()
     plan.actor_lost(0)
     plan.actor_joined(7)
-    again = plan.next_work()
-    assert {(work.block, work.rows) for work in again} == {(work.block, work.rows) for work in lost}
-    assert {work.actor for work in again} == {7}
+    again = plan.next_tasks()
+    assert {(task.block, task.rows) for task in again} == {(task.block, task.rows) for task in lost}
+    assert {task.actor for task in again} == {7}
 
 
 def test_a_block_that_keeps_failing_stops_the_pass() -> None:
     plan = plan_with(1, 1, 0, published=1)
     for _ in range(2):
-        (work,) = plan.next_work()
-        plan.failed(work, "ValueError: bad")
-    (work,) = plan.next_work()
+        (task,) = plan.next_tasks()
+        plan.failed(task, "ValueError: bad")
+    (task,) = plan.next_tasks()
     with pytest.raises(BlockFailed, match="block 0 failed 3 times; the last reason: ValueError: bad"):
-        plan.failed(work, "ValueError: bad")
+        plan.failed(task, "ValueError: bad")
 
 
 def test_a_block_that_failed_is_tried_by_another_actor_next() -> None:
     plan = plan_with(1, 1, 0, 1, published=1)
-    (work,) = plan.next_work()
-    plan.failed(work, "a bad disk")
-    (again,) = plan.next_work()
-    assert (again.block, again.actor) == (work.block, 1 - work.actor)
+    (task,) = plan.next_tasks()
+    plan.failed(task, "a bad disk")
+    (again,) = plan.next_tasks()
+    assert (again.block, again.actor) == (task.block, 1 - task.actor)
 
 
 def test_an_actor_that_is_sent_away_is_not_blamed_for_its_blocks() -> None:
     plan = plan_with(1, 1, published=1)
     for actor in range(4):
         plan.actor_joined(actor)
-        (work,) = plan.next_work()
-        assert plan.actor_left(actor) == [work]
+        (task,) = plan.next_tasks()
+        assert plan.actor_left(actor) == [task]
     plan.actor_joined(4)
-    (work,) = plan.next_work()
-    plan.done(work)
+    (task,) = plan.next_tasks()
+    plan.done(task)
     assert plan.finished
 
 
@@ -141,10 +141,10 @@ def test_a_block_that_keeps_killing_actors_stops_the_pass() -> None:
     plan = plan_with(1, 4, published=1)
     for actor in range(2):
         plan.actor_joined(actor)
-        assert plan.next_work()[0].block == 0
+        assert plan.next_tasks()[0].block == 0
         plan.actor_lost(actor)
     plan.actor_joined(2)
-    plan.next_work()
+    plan.next_tasks()
     with pytest.raises(BlockFailed, match="block 0 failed 3 times; the last reason: the actor died"):
         plan.actor_lost(2)
 
@@ -153,10 +153,10 @@ def test_blocks_queued_behind_the_culprit_are_not_blamed() -> None:
     plan = plan_with(1, 2, published=1)
     for actor in range(2):
         plan.actor_joined(actor)
-        assert [work.block for work in plan.next_work()] == [0, 1]
+        assert [task.block for task in plan.next_tasks()] == [0, 1]
         plan.actor_lost(actor)
     plan.actor_joined(2)
-    first, second = plan.next_work()
+    first, second = plan.next_tasks()
     plan.done(first)
     plan.failed(second, "once")  # block 1 has failed once, not three times
     assert not plan.finished
@@ -165,11 +165,11 @@ def test_blocks_queued_behind_the_culprit_are_not_blamed() -> None:
 def two_owners() -> Plan:
     """Row 0 of 2 is done: actor 0 has scored the blocks 0 to 3, actor 1 the blocks 4 and 5."""
     plan = plan_with(2, 6, 0, published=1)
-    for work in plan.next_work():
-        plan.done(work)
-    work = plan.next_work()
+    for task in plan.next_tasks():
+        plan.done(task)
+    tasks = plan.next_tasks()
     plan.actor_joined(1)
-    for one in [*work, *plan.next_work()]:
+    for one in [*tasks, *plan.next_tasks()]:
         plan.done(one)
     return plan
 
@@ -177,25 +177,25 @@ def two_owners() -> Plan:
 def test_a_block_is_queued_by_the_rows_that_wait_now() -> None:
     """Row 5 was seen before row 3, and both are done; now block 0 waits with row 7, block 1 with row 6 already."""
     plan = plan_with(8, 3, 0, published=1, done=((6, 0),))
-    while work := plan.next_work():
-        for one in work:
+    while tasks := plan.next_tasks():
+        for one in tasks:
             plan.done(one)
     for row in (5, 3):
         plan.published(row)
-    in_hand = plan.next_work()
-    assert [(work.block, work.rows) for work in in_hand] == [(0, (3, 5)), (1, (3, 5))]
+    in_hand = plan.next_tasks()
+    assert [(task.block, task.rows) for task in in_hand] == [(0, (3, 5)), (1, (3, 5))]
     for row in (6, 7):
         plan.published(row)
-    for work in in_hand:
-        plan.done(work)
-    assert [(work.block, work.rows) for work in plan.next_work()] == [(2, (3, 5, 6, 7)), (1, (6, 7))]
+    for task in in_hand:
+        plan.done(task)
+    assert [(task.block, task.rows) for task in plan.next_tasks()] == [(2, (3, 5, 6, 7)), (1, (6, 7))]
 
 
 def test_the_one_with_most_left_is_robbed() -> None:
     plan = two_owners()
     plan.actor_joined(2)
     plan.published(1)
-    assert [(work.actor, work.block) for work in plan.next_work()][:3] == [(0, 0), (1, 4), (2, 1)]
+    assert [(task.actor, task.block) for task in plan.next_tasks()][:3] == [(0, 0), (1, 4), (2, 1)]
 
 
 def test_blocks_of_an_actor_that_left_are_taken_before_others_are_robbed() -> None:
@@ -203,17 +203,17 @@ def test_blocks_of_an_actor_that_left_are_taken_before_others_are_robbed() -> No
     plan.actor_left(1)
     plan.actor_joined(2)
     plan.published(1)
-    assert next(work.block for work in plan.next_work() if work.actor == 2) == 4
+    assert next(task.block for task in plan.next_tasks() if task.actor == 2) == 4
 
 
 def test_a_block_that_failed_belongs_to_nobody() -> None:
     """An actor that is new takes it before it robs another one."""
     plan = two_owners()
     plan.published(1)
-    (failed,) = (work for work in plan.next_work() if work.block == 4)
+    (failed,) = (task for task in plan.next_tasks() if task.block == 4)
     plan.failed(failed, "a bad disk")
     plan.actor_joined(2)
-    assert next(work.block for work in plan.next_work() if work.actor == 2) == 4
+    assert next(task.block for task in plan.next_tasks() if task.actor == 2) == 4
 
 
 def test_failures_are_counted_anew_once_the_block_is_scored() -> None:
@@ -222,22 +222,22 @@ def test_failures_are_counted_anew_once_the_block_is_scored() -> None:
     for row in range(2):
         plan.published(row)
         for _ in range(2):
-            plan.failed(*plan.next_work(), "a bad disk")
-        plan.done(*plan.next_work())
+            plan.failed(*plan.next_tasks(), "a bad disk")
+        plan.done(*plan.next_tasks())
     assert plan.finished
 
 
 def test_a_failure_is_forgotten_once_the_block_is_scored() -> None:
     """The actor at which it failed may have it again."""
     plan = plan_with(2, 1, 0, 1, published=1)
-    (work,) = plan.next_work()
-    plan.failed(work, "a bad disk")
-    (work,) = plan.next_work()
-    plan.done(work)
+    (task,) = plan.next_tasks()
+    plan.failed(task, "a bad disk")
+    (task,) = plan.next_tasks()
+    plan.done(task)
     plan.actor_left(1)
     plan.actor_joined(2)
     plan.published(1)
-    assert plan.next_work() == [Work(0, 0, (1,))]
+    assert plan.next_tasks() == [Task(0, 0, (1,))]
 
 
 def test_pending_blocks_are_those_of_published_rows() -> None:
@@ -245,8 +245,8 @@ def test_pending_blocks_are_those_of_published_rows() -> None:
     assert plan.n_blocks_pending == 3
     plan.no_more()
     assert plan.n_blocks_pending == 3
-    for work in plan.next_work():
-        plan.done(work)
+    for task in plan.next_tasks():
+        plan.done(task)
     assert plan.n_blocks_pending == 0
 
 
@@ -270,39 +270,39 @@ def test_any_script_of_events_ends_with_everything_done_once(data: st.DataObject
             alive.add(next_actor)
             next_actor += 1
         elif event == "done" and working:
-            work = working.pop(data.draw(st.integers(0, len(working) - 1)))
-            plan.done(work)
-            done.update((row, work.block) for row in work.rows)
-            failures[work.block] = 0
+            task = working.pop(data.draw(st.integers(0, len(working) - 1)))
+            plan.done(task)
+            done.update((row, task.block) for row in task.rows)
+            failures[task.block] = 0
         elif event == "fail" and working and failures[working[0].block] < 2:
-            work = working.pop(0)
-            failures[work.block] += 1
-            plan.failed(work, "reason")
+            task = working.pop(0)
+            failures[task.block] += 1
+            plan.failed(task, "reason")
         elif event == "die" and alive:
             actor = min(alive)
-            mine = [work for work in working if work.actor == actor]
+            mine = [task for task in working if task.actor == actor]
             if mine and failures[mine[0].block] == 2:
                 return
             alive.discard(actor)
             if mine:
                 failures[mine[0].block] += 1
-            working[:] = [work for work in working if work.actor != actor]
+            working[:] = [task for task in working if task.actor != actor]
             plan.actor_lost(actor)
 
     for event in data.draw(st.lists(st.sampled_from(["publish", "join", "done", "fail", "die"]), max_size=60)):
         step(event)
-        for work in plan.next_work():
-            assert work.block not in {other.block for other in working}
-            assert not {(row, work.block) for row in work.rows} & done
-            assert work.actor in alive
-            assert list(work.rows) == sorted(work.rows)
-            working.append(work)
+        for task in plan.next_tasks():
+            assert task.block not in {other.block for other in working}
+            assert not {(row, task.block) for row in task.rows} & done
+            assert task.actor in alive
+            assert list(task.rows) == sorted(task.rows)
+            working.append(task)
         assert max([sum(w.actor == actor for w in working) for actor in alive], default=0) <= IN_FLIGHT
     step("join")
     while unpublished:
         step("publish")
     for _ in range(len(cells) + 1):
-        working += plan.next_work()
+        working += plan.next_tasks()
         while working:
             plan.done(working.pop())
     assert plan.finished
@@ -313,24 +313,24 @@ def test_any_script_of_events_ends_with_everything_done_once(data: st.DataObject
 class Plain(Plan):
     """The rule of `Plan`, written down plainly: it looks at every block for every hand-out."""
 
-    def next_work(self) -> list[Work]:
+    def next_tasks(self) -> list[Task]:
         handed_out = []
         for depth in range(IN_FLIGHT):
-            for actor, in_hand in self._work.items():
+            for actor, in_hand in self._in_hand.items():
                 block = self._choose(actor) if len(in_hand) <= depth else None
                 if block is None:
                     continue
-                work = self._hand_out(actor, block)
-                self._take(block, work.rows)
+                task = self._hand_out(actor, block)
+                self._take(block, task.rows)
                 self._busy.add(block)
                 self._owner[block] = actor
-                in_hand.append(work)
-                handed_out.append(work)
+                in_hand.append(task)
+                handed_out.append(task)
         return handed_out
 
     def _choose(self, actor: int) -> int | None:
-        busy = {work.block for in_hand in self._work.values() for work in in_hand}
-        alone = len(self._work) == 1
+        busy = {task.block for in_hand in self._in_hand.values() for task in in_hand}
+        alone = len(self._in_hand) == 1
         candidates = [
             block
             for block in range(len(self._waiting))
@@ -379,18 +379,18 @@ def test_the_queues_decide_as_the_plain_rule(random: Random) -> None:
             alive.append(n_joined)
             n_joined += 1
         elif event in ("done", "fail") and working:
-            work = working.pop(random.randrange(len(working)))
-            both(*(("done", work) if event == "done" else ("failed", work, "reason")))
+            task = working.pop(random.randrange(len(working)))
+            both(*(("done", task) if event == "done" else ("failed", task, "reason")))
         elif event in ("die", "leave") and alive:
             actor = alive.pop(random.randrange(len(alive)))
             both("actor_lost" if event == "die" else "actor_left", actor)
-            working = [work for work in working if work.actor != actor]
+            working = [task for task in working if task.actor != actor]
         elif event == "pass" and plan.at_barrier:
             both("pass_barrier")
         elif event == "limit":
             plan.max_rows = plain.max_rows = random.randint(1, MAX_ROWS)
-        handed_out = plan.next_work()
-        assert handed_out == plain.next_work()
+        handed_out = plan.next_tasks()
+        assert handed_out == plain.next_tasks()
         working += handed_out
         for name in ("finished", "at_barrier", "n_unfinished_blocks", "n_rows_done"):
             assert getattr(plan, name) == getattr(plain, name)
@@ -422,13 +422,13 @@ def test_hand_outs_get_smaller_towards_the_end() -> None:
     """Two actors and eight checkpoints of eight blocks: neither is left with a long one while the other has none."""
     plan = plan_with(8, 8, 0, 1, published=8)
     sizes = []
-    work = plan.next_work()
-    while work:
-        sizes += [len(one.rows) for one in work]
-        plan.done(work[0])
-        for one in work[1:]:
+    tasks = plan.next_tasks()
+    while tasks:
+        sizes += [len(one.rows) for one in tasks]
+        plan.done(tasks[0])
+        for one in tasks[1:]:
             plan.done(one)
-        work = plan.next_work()
+        tasks = plan.next_tasks()
     assert plan.finished
     assert (sizes[0], sizes[-1]) == (MAX_ROWS, 1)
     assert max(sizes[len(sizes) // 2 :]) <= 2
@@ -437,9 +437,9 @@ def test_hand_outs_get_smaller_towards_the_end() -> None:
 def test_rows_that_were_not_published_are_no_rows() -> None:
     plan = plan_with(10, 2, 0, published=3)
     plan.no_more()
-    while work := plan.next_work():
-        assert all(row < 3 for one in work for row in one.rows)
-        for one in work:
+    while tasks := plan.next_tasks():
+        assert all(row < 3 for one in tasks for row in one.rows)
+        for one in tasks:
             plan.done(one)
     assert plan.finished
     assert plan.n_rows_done == 3
@@ -457,55 +457,55 @@ class TestBarriers:
             plan.published(row)
         return plan
 
-    def drain(self, plan: Plan) -> list[Work]:
+    def drain(self, plan: Plan) -> list[Task]:
         handed_out = []
-        while work := plan.next_work():
-            handed_out += work
-            for one in work:
+        while tasks := plan.next_tasks():
+            handed_out += tasks
+            for one in tasks:
                 plan.done(one)
         return handed_out
 
     def test_no_block_goes_on_before_all_have_counted(self) -> None:
         plan = self.plan(3, 0, 1)
         first = self.drain(plan)
-        assert max(row for work in first for row in work.rows) == 4
-        assert sorted(work.block for work in first if work.count == 5) == [0, 1, 2]
-        assert all(work.barrier is None for work in first)
+        assert max(row for task in first for row in task.rows) == 4
+        assert sorted(task.block for task in first if task.count == 5) == [0, 1, 2]
+        assert all(task.barrier is None for task in first)
         assert plan.at_barrier
         plan.pass_barrier()
         assert not plan.at_barrier
         second = self.drain(plan)
-        assert {row for work in second for row in work.rows} == {5, 6}
-        assert {work.barrier for work in second} == {5}
-        assert sorted(work.block for work in second if work.count == 7) == [0, 1, 2]
+        assert {row for task in second for row in task.rows} == {5, 6}
+        assert {task.barrier for task in second} == {5}
+        assert sorted(task.block for task in second if task.count == 7) == [0, 1, 2]
         plan.pass_barrier()
         third = self.drain(plan)
-        assert {(work.rows, work.barrier, work.count) for work in third} == {((7,), 7, None)}
+        assert {(task.rows, task.barrier, task.count) for task in third} == {((7,), 7, None)}
         assert plan.finished
 
     def test_votes_are_counted_when_the_rows_before_are_done(self) -> None:
         """Rows 0 to 3 are published: no block can count yet. With row 4 it can."""
         plan = self.plan(2, 0, published=4)
-        assert all(work.count is None for work in self.drain(plan))
+        assert all(task.count is None for task in self.drain(plan))
         plan.published(4)
-        assert [(work.rows, work.count) for work in self.drain(plan)] == [((4,), 5), ((4,), 5)]
+        assert [(task.rows, task.count) for task in self.drain(plan)] == [((4,), 5), ((4,), 5)]
 
     def test_blocks_that_were_done_before_a_restart_only_count(self) -> None:
         done = tuple((row, 0) for row in range(5))
-        counting = [work for work in self.drain(self.plan(2, 0, done=done)) if work.block == 0]
-        assert counting == [Work(0, 0, (), None, 5)]
+        counting = [task for task in self.drain(self.plan(2, 0, done=done)) if task.block == 0]
+        assert counting == [Task(0, 0, (), None, 5)]
 
     def test_what_was_decided_before_a_restart_is_not_decided_again(self) -> None:
         """A block that lost an old row, found damaged, scores it without what was decided later, and first."""
         done = tuple((row, block) for row in range(6) for block in range(2) if (row, block) != (2, 1))
         plan = self.plan(2, 0, done=done, passed=1)
-        of_block = [(work.rows, work.barrier, work.count) for work in self.drain(plan) if work.block == 1]
+        of_block = [(task.rows, task.barrier, task.count) for task in self.drain(plan) if task.block == 1]
         assert of_block == [((2,), None, None), ((6,), 5, 7)]
 
     def test_an_actor_that_dies_while_counting(self) -> None:
         plan = self.plan(1, 0, published=5)
-        (work,) = plan.next_work()
-        assert work.count == 5
+        (task,) = plan.next_tasks()
+        assert task.count == 5
         plan.actor_lost(0)
         assert not plan.at_barrier
         plan.actor_joined(1)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn.functional import softmax
 
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.errors import ModelError
 from distal.model.spec import ModelSpec
 from distal.score.predict import NotFinite, Predictor, _is_out_of_memory, fingerprint, quickest_batch_size
 
-SPEC = ModelSpec(ModelConfig(), 5, (1, 12, 12), (0.4,), (0.2,))
+SPEC = ModelSpec(ModelSection(), 5, (1, 12, 12), (0.4,), (0.2,))
 
 
 def images(n: int, seed: int = 0) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.model.spec import ModelSpec
 
 with warnings.catch_warnings():
@@ -23,7 +23,7 @@ with warnings.catch_warnings():
 
 __all__ = ["EPOCHS", "SPEC", "Classifier", "EMAWeightAveraging", "ModelCheckpoint", "PublishCheckpoints", "fit"]
 
-SPEC = ModelSpec(ModelConfig(), 4, (1, 8, 8), (0.5,), (0.5,))
+SPEC = ModelSpec(ModelSection(), 4, (1, 8, 8), (0.5,), (0.5,))
 EPOCHS = 5
 
 

@@ -19,7 +19,7 @@ import torch
 from distal.artifacts import checkpoints
 from distal.artifacts.assignments import Assignments
 from distal.artifacts.runs import Run
-from distal.config import ModelConfig
+from distal.config import ModelSection
 from distal.driver import run as driver
 from distal.errors import ConfigError, Damage, ModelError, RunConflict, Superseded, TrainingFailed
 from distal.model.spec import ModelSpec
@@ -84,12 +84,12 @@ def config(run: Path, pool: Pool, tmp_path: Path, script: str = SCRIPT, *overrid
 def test_a_script_trains_and_its_checkpoints_are_scored(pool: Pool, tmp_path: Path) -> None:
     made = config(tmp_path / "run", pool, tmp_path)
     summary = driver.run(made)
-    assert [cycle["n_labeled"] for cycle in summary["cycles"]] == [24, 40]
+    assert [cycle.n_labeled for cycle in summary.cycles] == [24, 40]
     cycle = Run.open(tmp_path / "run").cycle(1)
     assert checkpoints.committed(cycle.checkpoints) == [0, 1, 2]
     ref = checkpoints.read(cycle.checkpoints, 2)
     assert ref.metrics["train_loss"] < checkpoints.read(cycle.checkpoints, 0).metrics["train_loss"]
-    assert driver.run(made)["state"] == "complete"
+    assert driver.run(made).state == "complete"
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_a_script_that_fails_is_quoted_and_run_again(pool: Pool, tmp_path: Path)
     broken = SCRIPT + "\nprint('first line', file=sys.stderr)\nsys.exit('no more money')\n"
     with pytest.raises(TrainingFailed, match=r"ended with 1 in cycle 0; .*stderr.log ends with:(.|\n)*no more money"):
         driver.run(config(tmp_path / "run", pool, tmp_path, broken))
-    assert driver.run(config(tmp_path / "run", pool, tmp_path))["state"] == "complete"
+    assert driver.run(config(tmp_path / "run", pool, tmp_path)).state == "complete"
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def restarted(folder: Path, pool: Pool, kind: str, *, disturbed: bool = True) ->
     else:
         (folder / "started").touch()
         (folder / "late").touch()
-    assert driver.run(made)["state"] == "complete"
+    assert driver.run(made).state == "complete"
     return Run.open(folder / "run"), first
 
 
@@ -241,7 +241,7 @@ def of_one_training(run: Run, pool: Pool) -> None:
         predictor.load(checkpoints.load(checkpoints.read(cycle.checkpoints, row)))
         predicted = predictor(pool.take(np.flatnonzero(eligible))).labels
         assert np.array_equal(stored[row, eligible], predicted)
-    assert verify(run.path)["state"] == "sound"
+    assert verify(run.path).state == "sound"
 
 
 def events(run: Run) -> list[str]:
@@ -363,7 +363,7 @@ def test_other_checkpoints_than_those_that_are_wanted(
         "    state = {'1.weight': torch.full((4, 144), float(index)), '1.bias': torch.zeros(4)}\n"
         "    distal.publish_checkpoint(sys.argv[1], state, index)\n"
     )
-    spec = ModelSpec(ModelConfig(name=f"{__name__}:linear"), 4, pool.image_shape, pool.mean, pool.std)
+    spec = ModelSpec(ModelSection(name=f"{__name__}:linear"), 4, pool.image_shape, pool.mean, pool.std)
     made = replace(job(tmp_path, pool), model=spec)
     command = f"{sys.executable} {tmp_path / 'train.py'} {{checkpoints}}"
     dest = Run(tmp_path).cycle(0).begin_attempt()

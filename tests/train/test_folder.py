@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from distal.artifacts import checkpoints
 from distal.errors import ModelError, RunConflict
-from distal.train.folder import ForeignCheckpoints, Layout, check_fits, find_weights, matching, versions
+from distal.model.weights import Location, check_fits, find_weights, within
+from distal.train.folder import FolderCheckpoints, matching, versions
 
 
 def write(folder: Path, name: str, value: float = 0.0) -> Path:
@@ -31,22 +32,22 @@ def age(path: Path) -> None:
     os.utime(path, (long_ago, long_ago))
 
 
-ANYWHERE = Layout()
+ANYWHERE = Location()
 NETWORK = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
 
 
-def looking(tmp_path: Path, pattern: str = "*", layout: Layout = ANYWHERE) -> ForeignCheckpoints:
-    return ForeignCheckpoints(tmp_path / "checkpoints.json", tmp_path / "ck", pattern, NETWORK, layout)
+def looking(tmp_path: Path, pattern: str = "*", location: Location = ANYWHERE) -> FolderCheckpoints:
+    return FolderCheckpoints(tmp_path / "checkpoints.json", tmp_path / "ck", pattern, NETWORK, location)
 
 
-def opened(tmp_path: Path, pattern: str = "*", layout: Layout = ANYWHERE) -> ForeignCheckpoints:
-    found = looking(tmp_path, pattern, layout)
+def opened(tmp_path: Path, pattern: str = "*", location: Location = ANYWHERE) -> FolderCheckpoints:
+    found = looking(tmp_path, pattern, location)
     found.settle()
     found.keep()
     return found
 
 
-def names(found: ForeignCheckpoints) -> list[str]:
+def names(found: FolderCheckpoints) -> list[str]:
     return [ref.path.name for ref in found.refs]
 
 
@@ -91,7 +92,7 @@ def test_a_file_that_changes_is_refused_and_one_that_is_only_touched_is_not(tmp_
 
 def test_a_file_counts_when_it_has_stood_still_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It grows for a second, as a slow writer's does."""
-    monkeypatch.setattr("distal.train.folder.SETTLED_S", 0.5)
+    monkeypatch.setattr("distal.train.folder._SETTLED_S", 0.5)
     whole = write(tmp_path, "whole.pt").read_bytes()
     (tmp_path / "ck").mkdir()
     path = tmp_path / "ck" / "slow1.pt"
@@ -140,7 +141,7 @@ def test_code_is_never_run(tmp_path: Path) -> None:
     command = str(raised.value).partition("convert with: python")[2].rpartition(" and set checkpoints.path=")[0]
     subprocess.run(sys.executable + command, shell=True, check=True)
     assert (tmp_path / "ck" / "a b.ckpt").stat().st_size > 0
-    found = ForeignCheckpoints(tmp_path / "checkpoints.json", tmp_path / "ck" / "converted", "*.pt", NETWORK)
+    found = FolderCheckpoints(tmp_path / "checkpoints.json", tmp_path / "ck" / "converted", "*.pt", NETWORK)
     age(tmp_path / "ck" / "converted" / "a b.pt")
     found.settle()
     assert names(found) == ["a b.pt"]
@@ -247,48 +248,52 @@ def test_published_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "layout", "expected"),
+    ("value", "location", "expected"),
     [
-        (NETWORK, Layout(), (None, "")),
-        ({"state_dict": NETWORK, "epoch": 1}, Layout(), ("state_dict", "")),
-        ({"state_dict": NETWORK, "ema": {"shadow": NETWORK}}, Layout("ema.shadow"), ("ema.shadow", "")),
-        ({"a.b": NETWORK, "a": 1}, Layout("a.b"), ("a.b", "")),
-        ({"a": {"EMA{'decay': 0.9}": {"x": NETWORK}}}, Layout("a.EMA{'decay': 0.9}.x"), ("a.EMA{'decay': 0.9}.x", "")),
-        ({"model_state_dict": NETWORK, "optimizer": {"m": torch.zeros(1)}}, Layout(), ("model_state_dict", "")),
-        ({f"module.{key}": value for key, value in NETWORK.items()}, Layout(), (None, "module.")),
+        (NETWORK, Location(), (None, "")),
+        ({"state_dict": NETWORK, "epoch": 1}, Location(), ("state_dict", "")),
+        ({"state_dict": NETWORK, "ema": {"shadow": NETWORK}}, Location("ema.shadow"), ("ema.shadow", "")),
+        ({"a.b": NETWORK, "a": 1}, Location("a.b"), ("a.b", "")),
+        (
+            {"a": {"EMA{'decay': 0.9}": {"x": NETWORK}}},
+            Location("a.EMA{'decay': 0.9}.x"),
+            ("a.EMA{'decay': 0.9}.x", ""),
+        ),
+        ({"model_state_dict": NETWORK, "optimizer": {"m": torch.zeros(1)}}, Location(), ("model_state_dict", "")),
+        ({f"module.{key}": value for key, value in NETWORK.items()}, Location(), (None, "module.")),
         (
             {f"{p}.{key}": value for key, value in NETWORK.items() for p in ("net", "teacher")},
-            Layout(None, "net."),
+            Location(None, "net."),
             (None, "net."),
         ),
     ],
 )
-def test_where_the_weights_are(value: object, layout: Layout, expected: tuple[str | None, str]) -> None:
-    assert find_weights("a.pt", value, NETWORK, layout) == expected
-    assert checkpoints.within(value, *expected).keys() == NETWORK.keys()
+def test_where_the_weights_are(value: object, location: Location, expected: tuple[str | None, str]) -> None:
+    assert find_weights("a.pt", value, NETWORK, location) == expected
+    assert within(value, *expected).keys() == NETWORK.keys()
 
 
 @pytest.mark.parametrize(
-    ("value", "layout", "message"),
+    ("value", "location", "message"),
     [
         (
             {"student": NETWORK, "teacher": NETWORK, "optimizer": {"state": {"m": torch.zeros(1)}}},
-            Layout(),
+            Location(),
             r"it has student, teacher, optimizer\); set checkpoints.key to student or teacher$",
         ),
-        ({"state_dict": NETWORK, "epoch": 1}, Layout("ema"), "has no 'ema'; state_dict would fit"),
-        ({"epoch": 1}, Layout("epoch.x"), "has no 'epoch.x'; nothing in it fits model.name: set it to null"),
-        (NETWORK, Layout(None, "net."), "no key of a.pt begins with 'net.': weight, bias"),
+        ({"state_dict": NETWORK, "epoch": 1}, Location("ema"), "has no 'ema'; state_dict would fit"),
+        ({"epoch": 1}, Location("epoch.x"), "has no 'epoch.x'; nothing in it fits model.name: set it to null"),
+        (NETWORK, Location(None, "net."), "no key of a.pt begins with 'net.': weight, bias"),
         (
             {f"{p}.{key}": value for key, value in NETWORK.items() for p in ("net", "teacher")},
-            Layout(),
+            Location(),
             "more than once, under net. and teacher.; set checkpoints.strip_prefix",
         ),
     ],
 )
-def test_weights_that_are_not_found(value: object, layout: Layout, message: str) -> None:
+def test_weights_that_are_not_found(value: object, location: Location, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        find_weights("a.pt", value, NETWORK, layout)
+        find_weights("a.pt", value, NETWORK, location)
 
 
 def test_other_files_and_folders(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from distal.artifacts import checkpoints
-from distal.config import ModelConfig, TrainConfig
+from distal.config import ModelSection, TrainSection
 from distal.errors import Damage, Diverged, PoolError, Superseded, TrainingFailed
 from distal.labels.oracle import choose_initial, label_from_pool
 from distal.model.spec import ModelSpec
@@ -53,8 +53,8 @@ def job(folder: Path, pool: Pool, **config: object) -> TrainJob:
         pool_sha256=pool.content_sha256,
         folder=folder,
         labels=(labels,),
-        model=ModelSpec(ModelConfig(), 4, pool.image_shape, pool.mean, pool.std),
-        config=TrainConfig(**settings),  # type: ignore[arg-type]
+        model=ModelSpec(ModelSection(), 4, pool.image_shape, pool.mean, pool.std),
+        config=TrainSection(**settings),  # type: ignore[arg-type]
         seed=0,
         cycle=0,
         threads=1,
@@ -232,6 +232,6 @@ def test_divergence_stops_at_once_and_says_what_to_do(pool: Pool, tmp_path: Path
 @pytest.mark.slow
 def test_ranks_that_always_die_end_the_run(pool: Pool, tmp_path: Path) -> None:
     doomed = job(tmp_path, pool, max_failures=0)
-    model = replace(doomed.model, config=ModelConfig(name="tests.train.test_launch:deadly"))
+    model = replace(doomed.model, config=ModelSection(name="tests.train.test_launch:deadly"))
     with pytest.raises(TrainingFailed, match="training failed 1 times in a row without finishing an epoch"):
         train(replace(doomed, model=model), ranks(1))

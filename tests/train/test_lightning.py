@@ -12,9 +12,10 @@ import torch
 from distal.artifacts import checkpoints
 from distal.artifacts.runs import Run
 from distal.errors import ModelError
+from distal.model.weights import Location
 from distal.storage import remove_tree
 from distal.train.command import OWNER
-from distal.train.folder import ForeignCheckpoints, Layout
+from distal.train.folder import FolderCheckpoints
 from distal.train.rank import claim
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own, about workers and loggers
@@ -25,9 +26,9 @@ def light() -> ModuleType:
     return importlib.import_module("tests.train.classifier")
 
 
-def opened(light: ModuleType, folder: Path) -> ForeignCheckpoints:
+def opened(light: ModuleType, folder: Path) -> FolderCheckpoints:
     template = light.SPEC.build().state_dict()
-    found = ForeignCheckpoints(folder / "checkpoints.json", folder, "*.ckpt", template)
+    found = FolderCheckpoints(folder / "checkpoints.json", folder, "*.ckpt", template)
     found.settle()
     return found
 
@@ -85,7 +86,7 @@ def test_averaged_weights(light: ModuleType, tmp_path: Path) -> None:
     template = light.SPEC.build().state_dict()
 
     averaged = opened(light, tmp_path)
-    raw = ForeignCheckpoints(tmp_path / "raw.json", tmp_path, "*.ckpt", template, Layout("current_model_state"))
+    raw = FolderCheckpoints(tmp_path / "raw.json", tmp_path, "*.ckpt", template, Location("current_model_state"))
     raw.settle()
     assert len(raw.refs) == len(averaged.refs) == light.EPOCHS
     assert not torch.equal(*(checkpoints.load(each.refs[-1])["14.weight"] for each in (raw, averaged)))

@@ -16,7 +16,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from distal.artifacts import checkpoints
-from distal.config import ModelConfig, TrainConfig
+from distal.config import ModelSection, TrainSection
 from distal.errors import Superseded
 from distal.hashing import mix64
 from distal.model.augment import crop_flip
@@ -29,15 +29,15 @@ from distal.train.rank import TrainJob, _Rank, batches, claim, initial_network, 
 @pytest.mark.parametrize(
     ("config", "scheduler"),
     [
-        (TrainConfig(epochs=10, lr=0.3), lambda o: CosineAnnealingLR(o, T_max=10)),
+        (TrainSection(epochs=10, lr=0.3), lambda o: CosineAnnealingLR(o, T_max=10)),
         (
-            TrainConfig(epochs=10, lr=0.3, schedule="milestones", milestones=(3, 7), gamma=0.1),
+            TrainSection(epochs=10, lr=0.3, schedule="milestones", milestones=(3, 7), gamma=0.1),
             lambda o: MultiStepLR(o, milestones=[3, 7], gamma=0.1),
         ),
-        (TrainConfig(epochs=10, lr=0.3, schedule="constant"), lambda o: MultiStepLR(o, milestones=[])),
+        (TrainSection(epochs=10, lr=0.3, schedule="constant"), lambda o: MultiStepLR(o, milestones=[])),
     ],
 )
-def test_learning_rates_are_those_of_torch(config: TrainConfig, scheduler) -> None:
+def test_learning_rates_are_those_of_torch(config: TrainSection, scheduler) -> None:
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
     reference = scheduler(optimizer)
     for epoch in range(1, config.epochs + 1):
@@ -108,7 +108,7 @@ def test_every_epoch_has_its_own_order() -> None:
     assert not np.array_equal(first, other)
 
 
-SPEC = ModelSpec(ModelConfig(), 4, (1, 12, 12), (0.5,), (0.5,))
+SPEC = ModelSpec(ModelSection(), 4, (1, 12, 12), (0.5,), (0.5,))
 N = 60
 
 
@@ -123,7 +123,7 @@ def job(folder: Path, **config: object) -> TrainJob:
     settings = {"epochs": 3, "batch_size": 12, "threads": 1, **config}
     claim(folder, "me")
     return TrainJob(
-        folder, "", folder, (), SPEC, TrainConfig(**settings), seed=0, cycle=0, threads=1, warm_from=None,
+        folder, "", folder, (), SPEC, TrainSection(**settings), seed=0, cycle=0, threads=1, warm_from=None,
         inputs="inputs", owner="me",
     )  # fmt: skip
 
