@@ -196,7 +196,7 @@ class Result:
 
     def to_record(self) -> JsonObject:
         """The object that `--json` prints."""
-        record: JsonObject = {}
+        record: dict[str, Any] = {}
         for key in fields(self):
             value, form = getattr(self, key.name), key.metadata.get("json")
             if form == "part":

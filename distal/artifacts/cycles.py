@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from distal import storage
 from distal.artifacts.selection import Selection
@@ -35,7 +35,7 @@ from distal.artifacts.stages import (
 )
 from distal.config import Config, Root, ScoreConfig, from_record
 from distal.errors import Damage, Superseded, one_line
-from distal.records import JsonObject, Result, Stage
+from distal.records import Result, Stage
 from distal.storage import Numbered
 
 _ATTEMPTS = "attempts"
@@ -194,7 +194,7 @@ class Cycle(Staged):
             still_ours: raises when another driver has the run.
         """
 
-        def content(last: int | None) -> JsonObject:
+        def content(last: int | None) -> dict[str, Any]:
             still_ours()
             if self.marker("score") is None:
                 return {"assignments": 0 if last is None else last + 1}

@@ -8,6 +8,8 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,10 +21,15 @@ from distal.records import Result
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from distal.records import JsonObject
-
-_AnyResult = TypeVar("_AnyResult", bound="Result | JsonObject")
+_AnyResult = TypeVar("_AnyResult", bound=Result)
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the process of a job
+
+
+@dataclass(frozen=True)
+class Written(Result):
+    """The file that a command wrote."""
+
+    path: Path
 
 
 def answer(
@@ -50,7 +57,7 @@ def answer(
         if as_json:
             print(json.dumps({"state": "error", "error": one_line(error), "exit_code": 1}))
         raise
-    record = result.to_record() if isinstance(result, Result) else result
+    record = result.to_record()
     if as_json:
         print(json.dumps(record))
     else:

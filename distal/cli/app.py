@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distal import __version__
-from distal.cli.answer import answer, same_command
+from distal.cli.answer import Written, answer, same_command
 from distal.cli.labels import labels_app
 from distal.cli.options import (
     Annotate,
@@ -28,7 +27,6 @@ from distal.cli.options import (
 )
 from distal.cli.pool import pool_app
 from distal.errors import ConfigError, UserError
-from distal.records import Result
 
 if TYPE_CHECKING:
     from distal.compare.informativeness import InformativenessResult
@@ -56,13 +54,6 @@ app = typer.Typer(
 )
 app.add_typer(pool_app, name="pool")
 app.add_typer(labels_app, name="labels")
-
-
-@dataclass(frozen=True)
-class Written(Result):
-    """The file that a command wrote."""
-
-    path: Path
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from distal.config import TORCHVISION
 from distal.errors import SourceError, one_line
 from distal.pool.rows import Row
-from distal.records import Block, JsonObject
+from distal.records import Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class _Download:
     n_classes: int
 
     @property
-    def arguments(self) -> JsonObject:
+    def arguments(self) -> dict[str, bool | str]:
         """The arguments of its class for this part."""
         return {"split": "test" if self.is_test else "train"} if self.name == "SVHN" else {"train": not self.is_test}
 
