@@ -1,4 +1,4 @@
-"""The array that distal exists for: the class predicted for every sample at every checkpoint.
+"""The central array: the class predicted for every sample at every checkpoint.
 
 ::
 
@@ -8,8 +8,8 @@
       margin, ...   (T, n_samples) float16, chunks (1, block_size): recorded beside the assignments
       probabilities (T, n_samples, C) float32, chunks (1, block_size, C): recorded likewise
     assignments.zarr.json   layout and classes; sealed
-    assignments.zarr.begun/ fingerprint.json, and <row>.json: the machine and the weights that scoring was begun with
-    assignments.zarr.elimination/  <row>.json: what was decided before a row, see `score.eliminate`
+    assignments.zarr.begun/ fingerprint.json, and <row>.json: the machine, and the weights of each row
+    assignments.zarr.elimination/  <row>.json: the decision before a row, see `score.eliminate`
 
 Row t is the checkpoint with `checkpoint_index` t; column i is the sample with `sample_index` i. The fill value of
 `assignments` is the largest value of its dtype and is no class: UNASSIGNED. A block's recorded chunks are written first
@@ -20,7 +20,6 @@ only ever written whole, and two actors that score the same block write the same
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -34,11 +33,11 @@ from numpy.typing import NDArray
 from distal.artifacts.arrays import METADATA, Array, create_array, create_group
 from distal.errors import ConfigError, Damage
 from distal.records import Block, split_blocks
-from distal.storage import create_folder, create_json, link, names_in, read_json, temporary_folder, write_bytes
+from distal.storage import Numbered, create_folder, create_json, link, read_json, temporary_folder, write_bytes
 
 _ARRAY, ELIGIBLE = "assignments", "eligible"
 PROBABILITIES = "probabilities"
-_FINGERPRINT, _ROW = "fingerprint.json", re.compile(r"\d{5,}\.json", re.ASCII)
+_FINGERPRINT = "fingerprint.json"
 _READERS = 8  # threads that check chunks
 
 LabelArray = NDArray[np.unsignedinteger[Any]]
@@ -69,7 +68,7 @@ class Assignments:
         path: the `assignments.zarr` folder.
         n_classes: classes are 0 .. n_classes - 1.
         recorded: names of the arrays that have a row per checkpoint beside the assignments.
-        attributes: the layout, as kept beside it.
+        attributes: the layout, as recorded beside it.
     """
 
     path: Path
@@ -90,10 +89,10 @@ class Assignments:
         eligible: Iterable[NDArray[np.bool_]],
         recorded: Sequence[str] = (),
     ) -> Self:
-        """Lay out the arrays; no assignment exists yet. What another driver has laid out meanwhile stays.
+        """Lay out the arrays, without any assignment; arrays that another driver has laid out meanwhile stay.
 
-        The record comes first, and the arrays are laid out as it says: whoever was killed in between, or is faster, may
-        know of another number of checkpoints.
+        The record is created first, and the arrays are laid out as recorded: a driver that was killed in between, or
+        was faster, may have recorded another number of checkpoints.
 
         Args:
             n_rows: T, the number of checkpoints that the cycle will have.
@@ -102,7 +101,7 @@ class Assignments:
         layout = {"n_rows": n_rows, "n_samples": n_samples, "block_size": block_size}
         create_json(record_path(path), {**layout, "n_classes": n_classes, "recorded": list(recorded)})
         kept = read_json(record_path(path), required=_LAYOUT)
-        with temporary_folder(path) as beside:  # they appear whole, and never in place of others
+        with temporary_folder(path) as beside:  # so that they appear whole, and replace no others
             flags = _lay_out(beside, *(kept[key] for key in _LAYOUT))[ELIGIBLE]
             for block, flag in zip(split_blocks(n_samples, block_size), eligible, strict=True):
                 flags.write((slice(block.start, block.stop),), flag)
@@ -111,7 +110,7 @@ class Assignments:
 
     @classmethod
     def begun(cls, path: Path) -> bool:
-        """Whether the arrays are laid out; False also when that was cut off, and nothing can have been scored."""
+        """Whether the arrays are laid out; False also if that was interrupted: then nothing can have been scored."""
         return record_path(path).exists() and path.exists()
 
     @classmethod
@@ -127,11 +126,11 @@ class Assignments:
         recorded: Sequence[str] = (),
         on_damage: Callable[[str], None],
     ) -> Self:
-        """Lay out the arrays, or take up those that an earlier attempt began; their damaged chunks are deleted.
+        """Lay out the arrays, or resume those of an earlier driver, without their damaged chunks.
 
         Args:
-            eligible: tells of [start, stop) which samples are to be scored.
-            on_damage: told what was wrong with each deleted chunk.
+            eligible: for [start, stop), which samples are to be scored.
+            on_damage: called with the damage of each deleted chunk.
         """
         if not cls.begun(path):
             flags = (eligible(block.start, block.stop) for block in split_blocks(n_samples, block_size))
@@ -148,10 +147,10 @@ class Assignments:
         for block, damage in list(assignments.damaged_eligible()):
             on_damage(str(damage))
             assignments._arrays[ELIGIBLE].write((slice(block.start, block.stop),), eligible(block.start, block.stop))
-        with ThreadPoolExecutor(_READERS) as threads:  # on a network file system reading is waiting
+        with ThreadPoolExecutor(_READERS) as threads:  # on a network file system most of reading is waiting
             found = threads.map(assignments.remove_damaged, range(assignments.n_rows))
-            for what in itertools.chain.from_iterable(found):
-                on_damage(what)
+            for damage_text in itertools.chain.from_iterable(found):
+                on_damage(damage_text)
         return assignments
 
     @classmethod
@@ -172,15 +171,6 @@ class Assignments:
             if (array.shape, array.chunks, array.dtype, fill_value) != layout[:4]:
                 raise Damage(f"{path / name}: its metadata has changed (shape, chunks, dtype or fill value)")
         return cls(path, attributes["n_classes"], tuple(attributes["recorded"]), attributes, arrays)
-
-    @classmethod
-    def restore_metadata(cls, path: Path) -> None:
-        """Write the metadata of the arrays again, from the record; no chunk is touched."""
-        record = read_json(record_path(path))
-        layout = [record[name] for name in _LAYOUT]
-        with temporary_folder(path) as beside:
-            for name in ("", *_lay_out(beside, *layout)):
-                write_bytes(path / name / METADATA, (beside / name / METADATA).read_bytes())
 
     @property
     def n_rows(self) -> int:
@@ -237,7 +227,7 @@ class Assignments:
         self._arrays[_ARRAY].write(where, labels)
 
     def blank(self, name: str, block: Block) -> NDArray[np.floating[Any]]:
-        """What a recorded array holds of a block of which nothing is scored: NaN, in its shape and dtype."""
+        """The values of a recorded array for a block without scored samples: NaN, in its shape and dtype."""
         array = self._arrays[name]
         return np.full((len(block), *array.shape[2:]), np.nan, array.dtype)
 
@@ -281,7 +271,7 @@ class Assignments:
         return self._arrays[ELIGIBLE].read((slice(start, stop),))
 
     def adopt_fingerprint(self, fingerprint: dict[str, str]) -> dict[str, str]:
-        """Keep the first fingerprint that is offered; returns the one that is kept. For the driver alone."""
+        """Record the first fingerprint offered; returns the recorded one. For the driver alone."""
         kept = self.fingerprint
         if kept is None:
             create_json(begun_path(self.path) / _FINGERPRINT, fingerprint)
@@ -290,25 +280,24 @@ class Assignments:
 
     @property
     def fingerprint(self) -> dict[str, str] | None:
-        """What the machines that score have in common; None before the first one has joined."""
+        """The fingerprint shared by all machines that score; None before the first one joined."""
         with suppress(FileNotFoundError):
             return read_json(begun_path(self.path) / _FINGERPRINT)
         return None
 
     @property
     def weights(self) -> dict[int, str]:
-        """Which weights the rows that are begun are scored with: their sha256."""
-        folder = begun_path(self.path)
-        names = [name for name in names_in(folder) if _ROW.fullmatch(name)]
-        return {int(name[:-5]): read_json(folder / name, required=("weights",))["weights"] for name in names}
+        """The sha256 of the weights of each row that has begun."""
+        rows = _rows(self.path)
+        return {row: read_json(rows.path(row), required=("weights",))["weights"] for row in rows.numbers()}
 
     def adopt_weights(self, row: int, sha256: str) -> None:
-        """Keep which weights a row is scored with. For the driver alone, before it hands the row out.
+        """Record the weights of a row. For the driver alone, before it hands the row out.
 
         Raises:
             Damage: the row was begun with other weights.
         """
-        path = begun_path(self.path) / f"{row:05d}.json"
+        path = _rows(self.path).path(row)
         if create_json(path, {"weights": sha256}):
             return
         kept = read_json(path, required=("weights",))["weights"]
@@ -319,10 +308,10 @@ class Assignments:
             )
 
     def take_over(self, other: Assignments, row: int) -> None:
-        """Commit what others of the same layout have of a row that is scored with the same weights. For the driver
-        alone, before it hands the row out. Nothing is taken of what another kind of machine scored.
+        """Commit the blocks that other assignments have of a row with the same weights. For the driver alone, before
+        it hands the row out. Blocks scored by another kind of machine are not taken.
 
-        A chunk is a file that is never changed, so a link is a copy. As always, that of the assignments comes last.
+        A chunk never changes, so a link is a copy. As always, the chunk of the assignments comes last.
         """
         fingerprint = other.fingerprint
         if fingerprint is None or self.adopt_fingerprint(fingerprint) != fingerprint:
@@ -332,7 +321,7 @@ class Assignments:
                 link(other.chunk(name, row, block), self.chunk(name, row, block))
 
     def damaged(self, row: int) -> Iterator[tuple[str, Block, Damage]]:
-        """Every chunk of `row` that is there and does not decode: array, block, and what is wrong."""
+        """Every stored chunk of `row` that does not decode: array, block and damage."""
         for name in (*self.recorded, _ARRAY):
             array = self._arrays[name]
             stored = array.stored(row)
@@ -356,7 +345,7 @@ class Assignments:
         """Delete every chunk of `row` that does not decode, so that its block is scored again.
 
         Returns:
-            What was wrong with each.
+            The damage of each.
         """
         found = []
         for name, block, damage in self.damaged(row):
@@ -375,14 +364,27 @@ class Assignments:
         return (type(self).open, (self.path,))
 
 
+def restore_metadata(path: Path) -> None:
+    """Write the metadata of the arrays again, from the record; no chunk is touched."""
+    record = read_json(record_path(path))
+    layout = [record[name] for name in _LAYOUT]
+    with temporary_folder(path) as beside:
+        for name in ("", *_lay_out(beside, *layout)):
+            write_bytes(path / name / METADATA, (beside / name / METADATA).read_bytes())
+
+
 def record_path(path: Path) -> Path:
-    """The sealed record beside the arrays: what Zarr's own metadata, which has no checksum, is held against."""
+    """The sealed record beside the arrays, because Zarr's own metadata has no checksum."""
     return path.with_name(f"{path.name}.json")
 
 
 def begun_path(path: Path) -> Path:
-    """The folder beside the arrays with what scoring was begun with: a file for each thing, created exclusively."""
+    """The folder beside the arrays with the fingerprint and the weights of rows, each file created exclusively."""
     return path.with_name(f"{path.name}.begun")
+
+
+def _rows(path: Path) -> Numbered:
+    return Numbered(begun_path(path), digits=5, suffix=".json")
 
 
 _LAYOUT = ("n_rows", "n_samples", "block_size", "n_classes", "recorded")
@@ -391,7 +393,7 @@ _LAYOUT = ("n_rows", "n_samples", "block_size", "n_classes", "recorded")
 def _layouts(
     n_rows: int, n_samples: int, block_size: int, n_classes: int, recorded: Sequence[str]
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], np.dtype[Any], object, tuple[str, ...]]]:
-    """Of every array its shape, chunks, dtype, fill value (None: NaN) and the names of its axes."""
+    """Shape, chunks, dtype, fill value (None: NaN) and names of the axes of every array."""
     dtype = dtype_for(n_classes)
     shape, chunks, names = (n_rows, n_samples), (1, block_size), ("checkpoint", "sample")
     special = {
@@ -408,7 +410,7 @@ def _layouts(
 def _lay_out(
     path: Path, n_rows: int, n_samples: int, block_size: int, n_classes: int, recorded: Sequence[str]
 ) -> dict[str, Array]:
-    """Empty arrays; older ones are replaced."""
+    """Create empty arrays; existing ones are replaced."""
     create_group(path, {"n_classes": n_classes})
     layouts = _layouts(n_rows, n_samples, block_size, n_classes, recorded)
     return {

@@ -1,12 +1,12 @@
-"""Published weights. The folder is the queue between training and scoring.
+"""Published weights. Their folder is the queue between training and scoring.
 
 ::
 
     checkpoints/0007/weights-<sha12>.pt    a state_dict, plain tensors
     checkpoints/0007/manifest.json         the commit: index, epoch, file, sha256, metrics
 
-The manifest is created exclusively: the first commit of an index wins, and a late writer of an attempt that
-was killed cannot change it.
+The manifest is created exclusively: the first commit of an index wins, and a late writer of a killed attempt
+cannot change it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def unbroken(folder: Path, inputs: str = "") -> list[CheckpointRef]:
 
 
 def take_over(ref: CheckpointRef, folder: Path) -> None:
-    """Commit a published checkpoint in another folder, too; raises Damage when its bytes have changed."""
+    """Commit a published checkpoint in another folder as well; raises Damage when its bytes have changed."""
     _check_bytes(ref, read_regular(ref.path, ANY_SIZE))
     place = folder / f"{ref.index:04d}"
     link(ref.path, place / ref.path.name)
@@ -123,7 +123,7 @@ class Queue:
     """The checkpoints of a folder, as they appear.
 
     Args:
-        n: how many there will be.
+        n: their final number.
     """
 
     def __init__(self, folder: Path, n: int) -> None:
@@ -132,17 +132,17 @@ class Queue:
         self._missed_since: float | None = None
 
     def published(self) -> list[CheckpointRef]:
-        """Those that are committed, in order."""
+        """The committed checkpoints, in order."""
         for index in committed(self._folder):
             if index not in self._refs:
                 self._refs[index] = read(self._folder, index)
         return [self._refs[index] for index in sorted(self._refs)]
 
     def complete(self) -> bool:
-        """Whether all can be seen, asked after the last was written: a shared file system may show it later.
+        """Whether all are visible, asked after the last was written: a shared file system may show it later.
 
         Raises:
-            Damage: one is not here after `VISIBLE_S` seconds.
+            Damage: one is not visible after `VISIBLE_S` seconds.
         """
         missing = set(range(self._n)) - {ref.index for ref in self.published()}
         if not missing:

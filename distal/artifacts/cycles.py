@@ -292,7 +292,7 @@ class Cycle(Staged):
         return [self.analysis(name) for name in storage.names_in(self.folder / "analyses")]
 
     @property
-    def foreign(self) -> Path:
+    def folder_checkpoints(self) -> Path:
         """The index of each checkpoint of the folder that `distal score` scores."""
         return self.folder / "checkpoints.json"
 

@@ -2,19 +2,19 @@
 
 ::
 
-    RUN/driver/000003.json    who drives: host, process, attempt, and a beat that goes on while it lives
+    RUN/driver/000003.json    the driver: host, process, attempt, and a beat that advances while it lives
 
-The file with the highest number is the lease. It is created exclusively, so of two that take over at the same moment
-one wins; a driver that finds a higher number than its own has been superseded. Nothing is locked, and no lease of a run
-is ever removed: a number is given once, so nobody who was paused can create one that somebody else had.
+The file with the highest number is the lease. It is created exclusively, so of two drivers that take over at the same
+moment one wins; a driver that finds a higher number than its own has been superseded. There is no lock, and no lease of
+a run is ever removed: a number is given once, so a driver that was paused cannot create a number given to another.
 
-A driver that was paused may write after its successor has begun. What then? Every artifact has one of these answers:
+A driver that was paused may still write after its successor has started. Each artifact is safe in one of these ways:
 
-- created exclusively, the first one stays: `run.yaml`, `cycle.yaml`, manifests, label files, the layout of assignments
-  and what they were begun with (fingerprint, weights of a row), what was decided at a barrier, who may train, and
-  which attempt at training counts, whose checkpoints and assignments are in folders of its own;
+- created exclusively, so the first one stays: `run.yaml`, `cycle.yaml`, manifests, label files, the layout of
+  assignments with their fingerprint and the weights of each row, decisions at barriers, claims on training, and
+  attempts at training, whose checkpoints and assignments are in folders of their own;
 - the same bytes, whoever writes them: chunks, scores, selections, the state of training, on processors of one kind;
-- written after `require`, and found out if it is late all the same: see `Waiting.write`, `Staged.expect_again`,
+- written after `require`, and a late write is detected: see `Waiting.write`, `Staged.expect_again`,
   `FolderCheckpoints.keep`.
 """
 
@@ -34,7 +34,7 @@ from distal.processes import ProcessIdentity, this_process
 from distal.storage import Numbered, create_json, read_json, write_json
 
 _FOLDER = "driver"
-EXPIRY_S = 30.0  # a lease whose beat stood still for so long is given up
+EXPIRY_S = 30.0  # a lease whose beat has not advanced for so long has expired
 BEAT_S = 5.0
 
 
@@ -43,8 +43,8 @@ class Holder(ProcessIdentity):
     """A driver.
 
     Attributes:
-        beat: grows while it lives.
-        released: whether it ended by itself.
+        beat: advances while the driver lives.
+        released: whether it has ended regularly.
     """
 
     attempt: str
@@ -53,7 +53,7 @@ class Holder(ProcessIdentity):
 
     @classmethod
     def this_process(cls, attempt: str) -> Self:
-        """What this process is as a driver."""
+        """This process as a driver."""
         return cls(**asdict(this_process()), attempt=attempt)
 
     def __str__(self) -> str:
@@ -66,10 +66,10 @@ class Lease:
     Args:
         run: the run directory.
         attempt: names this driver.
-        say: told when it has to wait.
+        say: called with a line when it has to wait.
 
     Attributes:
-        number: which of the drivers of this run it is, from 1; of two the larger one came later.
+        number: of this driver of the run, from 1; later drivers have larger numbers.
 
     Raises:
         RunConflict: another driver holds it, and lives.
@@ -93,13 +93,13 @@ class Lease:
         self._thread.join()
         if self._successor is not None:
             return
-        if not (self._run / "run.yaml").exists():  # it came to nothing, and leaves nothing; see `_take`
+        if not (self._run / "run.yaml").exists():  # the run never began, so leave nothing; see `_take`
             self._path(self.number).unlink(missing_ok=True)
             with suppress(OSError):  # not empty
                 self._folder.rmdir()
                 self._run.rmdir()
             return
-        with suppress(DiskFull):  # the next one finds out that this process is gone
+        with suppress(DiskFull):  # the next driver sees that this process is gone
             write_json(self._path(self.number), asdict(replace(self._me, released=True)))
 
     def check(self) -> None:
@@ -108,7 +108,7 @@ class Lease:
             raise Superseded(f"{self._run}: {self._successor} has taken over; this one stops, nothing is lost")
 
     def require(self) -> None:
-        """Look again, and raise Superseded when another driver has taken over: before anything is replaced."""
+        """Check storage, and raise Superseded when another driver has taken over. Call before replacing anything."""
         number, holder = self._latest()
         if number > self.number:
             self._successor = holder
@@ -131,9 +131,9 @@ class Lease:
             if lives is None and time.monotonic() - since < EXPIRY_S:
                 time.sleep(min(1.0, EXPIRY_S / 10))
                 continue
-            with suppress(FileNotFoundError):  # whoever was here came to nothing, and has just removed the folder
+            with suppress(FileNotFoundError):  # another driver never began its run, and has just removed the folder
                 if create_json(self._path(number + 1), asdict(self._me)):
-                    # Leases of what came to nothing are removed, so numbers may have been given while we were paused.
+                    # Leases of runs that never began are removed, so a number may have been given while we were paused.
                     if _leases(self._run).last() == number + 1:
                         self.number = number + 1
                         return
@@ -149,7 +149,7 @@ class Lease:
                 self._me = replace(self._me, beat=self._me.beat + 1)
                 write_json(self._path(self.number), asdict(self._me))
             except (OSError, DistalError):
-                continue  # a file system that is away for a moment; what it is needed for says so when it stays away
+                continue  # a short outage of the file system; a lasting one fails where files are needed
 
     def _latest(self) -> tuple[int, Holder | None]:
         return latest(self._run)
@@ -159,12 +159,12 @@ class Lease:
 
 
 def latest(run: Path) -> tuple[int, Holder | None]:
-    """The highest number of the leases on a run, and who has it; (0, None) when nobody ever drove."""
+    """The highest number of the leases on a run, and its holder; (0, None) without any."""
     for number in reversed(_leases(run).numbers()):
         try:
             return number, Holder(**read_json(lease_path(run, number), required=("host", "pid", "attempt")))
         except FileNotFoundError:
-            continue  # of a run that came to nothing just now
+            continue  # its run never began, and it has just been removed
         except (DistalError, TypeError):  # such as a file that a power loss left empty
             return number, Holder("an unknown host", "", 0, 0.0, "unknown")
     return 0, None

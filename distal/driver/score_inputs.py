@@ -187,7 +187,7 @@ def look_at_inputs(
     if config.budget > n_candidates:
         raise UserError(f"score.budget: {config.budget} is more than the {n_candidates} candidates; lower it")
     checkpoints = FolderCheckpoints(
-        directory.cycle(0).foreign,
+        directory.cycle(0).folder_checkpoints,
         Path(config.checkpoints.path),
         config.checkpoints.pattern,
         spec.build(pretrained=False).state_dict(),

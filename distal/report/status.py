@@ -154,7 +154,7 @@ def _due(cycle: Cycle, last: bool) -> list[Stage]:
 def _n_published(cycle: Cycle) -> int:
     if cycle.config.trains:
         return len(checkpoints.committed(cycle.checkpoints))
-    return sum(entry.index is not None for entry in known(cycle.foreign))
+    return sum(entry.index is not None for entry in known(cycle.folder_checkpoints))
 
 
 def _n_checkpoints(cycle: Cycle) -> int:

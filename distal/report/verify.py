@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from distal.artifacts import checkpoints
-from distal.artifacts.assignments import ELIGIBLE, Assignments, begun_path, record_path
+from distal.artifacts.assignments import ELIGIBLE, Assignments, begun_path, record_path, restore_metadata
 from distal.artifacts.cycles import Analysis, Cycle
 from distal.artifacts.ledger import Ledger
 from distal.artifacts.runs import Run
@@ -181,7 +181,7 @@ class Inspection:
                 if isinstance(config, Config):
                     self._own(run, cycle, config)
                 elif isinstance(config, ScoreConfig):
-                    self._foreign(cycle, config)
+                    self._of_folder(cycle, config)
             except (Damage, UnknownFormat, *UNREADABLE) as error:  # a record of a shape that no check expects
                 self.found.append(_unread(cycle.folder, error) or Damaged(_line(cycle.folder, error), advice=_COPY))
 
@@ -244,13 +244,13 @@ class Inspection:
                 self.found.append(Damaged(what, advice=_IMPORT_AGAIN))
         self._analyses(cycle)
 
-    def _foreign(self, cycle: Cycle, config: ScoreConfig) -> None:
+    def _of_folder(self, cycle: Cycle, config: ScoreConfig) -> None:
         """Check the one cycle of `distal score`."""
         self._look_at_file(read_json, cycle.folder / EXPECTED, advice=_COPY)
         scored = self._marker(cycle, "score", lambda: cycle.marker("score"))
-        entries = self._look(partial(known, cycle.foreign), advice=_COPY) or []
-        if not cycle.foreign.exists() and (scored or Assignments.begun(cycle.assignments)):
-            self.found.append(Damaged(f"{cycle.foreign}: missing", advice=_COPY))
+        entries = self._look(partial(known, cycle.folder_checkpoints), advice=_COPY) or []
+        if not cycle.folder_checkpoints.exists() and (scored or Assignments.begun(cycle.assignments)):
+            self.found.append(Damaged(f"{cycle.folder_checkpoints}: missing", advice=_COPY))
         for entry in entries:
             path = Path(config.checkpoints.path) / entry.path
             if path.exists():  # once its row is scored it may be deleted
@@ -357,7 +357,7 @@ class Inspection:
         except (Damage, UnknownFormat) as damage:
             self.found.append(Damaged(str(damage), advice=_COPY))
         else:
-            self.found.append(Damaged(_line(path, error), mend=partial(Assignments.restore_metadata, path)))
+            self.found.append(Damaged(_line(path, error), mend=partial(restore_metadata, path)))
 
     def _scores(self, path: Path, redo: tuple[Staged, str]) -> None:
         scores = self._look(partial(Scores.open, path), delete=(path,), redo=redo)
@@ -462,7 +462,7 @@ def _indexed(cycle: Cycle, refs: Mapping[int, str], marker: Marker[ScoreOutputs]
     """The record of indices may have grown since; its first rows must be those that were scored."""
     scored = [refs.get(index) for index in range(marker.outputs.n_rows)]
     if digest(scored) != marker.inputs["checkpoints"]:
-        raise Damage(f"{cycle.foreign}: not the checkpoints that were scored")
+        raise Damage(f"{cycle.folder_checkpoints}: not the checkpoints that were scored")
 
 
 def _sound(path: Path) -> bool:

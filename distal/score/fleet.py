@@ -23,7 +23,7 @@ from distal.score.job import ActorJob, Owner
 from distal.score.plan import actors_allowed
 from distal.score.predict import Precision
 
-LOOK_S = 5.0
+_WATCH_S = 5.0  # between two checks of the actors, at most
 STUCK_S = cluster.STUCK_S
 WAITS_S = 60.0
 MAX_FAILED = 3
@@ -114,7 +114,7 @@ class Fleet:
     @property
     def watch_s(self) -> float:
         """Seconds between two looks at the actors."""
-        return min(LOOK_S, self.stuck_after / 4)
+        return min(_WATCH_S, self.stuck_after / 4)
 
     def without_a_word(self) -> dict[int, str]:
         """The actors that have not answered since they were started, for too long, with the reason to report.

@@ -25,7 +25,7 @@ from distal.score.plan import Plan, Task, actors_allowed
 from distal.score.predict import difference
 from distal.storage import create_json, read_json
 
-POLL_S = 0.2
+_POLL_S = 0.2  # between two looks at the checkpoints, and at most for a result
 RATE_WINDOW_S = 5.0
 HAND_OUT_S = 120.0
 _BARRIER = ("row", "theta", "remaining")
@@ -94,7 +94,7 @@ class ScoringPass:
         polled = watched = -np.inf
         self._look_for_checkpoints()  # even when nothing is left to score: the figures are of all checkpoints
         while not self.plan.finished:
-            if time.monotonic() - polled >= POLL_S:
+            if time.monotonic() - polled >= _POLL_S:
                 polled = time.monotonic()
                 self._look_for_checkpoints()
                 if polled - watched >= self.fleet.watch_s:
@@ -192,10 +192,10 @@ class ScoringPass:
         pending = [*self.joining, *self.working]
         started = time.monotonic()
         if not pending:
-            time.sleep(POLL_S)
+            time.sleep(_POLL_S)
             self.idle_s += time.monotonic() - started
             return
-        ready, _ = ray.wait(pending, timeout=POLL_S)
+        ready, _ = ray.wait(pending, timeout=_POLL_S)
         self.idle_s += time.monotonic() - started
         for ref in ready:
             if ref not in self.joining and ref not in self.working:
@@ -246,7 +246,7 @@ class ScoringPass:
     def _limit_hand_outs(self) -> None:
         """Limit what is lost with an actor to about `HAND_OUT_S` seconds of work."""
         assert self.first_hand_out is not None
-        busy_s = max(time.monotonic() - self.first_hand_out, POLL_S) * max(
+        busy_s = max(time.monotonic() - self.first_hand_out, _POLL_S) * max(
             1, len(self.fleet.actors) - len(self.joining)
         )
         per_block = self.totals[-1] / len(self.blocks)
@@ -311,7 +311,7 @@ class ScoringPass:
             self.recent.popleft()
         # The images of the oldest commit were predicted before the window began.
         since, n_before = self.recent[0] if self.recent else (now, 0)
-        rate = (sum(n for _, n in self.recent) - n_before) / max(now - since, POLL_S)
+        rate = (sum(n for _, n in self.recent) - n_before) / max(now - since, _POLL_S)
         newest = self.refs[max(self.refs)] if self.refs else None
         self.job.on_progress(
             replace(

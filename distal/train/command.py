@@ -41,7 +41,7 @@ _PLACEHOLDERS = ("labels", "images", "checkpoints", "epochs", "seed", "cycle")
 OWNER, _INPUTS = "DISTAL_OWNER", "DISTAL_INPUTS"
 _OUT, _ERR = "stdout.log", "stderr.log"
 _LAST_LINES = 20
-POLL_S = 0.2
+_POLL_S = 0.2  # between two checks whether the command has ended
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -150,7 +150,7 @@ def _wait(
 ) -> int:
     while True:
         with suppress(subprocess.TimeoutExpired):
-            return process.wait(POLL_S)
+            return process.wait(_POLL_S)
         if given_up.is_set():
             raise Superseded(f"{job.folder}: training was given up")
         _check_first(job, dest, fits)
@@ -244,16 +244,16 @@ def publish_checkpoint(
 def resume_checkpoints(folder: str | Path, n: int | None = None) -> list[Path]:
     """Resume an interrupted training: its first checkpoints count for this start of the script as well.
 
-    Every start of `train.command` publishes to a folder of its own. A script that does not begin again, but goes on,
-    calls this first; else the checkpoints of before do not count.
+    Every start of `train.command` publishes to a folder of its own. A script that resumes instead of starting over
+    calls this first; otherwise its earlier checkpoints are ignored.
 
     Args:
         folder: the value of `{checkpoints}`, or any folder that checkpoints are published to.
         n: at most so many of them; None: all.
 
     Returns:
-        Their weights files, in order: what `publish_checkpoint` was given, saved by `torch.save`. The next index to
-        publish is their number. Empty when there is nothing to go on from.
+        Their weights files, in order: the argument of `publish_checkpoint`, saved by `torch.save`. The next index to
+        publish is their number. Empty when there is nothing to resume.
 
     Raises:
         Damage: the bytes of one have changed.
@@ -270,8 +270,8 @@ def resume_checkpoints(folder: str | Path, n: int | None = None) -> list[Path]:
 
 
 def _longest(starts: Sequence[Sequence[CheckpointRef]]) -> Sequence[CheckpointRef]:
-    """The checkpoints of the latest start that has some, and those that an earlier one of the same training has after
-    them: a start may have been cut off while it took them over.
+    """The checkpoints of the latest start that has some, continued by those of an earlier start of the same training:
+    a start may have been interrupted while it took them over.
 
     Args:
         starts: the checkpoints of each, the latest first.

@@ -141,10 +141,10 @@ class FolderCheckpoints:
         return self.n_taken >= expected or (not _lasting(self._names) and len(self._names) >= expected)
 
     def look(self, *, patient: bool, closing: bool = False) -> bool:
-        """Take up new files that are complete.
+        """Take new files that are complete.
 
         Args:
-            patient: whether a file that does not load may still be on its way for `_BROKEN_S` seconds.
+            patient: whether a file that does not load may still be incomplete, for `_BROKEN_S` seconds.
             closing: whether to take overwritten files as well, because no more will come.
 
         Returns:

@@ -62,9 +62,9 @@ def train(
     room for them this waits, and logs it about once a minute.
 
     Args:
-        given_up: no attempt is begun once it is set; see `abandon`.
+        given_up: no attempt starts once it is set; see `abandon`.
         still_ours: called before each attempt; raises when another driver has the run.
-        on_event: called with the name and the values of what happened.
+        on_event: called with the name and the values of each event.
 
     Raises:
         Superseded: given up, or another driver has taken over.

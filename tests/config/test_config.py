@@ -204,7 +204,7 @@ class TestChanges:
         assert self.old.digest("train.") == self.old.digest("label.") != parse(MINIMAL, ["train.lr=1"]).digest("train.")
 
 
-def test_decisive_keys_and_autos() -> None:
+def test_result_keys_and_autos() -> None:
     loaded = parse(MINIMAL)
     assert "train.lr" in loaded.result_keys()
     assert "score.actors" not in loaded.result_keys()

@@ -589,7 +589,7 @@ STORAGE = [
     ),
     *_of(
         "storage/numbered.py",
-        "artifacts/test_runs.py driver/test_writers.py",
+        "test_numbered.py",
         (
             "numbered: the content is made before the number is chosen",
             "            last = self.last()\n            made = content(last)\n",
