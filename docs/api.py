@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import griffe
@@ -67,8 +68,9 @@ GROUPS = {
     "In a training script": ["publish_checkpoint", "resume_checkpoints"],
 }
 NOT_LISTED = {"Config", "CompareConfig", "ScoreConfig"}  # their keys are docs/config.md
+RESULT_BASES = {"Result"}
 TITLES = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Raises"}
-PATHS = {**distal._HOMES, "Cycle": "distal.artifacts.runs:Cycle"}  # Run.cycle returns it
+PATHS = {**distal._HOMES, "Cycle": "distal.artifacts.cycles:Cycle"}  # Run.cycle returns it
 
 
 def markdown() -> str:
@@ -82,7 +84,38 @@ def markdown() -> str:
     for title, names in GROUPS.items():
         parts.append(f"## {title}\n")
         parts += [_entry(name, _target(package, PATHS[name])) for name in names]
+        if title == "Commands":
+            parts.append("## Results of the commands\n")
+            parts.append("`to_record()` gives what the command prints with `--json`.\n")
+            parts += [_result(result) for result in _results(package, names)]
     return "\n".join(parts)
+
+
+def _results(package: griffe.Object, commands: Sequence[str]) -> list[griffe.Object]:
+    """The classes that the commands return, and those that these are made of, in that order."""
+    found: dict[str, griffe.Object] = {}
+    pending = [_target(package, PATHS[name]).returns for name in commands]
+    while pending:
+        annotation = pending.pop(0)
+        for part in annotation.iterate() if isinstance(annotation, griffe.Expr) else ():
+            path = part.canonical_path if isinstance(part, griffe.ExprName) else ""
+            if not path.startswith("distal.") or path in found:
+                continue
+            target = _target(package, path)
+            if target.is_class and any(str(base) in RESULT_BASES for base in target.bases):
+                found[path] = target
+                pending += [field.annotation for field in _fields(target)]
+    return list(found.values())
+
+
+def _fields(target: griffe.Object) -> list[griffe.Object]:
+    members = (member for member in target.members.values() if not member.is_alias)
+    return [m for m in members if m.is_attribute and m.annotation and "property" not in m.labels]
+
+
+def _result(target: griffe.Object) -> str:
+    fields = "\n".join(f"    {field.name}: {field.annotation}" for field in _fields(target))
+    return "\n".join([f"### {target.name}\n", *_docstring(target), _code(f"class {target.name}:\n{fields}")])
 
 
 def _target(package: griffe.Object, path: str) -> griffe.Object:
@@ -140,7 +173,7 @@ def _docstring(target: griffe.Object) -> list[str]:
         body, *rest = re.split(r"\n\n(?=\S)", body, maxsplit=1)
         items = [" ".join(item.split()) for item in re.split(r"^    (?! )", body, flags=re.MULTILINE)[1:]]
         if title == "Returns":
-            lines.append(f"Returns {' '.join(items)}\n")
+            lines.append(f"Returns: {' '.join(items)}\n")
         else:
             lines.append(f"{TITLES[title]}:\n")
             lines += ["- `{}`: {}".format(*item.split(": ", maxsplit=1)) for item in items]

@@ -23,7 +23,7 @@ from distal.driver import run as driver
 from distal.pool import Pool
 from distal.pool.build import build
 from tests.helpers import small_config, write_source
-from tests.stand_ins import actors_kept, ranks_here
+from tests.stand_ins import SpareActor, ranks_here
 
 torch.set_num_threads(1)
 
@@ -77,11 +77,19 @@ def test_pool(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     return build(str(write_source(folder / "test.parquet", 100, seed=2)), folder / "packed")
 
 
+@pytest.fixture(scope="session")
+def spare_actor(cluster: str) -> Iterator[SpareActor]:
+    """The scoring actor that runs of different tests share."""
+    spare = SpareActor()
+    yield spare
+    spare.end()
+
+
 @pytest.fixture(scope="module")
-def stand_ins(cluster: str) -> Iterator[None]:
+def stand_ins(spare_actor: SpareActor) -> Iterator[None]:
     """For modules about the files and messages of runs: training without Ray Train, and one scoring actor for many
     runs; see `tests/stand_ins.py`."""
-    with ranks_here(), actors_kept():
+    with ranks_here(), spare_actor.kept():
         yield
 
 

@@ -47,7 +47,8 @@ def ranks_here() -> Iterator[None]:
 class SpareActor:
     """The scoring actor that a run leaves behind for the next run, instead of ending it.
 
-    One at most, as it keeps its CPU: whoever wants an actor of another kind ends it first.
+    It takes no CPU slot, which packing a pool or another test may wait for. One at most is kept; whoever wants an actor
+    of another kind ends it first.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class SpareActor:
             actor, self._spare = self._spare[1], None
         else:
             self.end()
-            actor = self._start(name, options, arguments)
+            actor = self._start(name, {**options, "num_cpus": 0}, arguments)
         self._kinds[actor] = kind
         return actor
 
@@ -71,6 +72,14 @@ class SpareActor:
             self._spare = kind, actor, process
         else:
             self._stop(actor, process)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Runs take over the scoring actor of the run before, which saves starting a process for each."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fleet, "_start_actor", self.start)
+            patch.setattr(fleet, "_stop_actor", self.stop)
+            yield
 
     def end(self) -> None:
         if self._spare is not None:
@@ -85,14 +94,3 @@ def _is_idle(actor: Any) -> bool:
     except (RayError, GetTimeoutError):
         return False
     return True
-
-
-@contextmanager
-def actors_kept() -> Iterator[None]:
-    """Runs take over the scoring actor of the run before, which saves starting a process for each."""
-    spare = SpareActor()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fleet, "_start_actor", spare.start)
-        patch.setattr(fleet, "_stop_actor", spare.stop)
-        yield
-    spare.end()

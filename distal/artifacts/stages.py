@@ -24,9 +24,9 @@ from distal.records import OPTIONAL, Result
 
 EXPECTED = "expected.json"
 
-T = TypeVar("T")
-AnyOutputs = TypeVar("AnyOutputs", bound=Result)
-Outputs = TypeVar("Outputs", bound=Result, covariant=True)
+_T = TypeVar("_T")
+_AnyOutputs = TypeVar("_AnyOutputs", bound=Result)
+_Outputs = TypeVar("_Outputs", bound=Result, covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ class _Header:
 
 
 @dataclass(frozen=True)
-class Marker(_Header, Generic[Outputs]):
+class Marker(_Header, Generic[_Outputs]):
     """The completion marker of a stage.
 
     Attributes:
@@ -178,7 +178,7 @@ class Marker(_Header, Generic[Outputs]):
         outputs: what it came to.
     """
 
-    outputs: Outputs
+    outputs: _Outputs
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Staged:
 
     folder: Path
 
-    def read_marker(self, stage: str, outputs: type[AnyOutputs]) -> Marker[AnyOutputs] | None:
+    def read_marker(self, stage: str, outputs: type[_AnyOutputs]) -> Marker[_AnyOutputs] | None:
         """The completion marker of a stage; None when it is not complete.
 
         Raises:
@@ -215,7 +215,7 @@ class Staged:
         """Whether a stage has its marker; raises Damage when that cannot be read."""
         return self.read_marker(stage, Result) is not None
 
-    def complete(self, stage: str, inputs: dict[str, str], outputs: AnyOutputs, seconds: float) -> Marker[AnyOutputs]:
+    def complete(self, stage: str, inputs: dict[str, str], outputs: _AnyOutputs, seconds: float) -> Marker[_AnyOutputs]:
         """Write the completion marker of a stage."""
         header = _Header(inputs, digest([stage, inputs]), round(seconds, 3))
         storage.write_json(self.folder / f"{stage}.json", {**vars(header), **outputs.to_record()})
@@ -261,7 +261,7 @@ class Staged:
         return {stage: parse(path, _Expectation, each) for stage, each in record.items()}
 
 
-def parse(path: Path, kind: type[T], record: object) -> T:
+def parse(path: Path, kind: type[_T], record: object) -> _T:
     """A record of a file as the dataclass that wrote it; keys that the dataclass lacks are ignored.
 
     Raises:

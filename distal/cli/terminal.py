@@ -25,8 +25,8 @@ from distal.records import JsonObject, Progress
 if TYPE_CHECKING:
     from distal.report.status import Look
 
-LINE_EVERY_S = 10.0
-SHOWN_FAULTS = 5
+_LINE_EVERY_S = 10.0
+_SHOWN_FAULTS = 5
 
 
 class JsonLines:
@@ -67,7 +67,7 @@ class _Pace:
 
     def due(self, of: object) -> bool:
         """Whether it is time to show what is known `of` something."""
-        if of == self._of and time.monotonic() - self._at < LINE_EVERY_S:
+        if of == self._of and time.monotonic() - self._at < _LINE_EVERY_S:
             return False
         self._at, self._of = time.monotonic(), of
         return True
@@ -170,7 +170,7 @@ class WatchScreen:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._pace = _Pace()
-        self._faults: deque[str] = deque(maxlen=SHOWN_FAULTS)
+        self._faults: deque[str] = deque(maxlen=_SHOWN_FAULTS)
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> Self:

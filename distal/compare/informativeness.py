@@ -29,15 +29,15 @@ from distal.reduce.measures import FROM_RECORDED, FROM_VOTES, SEEDED
 from distal.storage import write_bytes
 
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
-LEVEL = 0.95
-WINDOWS = ("@last=0.75", "@last=0.5", "@last=0.25", "@every=2", "@every=4", "@every=8")
-REFERENCE = "dispersion"
-PLOTTED = ("dispersion", "dispersion@last=0.5", "vote_entropy", "margin", "entropy", "random")
+_LEVEL = 0.95
+_WINDOWS = ("@last=0.75", "@last=0.5", "@last=0.25", "@every=2", "@every=4", "@every=8")
+_REFERENCE = "dispersion"
+_PLOTTED = ("dispersion", "dispersion@last=0.5", "vote_entropy", "margin", "entropy", "random")
 
 
 @dataclass(frozen=True)
 class MeanInterval(Result):
-    """A mean over runs, and its interval at `LEVEL`; None for one run."""
+    """A mean over runs, and its interval at `_LEVEL`; None for one run."""
 
     mean: float
     low: float | None
@@ -146,7 +146,7 @@ def informativeness(
         display.say(f"{run.directory.path}: cycle {run.cycle.index}")
         labelled = _LabelledScores.of(run)
         sizes.append(len(labelled.wrong))
-        reference = labelled.scores(REFERENCE, display)
+        reference = labelled.scores(_REFERENCE, display)
         k = min(budget or run.budget, len(reference))
         best = labelled.top(reference, k)
         for name in names:
@@ -166,7 +166,7 @@ def informativeness(
         samples=sizes,
         budget=budget or runs[0].budget,
         shares=list(SHARES),
-        level=LEVEL,
+        level=_LEVEL,
         measures=[_figures(name, of_runs) for name, of_runs in results.items()],
     )
     if out is None:
@@ -197,7 +197,7 @@ def error_of_top(score: NDArray[np.floating[Any]], wrong: NDArray[np.bool_], sha
 def interval(values: Iterable[float]) -> MeanInterval:
     """The mean, and its 95% interval by Student's t; no interval for a single value."""
     each = list(values)
-    low, high = t_interval(each, LEVEL) or (None, None)
+    low, high = t_interval(each, _LEVEL) or (None, None)
     return MeanInterval(float(np.mean(each)), low, high, each)
 
 
@@ -261,7 +261,7 @@ def _all_measures(runs: Sequence[ScoredCycle]) -> tuple[str, ...]:
     """The measures that all runs have, and windows of dispersion with at least two checkpoints."""
     recorded = [name for name in FROM_RECORDED if all(name in run.config.score.record for run in runs)]
     n_rows = min(run.n_rows for run in runs)
-    windows = [f"{REFERENCE}{each}" for each in WINDOWS]
+    windows = [f"{_REFERENCE}{each}" for each in _WINDOWS]
     wide = [name for name in windows if len(Window.of_name(name)[1].rows(n_rows)) > 1]
     votes = [name for name in FROM_VOTES if name != "dispersion_authors" or all(run.augmented for run in runs)]
     return (*votes, *wide, *recorded, *SEEDED)
@@ -285,7 +285,7 @@ def markdown(result: InformativenessResult) -> str:
         f"Error of the final network on the most uncertain part of {len(result.runs)} run(s); mean "
         f"[{result.level:.0%} interval].",
         "",
-        "| measure | " + " | ".join([*names, "Spearman with error", f"with {REFERENCE}", "overlap at budget"]) + " |",
+        "| measure | " + " | ".join([*names, "Spearman with error", f"with {_REFERENCE}", "overlap at budget"]) + " |",
         "|---" * (len(names) + 4) + "|",
     ]
     for row in result.measures:
@@ -301,7 +301,7 @@ def _plot(result: InformativenessResult, path: Path) -> None:
     axes = figure.subplots()
     shares = [100 * share for share in result.shares]
     for row in result.measures:
-        if row.measure in PLOTTED:
+        if row.measure in _PLOTTED:
             mean = [error.mean for error in row.error]
             (line,) = axes.plot(shares, mean, marker="o", label=row.measure)
             if row.error[0].low is not None:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_CLASS_COLUMNS = 20
-MAX_NAME = 40  # characters of a name in a figure
+_MAX_CLASS_COLUMNS = 20
+_MAX_NAME = 40  # characters of a name in a figure
 _LITERAL = {"text.parse_math": False}  # a name with two dollars is no formula
 
 # Okabe and Ito's colours (2008) with grey instead of their yellow, which is hard to see on white.
@@ -159,7 +159,7 @@ def _saved(comparison: Comparison, strategy: str, reference: str) -> str:
 def _classes_text(classes: ClassesSelected | None, common: str) -> list[str]:
     if classes is None:
         return []
-    wide = len(classes.names) <= MAX_CLASS_COLUMNS
+    wide = len(classes.names) <= _MAX_CLASS_COLUMNS
     rows = []
     for row in classes.strategies:
         total = sum(row.counts)
@@ -242,7 +242,7 @@ def _printable(data: str) -> str:
 def _short(name: str) -> str:
     """A name for a figure."""
     name = _printable(name)
-    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..."
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 3]}..."
 
 
 def plot_curves(comparison: Comparison) -> Figure:
@@ -259,10 +259,10 @@ def _curves(comparison: Comparison, figure: Figure) -> Figure:
     lines = []
     budgets = comparison.budgets[comparison.metric]
     for k, name in enumerate(comparison.strategies):
-        found = [(row.n_labeled, row.strategies[name]) for row in budgets if row.strategies[name].n]
-        x = [n_labeled for n_labeled, _ in found]
-        mean = np.array([each.mean for _, each in found])
-        sd = np.array([each.sd or 0.0 for _, each in found])
+        points = [(row.n_labeled, row.strategies[name]) for row in budgets if row.strategies[name].n]
+        x = [n_labeled for n_labeled, _ in points]
+        mean = np.array([spread.mean for _, spread in points])
+        sd = np.array([spread.sd or 0.0 for _, spread in points])
         colour, line = _COLOURS[k % len(_COLOURS)], _LINES[k // len(_COLOURS) % len(_LINES)]
         marker = _MARKERS[k % len(_MARKERS)]
         lines += axes.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=5)
@@ -297,7 +297,7 @@ def _panels(names: Sequence[str], rows: Sequence[ClassCounts], figure: Figure) -
         axes.bar(range(len(names)), share, color=_COLOURS[k % len(_COLOURS)])
         axes.axhline(1 / len(names), linestyle="--", linewidth=1, color="#444444")
         axes.set_title(_short(row.strategy), loc="left", fontsize="medium")
-    if len(names) <= MAX_CLASS_COLUMNS:
+    if len(names) <= _MAX_CLASS_COLUMNS:
         panels[-1].set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     panels[-1].set_xlabel("class")
     figure.supylabel("share of what was selected")

@@ -49,7 +49,7 @@ _SMALLER_IS_BETTER = {"ece"}
 _BOOTSTRAP_SEED = 0
 
 _NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.int64))
-Selections = Mapping[tuple[int, str, int], tuple[NDArray[np.int64], NDArray[np.int64]]]
+_Selections = Mapping[tuple[int, str, int], tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Report(Comparison):
 
 def report(
     results: pa.Table,
-    selections: Selections,
+    selections: _Selections,
     *,
     out: Path,
     references: Sequence[str] = ("random", "entropy"),
@@ -319,7 +319,7 @@ def _labels_saved(runs: _Runs, metric: str, references: Sequence[str]) -> list[L
     return rows
 
 
-def _classes(runs: _Runs, selections: Selections, names: Sequence[str]) -> ClassesSelected | None:
+def _classes(runs: _Runs, selections: _Selections, names: Sequence[str]) -> ClassesSelected | None:
     """How often each class was selected, over all cycles and seeds; None when nothing was."""
     largest = max((int(label.max()) for _, label in selections.values() if len(label)), default=-1)
     if largest < 0:
@@ -355,7 +355,7 @@ def _balance(counts: NDArray[np.int64]) -> float:
     return float(-(share * np.log(share)).sum() / np.log(len(counts))) if len(counts) > 1 else 1.0
 
 
-def _overlap(runs: _Runs, selections: Selections) -> Overlap | None:
+def _overlap(runs: _Runs, selections: _Selections) -> Overlap | None:
     """The common samples of first batches, as a share of the larger one; None without batches."""
     cycle, size = runs.cycles[0], len(runs.strategies)
     first = {(seed, name): np.unique(index) for (seed, name, at), (index, _) in selections.items() if at == cycle}

@@ -1,4 +1,4 @@
-"""Statistics of a fair comparison: few seeds, many strategies, and no claim that the numbers do not carry."""
+"""Statistics of a fair comparison: few seeds, many strategies, and no claim beyond the numbers."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def aubc(budgets: ArrayLike, values: ArrayLike) -> float:
 def labels_saved(budgets_a: ArrayLike, values_a: ArrayLike, budgets_b: ArrayLike, values_b: ArrayLike) -> float | None:
     """How many labels fewer curve `a` needs than curve `b` to reach the last value of `b`; below 0: more.
 
-    A curve reaches a value at its first crossing, by linear interpolation, even if it falls below it afterwards; both
-    curves are read in this way, so a curve saves nothing against itself. One that starts above the value has reached
-    it at its first budget: what it might have done with less is not told.
+    A curve reaches a value at its first crossing, by linear interpolation, even if it falls below it
+    afterwards; both curves are read in this way, so a curve saves nothing against itself. A curve that
+    starts above the value has reached it at its first budget: nobody knows whether less would do.
 
     Returns:
         Labels, or None when `a` never reaches the value: nothing is extrapolated.
@@ -76,8 +76,8 @@ def _curve(budgets: ArrayLike, values: ArrayLike) -> tuple[NDArray[np.float64], 
 def bootstrap_mean(values: ArrayLike, *, seed: int, level: float = 0.95) -> tuple[float, float] | None:
     """A bootstrap interval of the mean: bias-corrected and accelerated (Efron 1987), 9,999 resamples.
 
-    With few values it is too narrow: it knows no value beyond those that it was given. The values are sorted first, so
-    their order changes nothing.
+    With few values it is too narrow: it knows no others. The values are sorted first, so their order
+    changes nothing.
 
     Returns:
         (low, high); (v, v) when all values are v; None for fewer than two.
@@ -87,7 +87,7 @@ def bootstrap_mean(values: ArrayLike, *, seed: int, level: float = 0.95) -> tupl
         return None
     if np.ptp(each) <= _rounding(each):
         return float(each[0]), float(each[-1])
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (each,),
         np.mean,
         n_resamples=RESAMPLES,
@@ -95,7 +95,7 @@ def bootstrap_mean(values: ArrayLike, *, seed: int, level: float = 0.95) -> tupl
         method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 def t_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float] | None:
@@ -154,7 +154,7 @@ def signed_rank(differences: ArrayLike, rounding: float = 0.0) -> tuple[float, f
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979): p-values that may be held against the level of the whole family.
+    """Holm's step-down correction (1979): p-values to compare with the level of the whole family.
 
     The i-th smallest of m is multiplied by m - i + 1, and none is smaller than one that was smaller before. SciPy
     corrects for the false discovery rate only, which promises less.
@@ -188,7 +188,7 @@ def smallest_detectable(sd: float, n: int, level: float = 0.05, power: float = P
 
 @dataclass(frozen=True)
 class Paired:
-    """What n pairs tell of the difference first - second.
+    """The difference first - second over n pairs.
 
     Attributes:
         n: pairs.
@@ -219,20 +219,20 @@ class Paired:
         return corrected_p <= self.level and self.difference * self.rank_biserial > 0
 
     def verdict(self, corrected_p: float) -> str:
-        """In words; what was not shown is not said to be absent."""
+        """In words. An effect that was not shown is not called absent."""
         untested = f"not tested: needs {self.needed} seeds, has {self.n}"
         if self.difference is None or self.interval is None:
             return untested
         low, high = self.interval
         share = 100 * (1 - self.level)
-        found = f"mean difference {self.difference:+.3g}, {share:g}% interval [{low:+.3g}, {high:+.3g}]"
+        effect = f"mean difference {self.difference:+.3g}, {share:g}% interval [{low:+.3g}, {high:+.3g}]"
         if self.p is None:
-            return f"{untested}; so far {found}"
+            return f"{untested}; so far {effect}"
         if self.shown(corrected_p):
-            return f"shown: {found}, corrected p {corrected_p:.2g} at {self.n} seeds"
+            return f"shown: {effect}, corrected p {corrected_p:.2g} at {self.n} seeds"
         if self.detectable is None:
-            return f"not shown: {found}; without any spread no smallest detectable difference, at {self.n} seeds"
-        return f"not shown: {found}, smallest detectable difference {self.detectable:.3g} at {self.n} seeds"
+            return f"not shown: {effect}; without any spread no smallest detectable difference, at {self.n} seeds"
+        return f"not shown: {effect}, smallest detectable difference {self.detectable:.3g} at {self.n} seeds"
 
 
 def compare_pairs(first: ArrayLike, second: ArrayLike, *, level: float = 0.05, n_tests: int = 1) -> Paired:

@@ -1,12 +1,13 @@
-"""The answers of annotators: a log that only grows, and the one place that turns answers into labels.
+"""The answers of annotators: an append-only log, and the one place that turns answers into labels.
 
 ::
 
-    RUN/answers/<number>.parquet    one immutable file per import that brought something new
+    RUN/answers/<number>.parquet    one immutable file per import with something new
 
-Who: an annotator; a file that names none is an annotator of its own. What: a label, skipped, or unsure. When: the
-number of the import, the row in its file, and a time where the file has one. Of an annotator's answers to a sample one
-counts, the last word (`last_words`); an import adds what changes a last word, and nothing else.
+An answer has an annotator (a file that names none is an annotator of its own), a label or skipped or
+unsure, the number of its import, the row in its file, and a time where the file has one. Of an
+annotator's answers to a sample one counts, the last word (`last_words`); an import adds the answers
+that change a last word, and nothing else.
 
 Importers need no lock: file n is created exclusively, and whoever finds it taken reads it and tries n + 1.
 """
@@ -47,12 +48,12 @@ PUT_BACK = (
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one annotator said of one sample.
+    """The answer of one annotator to one sample.
 
     Attributes:
         label: class index; None unless `status` is LABELED.
         status: LABELED, SKIPPED or UNSURE.
-        time: microseconds since 1970 (UTC), when the annotator said so; None where the file does not tell.
+        time: of the answer, in microseconds since 1970 (UTC); None where the file has none.
         file: name of the file that was imported.
         row: place in that file, from 1.
     """
@@ -67,13 +68,13 @@ class Answer:
     row: int = 0
 
     def differs_from(self, other: Answer) -> bool:
-        """Whether it says something else."""
+        """Whether label or status differ."""
         return (self.label, self.status) != (other.label, other.status)
 
     def supersedes(self, before: Answer) -> bool:
-        """Whether it takes the place of an answer of the same annotator that was imported before it.
+        """Whether it replaces an earlier import's answer of the same annotator.
 
-        Where both have a time, the later one counts, so an old export that is imported late changes nothing.
+        Where both have a time, the later one counts, so importing an old export changes nothing.
         """
         if self.time is None or before.time is None or self.time == before.time:
             return self.differs_from(before)
@@ -86,8 +87,8 @@ class Added:
 
     Attributes:
         file: the file that keeps it; None when nothing is new.
-        new: the answers that were not known.
-        changed: those among `new` that say something else than their annotator's last word did.
+        new: answers that were not known.
+        changed: of them, answers that differ from their annotator's last word before.
     """
 
     file: Path | None
@@ -96,12 +97,12 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What the answers to some samples come to.
+class Resolution:
+    """One answer per sample, from all its annotators.
 
     Attributes:
-        answers: one per sample that is settled, in the order of `sample_index`.
-        conflicts: `sample_id` of those whose annotators disagree and that are to be asked again.
+        answers: of the settled samples, in the order of `sample_index`.
+        conflicts: `sample_id` of samples that annotators disagree on; they are asked again.
     """
 
     answers: list[Answer]
@@ -122,7 +123,7 @@ def last_words(answers: Iterable[Answer]) -> dict[tuple[int, str], Answer]:
     return words
 
 
-def settle(answers: Iterable[Answer], policy: Policy) -> Settled:
+def settle(answers: Iterable[Answer], policy: Policy) -> Resolution:
     """One answer for each sample, or none when its annotators disagree.
 
     The last word of each annotator counts. A label outweighs skipped and unsure. With `majority` the most frequent
@@ -139,7 +140,7 @@ def settle(answers: Iterable[Answer], policy: Policy) -> Settled:
             conflicts.append(said[0].sample_id)
         else:
             settled.append(winner)
-    return Settled(settled, conflicts)
+    return Resolution(settled, conflicts)
 
 
 def _winner(said: Sequence[Answer], policy: Policy) -> Answer | None:

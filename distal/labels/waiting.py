@@ -22,7 +22,7 @@ from distal.artifacts.selection import Selection
 from distal.errors import RunConflict, SourceError, shown
 from distal.hashing import mix64
 from distal.labels import answers as kept
-from distal.labels.answers import Added, Answer, Policy, Settled, settle
+from distal.labels.answers import Added, Answer, Policy, Resolution, settle
 from distal.labels.formats import (
     AnnotationRow,
     Format,
@@ -166,7 +166,7 @@ class Waiting:
         """The ledger before this batch."""
         return run.ledger(before=self.cycle) if self.cycle >= 0 else Ledger.empty()
 
-    def settled(self, run: Run) -> Settled:
+    def settled(self, run: Run) -> Resolution:
         """The settled answers, to this batch and to earlier ones, that no label file has yet.
 
         For a sample that was declined in an earlier batch, a label is new; for one with a label
@@ -176,20 +176,20 @@ class Waiting:
         labelled, declined = set(known.indices.tolist()), set(known.declined.tolist())
         settled = settle((a for a in kept.read(run.answers) if a.sample_index not in labelled), self.policy)
         new = [a for a in settled.answers if a.status == LABELED or a.sample_index not in declined]
-        return Settled(new, settled.conflicts)
+        return Resolution(new, settled.conflicts)
 
-    def n_answered(self, settled: Settled) -> int:
+    def n_answered(self, settled: Resolution) -> int:
         """Samples of the batch that are settled."""
         batch = set(Selection.read(self.selection).indices.tolist())
         return sum(answer.sample_index in batch for answer in settled.answers)
 
-    def short(self, settled: Settled) -> str | None:
+    def short(self, settled: Resolution) -> str | None:
         """Why enough answers are too few labels for the first training; None when they suffice."""
         if not self.workers or self.n_answered(settled) < self.needed:
             return None
         return too_few([answer.label for answer in settled.answers if answer.label is not None], self.workers)
 
-    def ready(self, settled: Settled) -> bool:
+    def ready(self, settled: Resolution) -> bool:
         """Whether the run can continue."""
         return self.n_answered(settled) >= self.needed and self.short(settled) is None
 

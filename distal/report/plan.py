@@ -25,7 +25,7 @@ from distal.score.plan import MAX_ROWS
 from distal.train.command import check_command
 from distal.train.folder import matching
 
-MANY_OBJECTS = 100_000
+_MANY_OBJECTS = 100_000
 PROCESS_BYTES = 500 * 2**20  # of a Python process with torch and Ray, before it holds anything
 _ELIMINATION_KEEPS = 0.74  # of the passes, at a budget of 1%: measured on two runs of 40 checkpoints
 
@@ -211,9 +211,9 @@ def _warnings(cycle: _Cycle, n_objects: int) -> list[str]:
             f"these are the figures of one run that scores every checkpoint; a comparison makes {n_seeds} x "
             f"{n_strategies}: strategies share the first cycle of a seed, and some need fewer checkpoints"
         )
-    if n_objects > MANY_OBJECTS:
+    if n_objects > _MANY_OBJECTS:
         warnings.append(
-            f"{n_objects:,} objects a cycle: more than {MANY_OBJECTS:,} are slow to list and copy; raise "
+            f"{n_objects:,} objects a cycle: more than {_MANY_OBJECTS:,} are slow to list and copy; raise "
             "pool.block_size, or keep fewer checkpoints"
         )
     if config.budget > cycle.n_eligible:

@@ -106,9 +106,9 @@ def _repair_run(path: Path, display: Display) -> RunRepair:
             if damaged.mend is not None:
                 damaged.mend()
                 mended.append(damaged.what)
-            for each in damaged.delete:
-                remove_tree(each) if each.is_dir() else each.unlink(missing_ok=True)
-                deleted.append(str(each))
+            for file in damaged.delete:
+                remove_tree(file) if file.is_dir() else file.unlink(missing_ok=True)
+                deleted.append(str(file))
         redone = sorted({*redone})
         if deleted or redone:
             run.event("repaired", deleted=deleted, redone=redone)
@@ -132,10 +132,10 @@ def _invalidate(staged: Staged, stage: str) -> None:
         stages = [stage] if stage != "reduce" else ["reduce", *staged.selections()]
     else:
         stages = list(_REDO[stage])
-    for each in stages:
-        if each.startswith("select"):
-            staged.expect_again(each, _made_before(staged, each))
-        staged.invalidate(each)
+    for name in stages:
+        if name.startswith("select"):
+            staged.expect_again(name, _made_before(staged, name))
+        staged.invalidate(name)
     if isinstance(staged, Cycle) and stage == "score":
         for analysis in staged.analyses():
             _invalidate(analysis, "reduce")
@@ -178,7 +178,7 @@ def _repair_pool(path: Path, display: Display) -> PoolRepair:
     """Pack the damaged images of a pool again."""
     damaged = inspect(path, display).found
     packed: list[str] = []
-    if damaged and all("distal repair" in each.advice for each in damaged):
+    if damaged and all("distal repair" in one.advice for one in damaged):
         from distal.pool.build import pack_again
 
         packed = pack_again(path)
@@ -187,5 +187,5 @@ def _repair_pool(path: Path, display: Display) -> PoolRepair:
         state="damaged" if still else "repaired" if packed else "sound",
         path=path,
         packed_again=packed,
-        left=[f"{each.what}; {each.advice}" for each in still],
+        left=[f"{one.what}; {one.advice}" for one in still],
     )

@@ -172,9 +172,9 @@ class Inspection:
             if path.exists():
                 self._look(partial(read_json if path.suffix == ".json" else read_table, path), advice=_COPY)
         for cycle in self._look(run.cycles, advice=_COPY) or []:
-            if not (cycle.folder / "cycle.yaml").exists() and any(cycle.folder.glob("*.json")):
-                self.found.append(Damaged(f"{cycle.folder / 'cycle.yaml'}: missing", advice=_COPY))
             if not cycle.begun:
+                if any(cycle.folder.glob("*.json")):
+                    self.found.append(Damaged(f"{cycle.folder / 'cycle.yaml'}: missing", advice=_COPY))
                 continue
             config = self._look(partial(getattr, cycle, "config"), advice=_COPY)
             try:
