@@ -160,7 +160,8 @@ def _signature(function: griffe.Object, name: str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"```python\n{text}\n```\n"
+    quoted = text.replace("'", '"')  # as ruff formats Python in Markdown
+    return f"```python\n{quoted}\n```\n"
 
 
 def _docstring(target: griffe.Object) -> list[str]:
