@@ -224,7 +224,7 @@ CASES: dict[str, tuple[Write, str]] = {
     "bare-pickle.pt": (_bytes(pickle.dumps(Code())), UNREADABLE),
     # archives and other bytes
     "deflated.pt": (_deflated, "a compressed archive, which torch.save does not write"),
-    "larger-inside.pt": (_of_whole(_larger_inside), "says it holds more bytes than it has"),
+    "larger-inside.pt": (_of_whole(_larger_inside), "claims to hold more bytes than it has"),
     "cut.pt": (_of_whole(lambda data: data[:-50]), UNREADABLE),
     "cut-early.pt": (_of_whole(lambda data: data[:100]), UNREADABLE),
     "cut-old.pt": (_of_whole(lambda data: data[:-50], _use_new_zipfile_serialization=False), UNREADABLE),
