@@ -95,7 +95,7 @@ def test_a_comparison(pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
     """Paired, shared, resumable, and told truthfully."""
     whole = config(tmp_path, pool, test_pool)
     told = compare(whole)
-    assert told["state"] == "complete"
+    assert told.state == "complete"
     names = ("report.md", "results.csv", "comparison.json", "curves.png", "curves.svg", "classes.png")
     assert all((tmp_path / "all" / name).stat().st_size for name in names)
     rows = pq.read_table(tmp_path / "all/results.parquet").to_pylist()
@@ -122,7 +122,7 @@ def test_a_comparison(pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
     assert scored["random", 0] == 0
     assert scored["entropy", 0] == 238 - 24
     assert scored["dispersion", 0] == 3 * (238 - 24)
-    assert all("not tested: needs" in each["verdict"] for each in told["tests"]["each"])
+    assert all("not tested: needs" in test.verdict for test in told.tests.each)
 
     # Cut off in the middle of beginning a run, and in its second cycle: the same again.
     before = json.loads((tmp_path / "all/comparison.json").read_text())
@@ -132,4 +132,4 @@ def test_a_comparison(pool: Pool, test_pool: Pool, tmp_path: Path) -> None:
         (tmp_path / "all/seeds/1/random/cycles/001" / name).unlink()
     again = compare(whole)
     assert json.loads((tmp_path / "all/comparison.json").read_text())["aubc"] == before["aubc"]
-    assert np.isfinite(again["aubc"][0]["mean"])
+    assert np.isfinite(again.aubc[0].mean)

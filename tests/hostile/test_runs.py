@@ -44,8 +44,8 @@ def test_every_case(small_run: Path, tmp_path: Path, step: int) -> None:
         except Exception as error:
             wrong[name] = repr(error)[:200]
         else:
-            if any("\n" in line for line in told["damage"] if "a\nb" not in line):
-                wrong[name] = told["damage"]
+            if any("\n" in line for line in told.damage if "a\nb" not in line):
+                wrong[name] = told.damage
         finally:
             shutil.rmtree(run)
     assert wrong == {}
