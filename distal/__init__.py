@@ -4,12 +4,13 @@ One loop, in the words of docs/glossary.md::
 
     pool -> score -> assignments -> reduce -> scores -> select -> label -> ledger -> train -> checkpoints -> (score)
 
-While a classifier trains on the images labelled so far, the class of every unlabelled image of the pool is
-predicted at every checkpoint. An image whose predicted class keeps changing has a high label dispersion:
-the network is unsure of it, whatever its softmax says. The most dispersed images are labelled next.
+While a classifier trains on the images labelled so far, the class of every unlabelled image of the
+pool is predicted at every checkpoint. An image whose predicted class keeps changing has a high
+label dispersion: the network is unsure of it, whatever its softmax says. The most dispersed images
+are labelled next.
 
-Imports point down one ladder of packages: cli > compare > driver, report > stages (score, reduce, acquire, labels,
-train) > artifacts, pool, model, cluster > config > vocabulary (the flat modules).
+Imports point down one ladder of packages: cli > compare > driver, report > stages (score, reduce,
+acquire, labels, train) > artifacts, pool, model, cluster > config > vocabulary (the flat modules).
 """
 
 from __future__ import annotations
@@ -91,10 +92,10 @@ __all__ = [
 
 
 class CallablePackage(ModuleType):
-    """A package that runs the command of its name: `distal.score(config)`, beside `distal.score.plan`.
+    """A package that runs the command of its name: `distal.score(config)`.
 
-    Importing a submodule binds its package as an attribute of `distal`, so a plain function `distal.score`
-    would be replaced by the package as soon as it ran.
+    Importing a submodule binds its package as an attribute of `distal`, so the package would
+    replace a plain function `distal.score` as soon as it is called.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

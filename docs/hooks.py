@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages that lie outside docs/ become part of the site, and links to other files become text."""
+"""MkDocs hooks: pages from outside docs/ join the site, links to other files become text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ BESIDE = {
     "CHANGELOG.md": "changelog.md",
     "README.md": "index.md",
 }
-LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<fragment>#[^)\s]*)?\)")
+LINK = re.compile(
+    r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<fragment>#[^)\s]*)?\)",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -28,7 +30,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Let every link of a page lead to a page of the site; a link to any other file keeps its text alone."""
+    """Resolve the links of a page to pages of the site; of other links only the text stays."""
     sources = {name: source for source, name in BESIDE.items()}
     folder = (ROOT / sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")).parent
 

@@ -10,7 +10,6 @@ The pool needs labels. In VS Code and Jupyter (with jupytext) the cells below op
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,7 +27,7 @@ pool = distal.Pool.open(cycle.config.pool.path)
 assignments = distal.Assignments.open(cycle.assignments)
 n = pool.n_samples
 
-# %% One row per sample that was scored: its dispersion, and whether the final network is wrong about it.
+# %% Per scored sample: its dispersion, and whether the final network is wrong about it.
 (labels,) = pool.columns(0, n, "label")  # -1: no label
 scored = assignments.eligible(0, n) & (labels >= 0)
 dispersion = distal.Scores.open(cycle.scores).read("dispersion", 0, n)
@@ -52,7 +51,7 @@ axes.set(
     title="area: number of images; dashed: all of them",
 )
 
-# %% The head of the selection: the most dispersed images, with the classes they were assigned most often.
+# %% The head of the selection: the most dispersed images, with their most frequent classes.
 batch = distal.Selection.read(cycle.selection)
 chosen = batch.indices[:12]
 images = pool.take(chosen)  # (k, C, H, W) uint8
@@ -63,9 +62,13 @@ for panel, index, image in zip(panels, chosen, images, strict=False):
     panel.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray")
     times = np.bincount(votes[:, index], minlength=assignments.n_classes)
     most = np.argsort(-times, kind="stable")[:2]
-    panel.set_title("\n".join(f"{times[c]} {pool.classes[c]}" for c in most if times[c]), fontsize=8)
-right.suptitle("the most dispersed images, and how often each was assigned which class", fontsize=10)
+    title = "\n".join(f"{times[c]} {pool.classes[c]}" for c in most if times[c])
+    panel.set_title(title, fontsize=8)
+right.suptitle(
+    "the most dispersed images, and how often each was assigned which class",
+    fontsize=10,
+)
 
 # %%
 figure.savefig(options.out, dpi=110)
-print(f"{Path(options.out)}: error {error[-1]:.2f} at the largest dispersion, {wrong[scored].mean():.2f} over all")
+print(f"{options.out}: error {error[-1]:.2f} at the largest dispersion, {wrong[scored].mean():.2f} over all")

@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/ are what a newcomer reads: commands, files and links in them exist."""
+"""What a newcomer reads: commands, files and links in README, CONTRIBUTING and docs/ exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from distal.cli.app import app
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def commands(group: typer.Typer, prefix: str = "") -> set[str]:
