@@ -158,7 +158,10 @@ def test_validation_labels_are_paid_for(
     told = status(run).cycles[0]
     assert (told.n_labeled, told.n_val, told.n_paid) == (24, N_VAL, 24 + N_VAL)
     closed = RunResult("complete", run, Run.open(run).summary().cycles)
-    assert closed.to_record() == result
+    record = closed.to_record()
+    for cycle in (record["cycles"][0], result["cycles"][0]):
+        cycle.pop("seconds")  # the test before selected again
+    assert record == result
     closing, present = summary_table(closed), status_table(status(run))
     assert [column.header for column in closing.columns][1:4] == ["labelled", "paid", "accuracy"]
     assert [list(column.cells) for column in closing.columns][2] == ["46"]
