@@ -22,7 +22,7 @@ LADDER = [
     ["progress", "errors", "records", "hashing", "storage", "plugins", "kernels", "machine", "processes"],
 ]
 STAGES = LADDER[3]
-MAY_IMPORT_RAY = {"cluster", "driver/submit", "pool/build", "score", "train/launch"}
+MAY_IMPORT_RAY = {"cluster", "driver/submit", "pool/build", "score/actor", "score/fleet", "score/loop", "train/launch"}
 MAY_IMPORT_ZARR = {"artifacts/arrays"}
 MAY_IMPORT_DISTRIBUTED = {"train/rank"}
 

@@ -15,6 +15,7 @@ import pytest
 from distal import storage
 from distal.artifacts import arrays
 from distal.errors import ConfigError, Damage, DiskFull, UnknownFormat
+from distal.storage import parquet
 
 
 def test_a_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -386,3 +387,19 @@ def test_a_record_without_end_is_not_read(tmp_path: Path) -> None:
             file.truncate(2**40)  # sparse
         with pytest.raises(Damage, match=r"more than [\d,]+ bytes"):
             read(tmp_path / name)
+
+
+def test_a_parquet_file_that_is_replaced_meanwhile_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other = tmp_path / "table.parquet", tmp_path / "other.parquet"
+    storage.write_table(path, pa.table({"label": [1, 2, 3]}))
+    storage.write_table(other, pa.table({"label": pa.array(range(1000))}))
+    opened = parquet.open_parquet
+
+    def and_replaced(path: Path) -> pq.ParquetFile:
+        file = opened(path)
+        other.replace(path)
+        return file
+
+    monkeypatch.setattr(parquet, "open_parquet", and_replaced)
+    parquet.check_parquet(path)
+    assert not other.exists()

@@ -32,7 +32,6 @@ from distal import storage
 from distal.artifacts.cycles import Cycle, Evaluation
 from distal.artifacts.ledger import Ledger, label_files
 from distal.artifacts.selection import Selection
-from distal.artifacts.stages import parse
 from distal.config import Config
 from distal.errors import Damage, RunConflict, Superseded, shown
 from distal.records import JsonObject, Result
@@ -111,7 +110,8 @@ class Run:
             path = self.path / "run.yaml"
             with suppress(FileNotFoundError):
                 record = storage.read_yaml(path, required=("fixed", "constants"))
-                self._identity = parse(path, Identity, record)
+                # Not through JSON, as markers are: keys of `model.args` may be numbers, and paths any bytes.
+                self._identity = Identity(*(_mapping(path, record, key) for key in ("fixed", "constants")))
         return self._identity
 
     def check(self, fixed: Mapping[str, Any]) -> None:
@@ -218,8 +218,8 @@ class Run:
         return Cycle(self.path / "cycles" / f"{index:03d}")
 
     def begun_cycles(self) -> list[Cycle]:
-        """The cycles that have a `cycle.yaml`, in order."""
-        return [cycle for cycle in self.cycles() if cycle.begun]
+        """The cycles that have a `cycle.yaml`, in order. Raises Damage when one of these files is damaged."""
+        return [cycle for cycle in self.cycles() if cycle.begun and cycle.config]
 
     def cycles(self) -> list[Cycle]:
         """The folders of cycles, begun or not, in order."""
@@ -270,6 +270,12 @@ class Run:
             for line in lines.splitlines():
                 with suppress(ValueError):  # of a full disk; no decision reads a log
                     yield json.loads(line)
+
+
+def _mapping(path: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(record[key], dict):
+        raise Damage(f"{path}: {key}: not a mapping")
+    return dict(record[key])
 
 
 def _summarize(cycle: Cycle) -> CycleSummary | None:

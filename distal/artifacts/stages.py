@@ -55,19 +55,19 @@ class ScoreOutputs(Result):
         n_eligible: samples that were eligible.
         images_scored: predictions, over all rows.
         left_out: predictions that elimination saved.
-        fingerprint: the machine and the libraries that scored; None where `distal score` did.
+        fingerprint: the machine and the libraries that scored; None where nothing was scored.
     """
 
     n_rows: int
     n_eligible: int
     images_scored: int
     left_out: int
-    fingerprint: dict[str, str] | None = field(default=None, metadata=OPTIONAL)
+    fingerprint: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderScoreOutputs(ScoreOutputs):
-    """The outputs of `distal score`, with the figures of its last scoring pass.
+    """The outputs of `distal score`, with the figures of its last scoring pass; without the fingerprint.
 
     Attributes:
         scoring_seconds: from the first task to the last commit.
@@ -83,6 +83,7 @@ class FolderScoreOutputs(ScoreOutputs):
     hand_outs: int
     startup_s: float
     peak_rss_bytes: dict[str, int]
+    fingerprint: dict[str, str] | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,9 @@ class RunContext:
 
     def actor_job(self, cycle: Cycle, images: Pool, assignments: Path) -> ActorJob:
         """What scoring actors get to score some images for a cycle."""
-        return actor_job(begun_config(cycle), self.pool, images, assignments, self.directory.path.name)
+        job = actor_job(begun_config(cycle), self.pool, images, assignments, self.directory.path.name)
+        # The fleet was started for the present device, which a cycle that is repaired may not have begun with.
+        return replace(job, device=self.session.slots.device)
 
     def ask(self, cycle: int, selection: Path) -> Waiting:
         """The request to people to label a batch; `cycle` is -1 for the first set."""

@@ -266,12 +266,13 @@ def _short(value: object) -> str:
 
 
 def check_fits(name: str, state: object, template: StateDict, *, pretrained: bool = False) -> None:
-    """Check that weights fit a network: names, shapes, dtypes, plain and finite tensors.
+    """Check that weights fit a network: names, shapes, dtypes, plain and, of checkpoints, finite tensors.
 
     Args:
         name: of the file, for messages.
         template: weights of the network.
-        pretrained: whether they are `model.weights` and not one of many checkpoints, for advice in messages.
+        pretrained: whether they are `model.weights` and not one of many checkpoints: a buffer of theirs may hold
+            infinities, as the mask of attention does, and advice in messages differs.
 
     Raises:
         ModelError: naming the first key that is missing, unexpected or wrong.
@@ -296,10 +297,12 @@ def check_fits(name: str, state: object, template: StateDict, *, pretrained: boo
         raise ModelError(f"{name}: its keys do not fit model.name: {', '.join(differences)}{hint}")
     for key, value in template.items():
         _check_tensor(name, key, state[key], value, pretrained=pretrained)
-    for key in template:  # after the shapes, because this reads every element
+    for key in () if pretrained else template:  # after the shapes, because this reads every element
         if not torch.isfinite(state[key]).all():
-            advice = "" if pretrained else "; leave the file out with checkpoints.pattern, or remove it"
-            raise ModelError(f"{name}: {key} has values that are not finite: training diverged{advice}")
+            raise ModelError(
+                f"{name}: {key} has values that are not finite: training diverged; leave the file out with "
+                "checkpoints.pattern, or remove it"
+            )
 
 
 def _check_tensor(name: str, key: str, found: Tensor, wanted: Tensor, *, pretrained: bool) -> None:

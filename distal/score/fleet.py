@@ -300,11 +300,12 @@ class Fleet:
 
     def drop(self, actor: int) -> None:
         """Stop one actor and free its slot, even when it no longer responds to Ray."""
-        _stop_actor(self.actors.pop(actor), self.processes.pop(actor, None))
+        handle, process = self.actors.pop(actor), self.processes.pop(actor, None)
         del self._shards[actor], self._grown_at[actor]
         self._asked = {ref: asked for ref, asked in self._asked.items() if asked != actor}
         self._heard.pop(actor, None)
         self._placing = {ref: placed for ref, placed in self._placing.items() if placed != actor}
+        _stop_actor(handle, process)
 
 
 def _start_actor(name: str, options: Mapping[str, Any], arguments: Sequence[object]) -> Any:

@@ -86,9 +86,12 @@ def _sha256_without(file: BinaryIO, place: int) -> bytes:
 
 def check_parquet(path: Path) -> None:
     """Raise Damage when the bytes of a Parquet file have changed; raises like `read_table`."""
-    with open_parquet(path) as table:
-        seal = (table.metadata.metadata or {}).get(_SEAL, b"")
-    with open_file(path) as file:
+    import pyarrow.parquet as pq
+
+    open_parquet(path).close()
+    with open_file(path) as file:  # one handle: the name may lead to another file at any moment
+        with parquet_errors(path):
+            seal = (pq.read_metadata(file).metadata or {}).get(_SEAL, b"")
         try:
             place = _seal_place(file, seal)
         except ValueError:

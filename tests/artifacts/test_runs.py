@@ -12,10 +12,12 @@ from distal.artifacts.assignments import Assignments
 from distal.artifacts.cycles import Cycle
 from distal.artifacts.runs import Run
 from distal.artifacts.stages import ScoreOutputs
-from distal.errors import Damage
+from distal.config import parse
+from distal.errors import Damage, RunConflict
 from distal.score.eliminate import Barrier
 from distal.score.loop import barrier_path, read_barriers
 from distal.storage import create_json, remove_tree
+from tests.helpers import flip
 
 ROWS = 9
 WAS, NOW = "a" * 64, "b" * 64
@@ -75,3 +77,27 @@ def test_a_start_after_scoring_keeps_the_assignments(tmp_path: Path) -> None:
         assert cycle.assignments.name == "assignments-11.zarr"
     assert [path.name for path in cycle.earlier_assignments()][:2] == ["assignments-10.zarr", "assignments-9.zarr"]
     assert [path.name for path in cycle.published_to()][:2] == ["checkpoints-13", "checkpoints-12"]
+
+
+def test_a_run_keeps_its_identity_whatever_its_keys_are(tmp_path: Path) -> None:
+    """Arguments of a model may have numbers as keys, and a path any bytes."""
+    fixed = {"model.args": {"widths": {1: 64, 2: 128}}, "loop.initial": "/data/\udcff/labels.csv"}
+    run = Run(tmp_path)
+    run.begin(fixed, {"score.batch_size": 64})
+    Run.open(tmp_path).check(fixed)
+    with pytest.raises(RunConflict, match="model.args"):
+        Run.open(tmp_path).check({**fixed, "model.args": {"widths": {1: 32}}})
+
+
+def test_a_damaged_configuration_of_any_cycle_is_damage(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for index in range(2):
+        run.cycle(index).begin(parse({"run": str(tmp_path), "pool": {"path": "/pool"}}))
+    assert [cycle.index for cycle in Run(tmp_path).begun_cycles()] == [0, 1]
+    flip(run.cycle(0).folder / "cycle.yaml")
+    with pytest.raises(Damage, match="cycles/000/cycle.yaml"):
+        Run(tmp_path).begun_cycles()
+
+
+def test_what_was_not_scored_has_no_fingerprint() -> None:
+    assert ScoreOutputs(n_rows=0, n_eligible=4, images_scored=0, left_out=0).to_record()["fingerprint"] is None

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distal.model.weights import Unreadable, deserialize, serialize
+from distal.errors import ModelError
+from distal.model.weights import Unreadable, check_fits, deserialize, serialize
 
 
 def test_equal_weights_give_equal_bytes_in_every_process_and_memory_format() -> None:
@@ -27,3 +28,13 @@ def test_equal_weights_give_equal_bytes_in_every_process_and_memory_format() -> 
 def test_code_is_never_loaded() -> None:
     with pytest.raises(Unreadable, match="Weights only load failed"):
         deserialize(serialize({"path": Path("x")}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pretrained_weights_may_hold_infinities(dtype: torch.dtype) -> None:
+    """The mask of attention is a buffer with them; a checkpoint with them comes from training that diverged."""
+    template = {"mask": torch.zeros(2, 2), "weight": torch.zeros(2)}
+    state = {"mask": torch.full((2, 2), float("-inf"), dtype=dtype), "weight": torch.ones(2, dtype=dtype)}
+    check_fits("model.weights: w.pt", state, template, pretrained=True)
+    with pytest.raises(ModelError, match="mask has values that are not finite"):
+        check_fits("w.pt", state, template)
