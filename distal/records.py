@@ -117,10 +117,10 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRef:
-    """Published weights: their row in the assignments, their file and its hash.
+    """Published weights: their index, their file and its hash.
 
     Attributes:
-        index: `checkpoint_index`, the row in the assignments array.
+        index: `checkpoint_index`; its row in the assignments is this minus the index of the first checkpoint scored.
         epoch: epochs completed when the weights were taken, from 1.
         path: the weights file.
         sha256: of the file's bytes (hex).

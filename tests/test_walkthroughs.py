@@ -18,6 +18,7 @@ import yaml
 from distal.artifacts.checkpoints import committed
 from distal.artifacts.runs import Run
 from distal.artifacts.selection import Selection
+from distal.config import commented_yaml, load
 from distal.pool import Pool
 from tests.helpers import distal
 
@@ -44,6 +45,21 @@ def shell(folder: Path, command: str) -> str:
         raise
     assert process.returncode == 0, f"{command}: {process.returncode}\n{told}"
     return told
+
+
+def test_your_images_configures_a_run_of_its_own(tmp_path: Path) -> None:
+    """The commands fit the file that `distal init` writes: nothing of the quickstart's data is left."""
+    page = "\n".join(re.findall(r"```\n(.*?)```", (DOCS / "your-images.md").read_text(), flags=re.DOTALL))
+    typed = [shlex.split(line, comments=True)[1:] for line in page.splitlines() if line.startswith("distal ")]
+    pools = [str(Path(words[3]).absolute()) for words in typed if words[:2] == ["pool", "build"]]
+    (watched,) = [str(Path(words[1]).absolute()) for words in typed if words[0] == "status"]
+    (tmp_path / "my.yaml").write_text(commented_yaml())
+    configured = [words for words in typed if words[0] in ("plan", "run")]
+    assert [words[:2] for words in configured] == [["plan", "my.yaml"], ["run", "my.yaml"]]
+    for _, file, *overrides in configured:
+        config = load(tmp_path / file, overrides)
+        assert config.pool.path in pools
+        assert (config.run, config.pool.source, config.eval.test, config.eval.val) == (watched, None, None, None)
 
 
 @pytest.mark.slow

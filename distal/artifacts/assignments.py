@@ -11,10 +11,12 @@
     assignments.zarr.begun/ fingerprint.json, and <row>.json: the machine, and the weights of each row
     assignments.zarr.elimination/  <row>.json: the decision before a row, see `score.eliminate`
 
-Row t is the checkpoint with `checkpoint_index` t; column i is the sample with `sample_index` i. The fill value of
-`assignments` is the largest value of its dtype and is no class: UNASSIGNED. A block's recorded chunks are written first
-and its `assignments` chunk last, so the existence of that chunk is the commit: the array is its own journal. Chunks are
-only ever written whole, and two actors that score the same block write the same bytes, so no lock is needed.
+Rows are the scored checkpoints in order: row t is the checkpoint with `checkpoint_index` t + `first_index` of the
+scoring job, which is 0 when all are scored; with the last one alone (a measure such as `margin`, or a test set) it is
+row 0. Column i is the sample with `sample_index` i. The fill value of `assignments` is the largest value of its dtype
+and is no class: UNASSIGNED. A block's recorded chunks are written first and its `assignments` chunk last, so the
+existence of that chunk is the commit: the array is its own journal. Chunks are only ever written whole, and two actors
+that score the same block write the same bytes, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -303,7 +305,7 @@ class Assignments:
         kept = read_json(path, required=("weights",))["weights"]
         if kept != sha256:
             raise Damage(
-                f"{self.path}: row {row} was begun with weights {kept[:12]}, and checkpoint {row} now is "
+                f"{self.path}: row {row} was begun with weights {kept[:12]}, and row {row} now has "
                 f"{sha256[:12]}; put the old checkpoint back, or remove {self.path}* to score all rows again"
             )
 

@@ -12,17 +12,29 @@ from distal.cli.answer import Written, answer, same_command
 from distal.cli.labels import labels_app
 from distal.cli.options import (
     Annotate,
+    BatchSize,
+    Check,
+    CheckPrecision,
+    Command,
+    ComparedMeasures,
     CycleIndex,
     Every,
+    Exclude,
+    ExpectAccuracy,
     From,
     Json,
     Last,
     LogJson,
+    Measure,
+    Measures,
+    NoSelect,
     Overrides,
     PoolPlace,
     RayAddress,
     RunDirectory,
     RunOrPool,
+    SampleId,
+    WatchFolder,
     window_of,
 )
 from distal.cli.pool import pool_app
@@ -68,9 +80,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-@app.command("init")
+@app.command("init", cls=Command)
 def _init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("distal.yaml"), as_json: Json = False
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("distal.yaml"),
+    as_json: Json = False,
 ) -> None:
     """Write a configuration file with every key, commented."""
     from distal.config import commented_yaml
@@ -85,9 +98,9 @@ def _init(
     answer(work, as_json, lambda result: f"wrote {result.path}; next: distal run {result.path}")
 
 
-@app.command("run")
+@app.command("run", cls=Command)
 def _run(
-    config: Annotated[Path, typer.Argument(help="YAML file; see docs/config.md.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see docs/config.md.")],
     overrides: Overrides = None,
     allow_overlap: Annotated[
         bool,
@@ -116,31 +129,24 @@ def _run(
     answer(work, as_json, run_table, same_command)
 
 
-@app.command("score")
+@app.command("score", cls=Command)
 def _score(
-    config: Annotated[Path, typer.Argument(help="YAML file such as configs/score.yaml; see docs/config.md.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file such as configs/score.yaml; see docs/config.md.")
+    ],
     overrides: Overrides = None,
-    watch: Annotated[
-        bool,
-        typer.Option(
-            "--watch", help="Wait for more checkpoints: checkpoints.expect in all, or none for checkpoints.idle s."
-        ),
-    ] = False,
-    no_select: Annotated[
-        bool, typer.Option("--no-select", help="Score only; select later with `distal select`.")
-    ] = False,
-    exclude: Annotated[Path | None, typer.Option(help="File of samples already labelled (pool.exclude).")] = None,
-    check: Annotated[Path | None, typer.Option(help="File of known labels (sample_id, label), scored first.")] = None,
-    expect_accuracy: Annotated[
-        float | None, typer.Option(help="With --check: stop below this accuracy.", min=0, max=1)
-    ] = None,
-    check_precision: Annotated[int | None, typer.Option(help="Blocks to score in fp32 as well.", min=1)] = None,
+    watch: WatchFolder = False,
+    no_select: NoSelect = False,
+    exclude: Exclude = None,
+    check: Check = None,
+    expect_accuracy: ExpectAccuracy = None,
+    check_precision: CheckPrecision = None,
     log_json: LogJson = False,
     as_json: Json = False,
 ) -> None:
-    """Score a pool with the checkpoints of a directory.
+    """Predict a pool with another program's weights, and select.
 
-    Then compute the measure and select. The same command resumes, and scores checkpoints that are new.
+    The same command resumes, and scores checkpoints that have appeared since.
     """
     from distal import cluster
     from distal.cli.tables import score_table
@@ -169,16 +175,18 @@ def _score(
     answer(work, as_json, score_table, same_command)
 
 
-@app.command("submit")
+@app.command("submit", cls=Command)
 def _submit(
-    config: Annotated[Path, typer.Argument(help="YAML file for run, score or compare, with absolute paths.")],
-    address: Annotated[str, typer.Option(help="URL of the cluster's dashboard: http://HOST:PORT.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file for run, score or compare, with absolute paths.")
+    ],
+    address: Annotated[str, typer.Option(metavar="URL", help="URL of the cluster's dashboard: http://HOST:PORT.")],
     overrides: Overrides = None,
     wait: Annotated[bool, typer.Option("--wait", help="Stream the log; exit with the exit code of the job.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Pass --watch to `distal score`.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run as a job on a Ray cluster.
+    """Submit a run, score or compare configuration as a Ray job.
 
     The same command resumes a run that was interrupted.
     """
@@ -208,12 +216,10 @@ def _submit(
     answer(work, as_json, submit_table, if_stopped)
 
 
-@app.command("reduce")
+@app.command("reduce", cls=Command)
 def _reduce(
     run_directory: RunDirectory,
-    measure: Annotated[
-        list[str] | None, typer.Option(help="Measure to compute; can be repeated (default: that of the run).")
-    ] = None,
+    measure: Measures = None,
     last: Last = None,
     every: Every = 1,
     first: From = 0,
@@ -223,9 +229,9 @@ def _reduce(
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Compute measures from stored predictions, no inference.
+    """Compute other uncertainty measures from stored predictions.
 
-    Over all checkpoints, or over a window of them: --from, --last, --every.
+    The network is not run. Over all checkpoints, or over a window of them: --from, --last, --every.
     """
     from distal.cli.tables import reduce_table
     from distal.cli.terminal import Terminal
@@ -248,11 +254,11 @@ def _reduce(
     answer(work, as_json, reduce_table)
 
 
-@app.command("select")
+@app.command("select", cls=Command)
 def _select(
     run_directory: RunDirectory,
-    budget: Annotated[int, typer.Option(help="Number of samples to select.", min=1)],
-    measure: Annotated[str | None, typer.Option(help="Measure to rank by (default: that of the run).")] = None,
+    budget: Annotated[int, typer.Option(metavar="N", help="Number of samples to select.", min=1)],
+    measure: Measure = None,
     last: Last = None,
     every: Every = 1,
     first: From = 0,
@@ -262,9 +268,9 @@ def _select(
     ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
-    """Select samples from stored predictions, no inference.
+    """Select samples from stored predictions.
 
-    With another measure, window of checkpoints, or budget than the run.
+    The network is not run. By another measure, window of checkpoints, or budget than the run.
     """
     from distal.cli.tables import select_table
     from distal.cli.terminal import Terminal
@@ -288,15 +294,15 @@ def _select(
     answer(work, as_json, select_table)
 
 
-@app.command("plan")
+@app.command("plan", cls=Command)
 def _plan(
-    config: Annotated[Path, typer.Argument(help="YAML file for run, score or compare.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file for run, score or compare.")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Estimate the cost of a run before it starts.
 
-    Forward passes, files, disk and memory; and cheaper alternatives.
+    Forward passes, files, disk and memory, and cheaper alternatives.
     """
     from distal.cli.tables import plan_table
     from distal.config import load_any
@@ -310,11 +316,13 @@ def _plan(
     answer(work, as_json, plan_table)
 
 
-@app.command("status")
+@app.command("status", cls=Command)
 def _status(
     run_directory: RunDirectory,
     watch: Annotated[bool, typer.Option("--watch", help="Poll until the run is complete.")] = False,
-    interval: Annotated[float, typer.Option(help="With --watch: seconds between two polls.", min=0.1)] = 2.0,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", help="With --watch: seconds between two polls.", min=0.1)
+    ] = 2.0,
     as_json: Json = False,
 ) -> None:
     """Report the progress of a run, from its files alone."""
@@ -332,10 +340,10 @@ def _status(
     answer(work, as_json, status_table)
 
 
-@app.command("tensorboard")
+@app.command("tensorboard", cls=Command)
 def _tensorboard(
     run_directory: RunDirectory,
-    out: Annotated[Path, typer.Option("--out", help="Output folder, new or empty.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder, new or empty.")],
     as_json: Json = False,
 ) -> None:
     """Export the metrics of a run for TensorBoard.
@@ -351,16 +359,16 @@ def _tensorboard(
     answer(work, as_json, lambda result: f"{result.scalars} values; next: tensorboard --logdir {result.out}")
 
 
-@app.command("explain")
+@app.command("explain", cls=Command)
 def _explain(
     run_directory: RunDirectory,
-    sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="sample_id of a sample.")],
+    sample_id: SampleId,
     pool: PoolPlace = None,
     as_json: Json = False,
 ) -> None:
     """Show why a sample was selected or not.
 
-    With the class predicted at every checkpoint, and its scores.
+    Prints the class predicted at every checkpoint, and the scores.
     """
     from distal.cli.tables import explain_table
 
@@ -372,7 +380,7 @@ def _explain(
     answer(work, as_json, explain_table)
 
 
-@app.command("diff")
+@app.command("diff", cls=Command)
 def _diff(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Run directory.")],
     second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another run directory.")],
@@ -393,21 +401,19 @@ def _diff(
     answer(work, as_json, diff_table)
 
 
-@app.command("informativeness")
+@app.command("informativeness", cls=Command)
 def _informativeness(
-    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    measure: Annotated[list[str] | None, typer.Option(help="Measure, such as flips@last=0.5; can be repeated.")] = None,
+    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
+    measure: ComparedMeasures = None,
     cycle: CycleIndex = None,
-    budget: Annotated[
-        int | None, typer.Option(help="Report how far the top BUDGET samples of the measures overlap.", min=1)
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Output folder for table, figure and numbers.")] = None,
+    budget: BatchSize = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for table, figure and numbers.")] = None,
     pool: PoolPlace = None,
     as_json: Json = False,
 ) -> None:
     """Report the network's error on each measure's top samples.
 
-    Needs a pool with labels. Nothing is trained.
+    Needs a pool with labels. Nothing is trained or predicted.
     """
     from distal.cli.tables import informativeness_table
     from distal.cli.terminal import Terminal
@@ -429,15 +435,15 @@ def _informativeness(
     answer(work, as_json, informativeness_table)
 
 
-@app.command("compare")
+@app.command("compare", cls=Command)
 def _compare(
-    config: Annotated[Path, typer.Argument(help="YAML file with a `compare` section.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with a `compare` section.")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Run several strategies and seeds, and compare them.
 
-    With paired tests, corrected for their number. The same command resumes.
+    Paired tests, corrected for multiple testing (Holm). The same command resumes.
     """
     from distal import cluster
     from distal.cli.tables import comparison_table
@@ -455,7 +461,7 @@ def _compare(
     answer(work, as_json, comparison_table, same_command)
 
 
-@app.command("verify")
+@app.command("verify", cls=Command)
 def _verify(path: RunOrPool, as_json: Json = False) -> None:
     """Check every file of a run or pool against its checksum.
 
@@ -474,11 +480,11 @@ def _verify(path: RunOrPool, as_json: Json = False) -> None:
     answer(work, as_json, verify_table)
 
 
-@app.command("repair")
+@app.command("repair", cls=Command)
 def _repair(path: RunOrPool, as_json: Json = False) -> None:
-    """Delete damaged files, so that they are computed again.
+    """Delete or mend damaged files.
 
-    The command that wrote them computes them again. Images of a pool are packed again from its source.
+    RUN: delete damaged files; the original command recomputes them. POOL: repack damaged images now, from its source.
     """
     from distal.cli.tables import repair_table
     from distal.cli.terminal import Terminal

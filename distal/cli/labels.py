@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from distal.cli.answer import answer
-from distal.cli.options import Json, RunDirectory
+from distal.cli.options import Command, Json, RunDirectory
 from distal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,17 +19,24 @@ labels_app = typer.Typer(
 )
 
 
-@labels_app.command("export")
+@labels_app.command("export", cls=Command)
 def _export(
     run_directory: RunDirectory,
-    out: Annotated[Path, typer.Option("--out", help="Output file.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Output file.")],
     fmt: Annotated[Literal["csv", "parquet", "label-studio"], typer.Option("--format", help="File format.")] = "csv",
-    copy_images: Annotated[Path | None, typer.Option(help="Folder to export the images to, as PNG.")] = None,
+    copy_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the images to DIR, as PNG.")
+    ] = None,
     url_map: Annotated[
-        str | None, typer.Option(help="FROM=TO: replace the prefix FROM of every path or URL by TO.")
+        str | None,
+        typer.Option(metavar="FROM=TO", help="Replace the prefix FROM of every path or URL by TO."),
     ] = None,
     predictions: Annotated[
-        bool, typer.Option("--predictions", help="Pre-select the predicted class. This biases annotators.")
+        bool,
+        typer.Option(
+            "--predictions",
+            help="Label Studio only: pre-select the predicted class. This biases annotators.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -57,12 +64,13 @@ def _export(
     answer(work, as_json, export_table)
 
 
-@labels_app.command("import")
+@labels_app.command("import", cls=Command)
 def _import(
     run_directory: RunDirectory,
-    file: Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON from Label Studio.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV, Parquet, or JSON from Label Studio.")],
     annotator: Annotated[
-        str | None, typer.Option(help="Annotator of rows that name none (default: the name of the file).")
+        str | None,
+        typer.Option(metavar="NAME", help="Annotator of rows that name none (default: the name of the file)."),
     ] = None,
     allow_unasked: Annotated[
         bool, typer.Option("--allow-unasked", help="Also accept labels of samples that no batch asked for.")

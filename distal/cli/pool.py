@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from distal.cli.answer import answer
-from distal.cli.options import Json
+from distal.cli.options import RAY_ADDRESS, Command, Json
 from distal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,23 +19,42 @@ _Channels = Literal["auto", "grey", "rgb"]
 pool_app = typer.Typer(help="Pack images into a pool, or describe one.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@pool_app.command("build")
+@pool_app.command("build", cls=Command)
 def _build(
     source: Annotated[
-        str, typer.Argument(help="Parquet file or folder, image folder, builtin:NAME, torchvision:NAME.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Parquet file or folder of them, image folder, builtin:NAME or torchvision:NAME."
+        ),
     ],
-    dest: Annotated[Path, typer.Argument(help="Pool folder.")],
-    size: Annotated[str | None, typer.Option(help="Resize all images to WIDTHxHEIGHT pixels.")] = None,
-    channels: Annotated[_Channels, typer.Option(help="auto: grey if the first images are grey.")] = "auto",
-    image_column: Annotated[str, typer.Option(help="Column of encoded images, or of structs {bytes, path}.")] = "image",
-    id_column: Annotated[str, typer.Option(help="Column of unique names that never change.")] = "sample_id",
-    label_column: Annotated[str, typer.Option(help="Column of labels, if any.")] = "label",
-    class_column: Annotated[str, typer.Option(help="Column of class names, if any.")] = "class_name",
-    group_column: Annotated[str, typer.Option(help="Column of groups, such as patients, if any.")] = "group_id",
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Pool folder, new or empty.")],
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WxH", help="Resize all images to W x H pixels; needed when sizes differ."),
+    ] = None,
+    channels: Annotated[
+        _Channels, typer.Option(help="Channels to convert to. auto: grey if the first images are grey, else rgb.")
+    ] = "auto",
+    image_column: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Parquet only: column of encoded images, or of structs {bytes, path}."),
+    ] = "image",
+    id_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Parquet only: column of unique names that never change, if any.")
+    ] = "sample_id",
+    label_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Parquet only: column of labels, if any.")
+    ] = "label",
+    class_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Parquet only: column of class names, if any.")
+    ] = "class_name",
+    group_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Parquet only: column of groups, such as patients, if any.")
+    ] = "group_id",
     follow_symlinks: Annotated[
         bool, typer.Option("--follow-symlinks", help="Follow links that lead out of the source folder.")
     ] = False,
-    ray_address: Annotated[str, typer.Option(help="Ray: local, auto or host:port.")] = "local",
+    ray_address: Annotated[str, typer.Option(metavar="ADDRESS", help=RAY_ADDRESS, show_default=False)] = "local",
     as_json: Json = False,
 ) -> None:
     """Pack images into a pool, in parallel."""
@@ -74,9 +93,11 @@ def _build(
     answer(work, as_json, pool_table)
 
 
-@pool_app.command("info")
-def pool_info(pool: Annotated[Path, typer.Argument(help="Pool folder.")], as_json: Json = False) -> None:
-    """Describe a pool."""
+@pool_app.command("info", cls=Command)
+def pool_info(
+    pool: Annotated[Path, typer.Argument(metavar="POOL", help="Pool folder.")], as_json: Json = False
+) -> None:
+    """Describe a pool: counts, classes, the first unreadable images."""
     from distal.cli.tables import pool_table
 
     def work() -> PoolInfo:

@@ -72,7 +72,7 @@ class Root(Section):
     run: str = key(..., "Run directory.", PLACE)
     seed: Integer = key(0, "Seed of every random draw.", NEVER, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = key(
-        "auto", "Where training and scoring run. auto: cuda when the cluster has a GPU."
+        "auto", "Device that the networks run on. auto: cuda when the cluster has a GPU."
     )
     durable: bool = key(
         False,
@@ -301,7 +301,7 @@ class Config(Root):
 
 
 class CompareConfig(Config):
-    """Runs that differ in seed and in what selects. `select` is given per strategy."""
+    """One run per seed and strategy. `select` is given per strategy."""
 
     command: ClassVar[str] = "compare"
 

@@ -97,7 +97,10 @@ def _tables(kind: type[Root], leave_out: Sequence[str] = ()) -> str:
 
 def _allowed(field: FieldInfo) -> str:
     """The values a field takes, in words, from its annotation and its bounds."""
-    return ", ".join(_kinds(field.annotation)) + _bounds(field.metadata)
+    kinds = _kinds(field.annotation)
+    bounded = next((i for i, kind in enumerate(kinds) if kind in ("integer", "number")), 0)
+    kinds[bounded] += _bounds(field.metadata)
+    return ", ".join(kinds)
 
 
 def _kinds(kind: Any) -> list[str]:
@@ -124,6 +127,15 @@ def _kinds(kind: Any) -> list[str]:
 def _bounds(metadata: Sequence[object]) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [
-        f"{sign} {getattr(bound, name):g}" for bound in metadata for name, sign in signs.items() if hasattr(bound, name)
+        f"{sign} {_short(getattr(bound, name))}"
+        for bound in metadata
+        for name, sign in signs.items()
+        if hasattr(bound, name)
     ]
-    return f" {', '.join(limits)}" if limits else ""
+    return f" {' and '.join(limits)}" if limits else ""
+
+
+def _short(limit: float) -> str:
+    """A number, or the power of two that a large one is."""
+    exponent = int(limit).bit_length() - 1
+    return f"2^{exponent}" if exponent >= 30 and limit == 2**exponent else f"{limit:g}"

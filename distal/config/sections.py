@@ -64,9 +64,10 @@ class PoolSource(Section):
     source: str | None = key(
         None,
         "Source to pack the pool from if `path` does not exist: a Parquet file or a folder of "
-        "them, an image folder, `builtin:fashion-mnist-12k`, or a dataset that torchvision "
-        "downloads, such as `torchvision:CIFAR10` or `torchvision:CIFAR10/test`. An existing "
-        "pool must have been packed from it. null: the pool must exist, from any source.",
+        "them, an image folder, `builtin:fashion-mnist-12k` (10,000 images; `/test` has 2,000 "
+        "more), or a dataset that torchvision downloads, such as `torchvision:CIFAR10` or "
+        "`torchvision:CIFAR10/test`. An existing pool must have been packed from it. null: the "
+        "pool must exist, from any source.",
         PLACE,
     )
     limit: Count | None = key(
@@ -220,8 +221,8 @@ class TrainSection(Section):
     epochs: Integer = key(15, "Passes over the labelled samples.", ge=1, le=100_000)
     checkpoint_every: Integer = key(1, "Epochs between checkpoints; the last epoch always publishes one.", ge=1)
     batch_size: Integer = key(64, "Images per optimizer step, summed over ranks.", ge=1)
-    lr: float = key(0.05, "Initial learning rate of SGD with Nesterov momentum.", gt=0)
-    momentum: float = key(0.9, "Momentum.", gt=0, lt=1)
+    lr: float = key(0.05, "Initial learning rate of SGD.", gt=0)
+    momentum: float = key(0.9, "Nesterov momentum of SGD.", gt=0, lt=1)
     weight_decay: float = key(5e-4, "L2 penalty on all parameters.", ge=0)
     schedule: Literal["cosine", "milestones", "constant"] = key(
         "cosine", "Learning rate per epoch: cosine to 0, multiplied by `gamma` at `milestones`, or constant."
@@ -261,7 +262,7 @@ class TrainSection(Section):
 
     @property
     def checkpoint_epochs(self) -> list[int]:
-        """The epochs (from 1) that publish a checkpoint, in order: row t belongs to entry t."""
+        """The epochs (from 1) that publish a checkpoint, in order: entry t has `checkpoint_index` t."""
         epochs = range(1, self.epochs + 1)
         return [e for e in epochs if e % self.checkpoint_every == 0 or e == self.epochs]
 
@@ -289,10 +290,10 @@ class Scoring(Section):
     mixed_hardware: Literal["refuse", "allow"] = key(
         "refuse",
         "Actors on another kind of processor, or with another torch, than the cycle began "
-        "with: refuse them, or let them score, which can change last bits.",
+        "with: refuse them, or let them score, which can flip the predicted class of near-ties.",
         ANY_TIME,
     )
-    cache_gb: float = key(1.0, "Decoded images that one actor keeps in memory, in GiB.", ANY_TIME, ge=0)
+    cache_gb: float = key(1.0, "Memory in which one actor keeps decoded images, in GiB (2^30 bytes).", ANY_TIME, ge=0)
     stuck_after: float = key(
         600.0, "Seconds without a finished batch after which a scoring actor is replaced.", ANY_TIME, gt=0
     )
@@ -325,7 +326,7 @@ class FolderScore(Scoring):
 
 
 class EvalSection(Section):
-    """Evaluation of the last checkpoint of each cycle. distal decides nothing by it."""
+    """Evaluation of the last checkpoint of each cycle. No decision of distal depends on it."""
 
     test: str | None = key(
         None,
@@ -436,7 +437,7 @@ class LabelSection(Section):
 
 
 class CompareSection(Section):
-    """Strategies x seeds."""
+    """The strategies to compare, and the number of seeds of each."""
 
     strategies: dict[Annotated[str, Field(pattern=r"^[\w.@=+-]+$")], SelectSection] = key(
         ...,
@@ -444,9 +445,7 @@ class CompareSection(Section):
         "letters, digits and `_.@=+-`.",
         min_length=2,
     )
-    seeds: Count = key(
-        10, "Number of seeds, from `seed` on. A seed decides first set, weights and order.", ANY_TIME, ge=1
-    )
+    seeds: Count = key(10, "Number of seeds, from `seed` on. A seed decides first set, weights and order.", ANY_TIME)
     references: tuple[str, ...] = key(("random", "entropy"), "Strategies that the others are tested against.", ANY_TIME)
     metric: Metric = key("accuracy", "Metric to compare, of eval.metrics.", ANY_TIME)
     level: float = key(

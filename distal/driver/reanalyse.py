@@ -99,7 +99,7 @@ def reduce_run(
         path: the run directory.
         cycle: by default the last one that has been scored.
         measures: by default the one that the run selects by.
-        annotate: keep each sample's most frequent classes too.
+        annotate: also store the two most frequent classes of each sample.
         pool: where the pool of the run is now, if it has moved.
         ray_address: of a cluster whose nodes share the work; None: the threads of this process.
 

@@ -68,7 +68,7 @@ def build(
         dest: a folder that does not exist, is empty, or holds an interrupted build, which starts over.
         columns: names of the columns in Parquet.
         size: (H, W) to resize to. None: all images must have one size.
-        channels: grey or rgb, to which every image is turned. auto: grey when all images are, else rgb.
+        channels: grey or rgb, to which every image is turned. auto: grey when the first images are, else rgb.
         follow_symlinks: follow links that lead out of the source's folder as well.
         on_progress: called with (samples done, samples).
 

@@ -30,7 +30,7 @@ class Task:
 
     Attributes:
         block: the block to score.
-        rows: checkpoint indices to score it at, ascending; none when only votes are to be counted.
+        rows: rows of the assignments to score it at, ascending; none when only votes are to be counted.
         barrier: the last barrier before these rows, whose decision applies to them; None: there is none.
         count: the next barrier, when the votes before it are to be counted once these rows are scored; else None.
     """

@@ -1,8 +1,11 @@
-"""The one seam to the disk: a file is complete or absent.
+"""How files are written: each is complete or absent.
 
 Local and shared file systems are supported: a write goes to a temporary file beside its target and is moved there with
 `os.replace`. Nothing is appended to or changed in place. Every record carries a format version and its own hash, so a
 changed byte is noticed.
+
+Two kinds of files are written elsewhere: arrays, by Zarr, whose `LocalStore` replaces a file in the same way
+(artifacts/arrays.py), and the event log, which is appended to and which no decision reads (artifacts/runs.py).
 
 The promise covers killed processes, and with `durable: true` in the configuration a power loss as well: then every
 file is fsynced before it is committed.

@@ -245,7 +245,7 @@ def test_a_row_is_scored_with_one_set_of_weights(tmp_path: Path) -> None:
     assignments.adopt_weights(1, "a" * 64)
     again = Assignments.open(assignments.path)
     again.adopt_weights(0, "b" * 64)
-    with pytest.raises(Damage, match="row 1 was begun with weights a{12}, and checkpoint 1 now is c{12}"):
+    with pytest.raises(Damage, match="row 1 was begun with weights a{12}, and row 1 now has c{12}"):
         again.adopt_weights(1, "c" * 64)
     assert Assignments.open(assignments.path).weights == {0: "b" * 64, 1: "a" * 64}
 
