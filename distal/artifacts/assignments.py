@@ -93,8 +93,7 @@ class Assignments:
     ) -> Self:
         """Lay out the arrays, without any assignment; arrays that another driver has laid out meanwhile stay.
 
-        The record is created first, and the arrays are laid out as recorded: a driver that was killed in between, or
-        was faster, may have recorded another number of checkpoints.
+        The record comes first and decides: an earlier driver, or a faster one, may have recorded other numbers.
 
         Args:
             n_rows: T, the number of checkpoints that the cycle will have.
