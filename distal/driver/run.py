@@ -60,22 +60,23 @@ def run(config: Config, display: Display | None = None) -> RunResult | WaitingRe
     if _is_complete(directory, config):
         display.say(f"{directory.path}: complete")
     else:
-        asked = _continue(directory, config, display)
-        if asked is not None:
-            return asked
+        waiting = _continue(directory, config, display)
+        if waiting is not None:
+            return waiting
     return RunResult("complete", directory.path, directory.write_summary().cycles)
 
 
 def _continue(directory: Run, config: Config, display: Display) -> WaitingResult | None:
     """Check everything, and go through the loop; returns what people are to label, if anything."""
     with ExitStack() as stack:
+        # Packing a pool needs Ray before the run has its lease; a run that waits for labels never starts it.
         connect = cache(partial(stack.enter_context, cluster.connect(config.ray.address)))
         pool = checks.with_classes(config, checks.open_pool(config, connect, display))
         held_out = checks.open_held_out(config, connect, display)
         checks.check(config, pool, held_out)
-        asked = _still_asked(directory, config, pool)
-        if asked is not None:
-            return asked
+        waiting = _still_waiting(directory, config, pool)
+        if waiting is not None:
+            return waiting
         if directory.identity is None:  # it has the content of the pools, so once is enough
             if held_out:
                 connect()
@@ -85,10 +86,10 @@ def _continue(directory: Run, config: Config, display: Display) -> WaitingResult
         preflight.check(config, directory.path, [pool, *held_out.values()], display)
         directory.sweep()
         context = _begin(stack, directory, config, pool, held_out, lease, display)
-        asked = _loop(context)
-    if asked is not None:
+        waiting = _loop(context)
+    if waiting is not None:
         directory.write_summary()
-    return asked
+    return waiting
 
 
 def _begin(
@@ -126,9 +127,9 @@ def _loop(context: RunContext) -> WaitingResult | None:
     Returns:
         What people are to label, if anything.
     """
-    asked = label_first_set(context)
-    if asked is not None:
-        return asked
+    waiting = label_first_set(context)
+    if waiting is not None:
+        return waiting
     n_cycles = context.config.loop.cycles
     for index in range(n_cycles):
         cycle = context.directory.cycle(index)
@@ -141,13 +142,13 @@ def _loop(context: RunContext) -> WaitingResult | None:
         select_cycle(context, cycle)
         context.directory.write_summary()
         if index + 1 < n_cycles:  # nobody needs the labels of the last batch
-            asked = label_cycle(context, cycle)
-            if asked is not None:
-                return asked
+            waiting = label_cycle(context, cycle)
+            if waiting is not None:
+                return waiting
     return None
 
 
-def _still_asked(directory: Run, config: Config, pool: Pool) -> WaitingResult | None:
+def _still_waiting(directory: Run, config: Config, pool: Pool) -> WaitingResult | None:
     """What people have not answered yet, from storage alone; None when there is something to do."""
     waiting = Waiting.read(directory) if directory.identity else None
     if waiting is None or waiting.remade(directory) is not None:

@@ -161,10 +161,14 @@ class Fleet:
         self.processes[self._placing[ref]] = ray.get(ref)
         del self._placing[ref]
 
+    def youngest_beyond(self, n: int) -> list[int]:
+        """The actors but the `n` that were started first, in the order of their start, which `actors` keeps."""
+        return list(self.actors)[n:]
+
     def shrink(self, n: int) -> None:
-        """Stop actors until there are at most `n`."""
-        while len(self.actors) > n:
-            self.drop(next(reversed(self.actors)))
+        """Stop the youngest actors until there are at most `n`."""
+        for actor in reversed(self.youngest_beyond(n)):
+            self.drop(actor)
 
     def grow(self, n: int) -> list[int]:
         """Start actors until there are at least `n`; returns the new ones, which are not ready yet."""

@@ -46,7 +46,10 @@ def score(job: ScoringJob, fleet: Fleet) -> Scored:
 
 
 class ScoringPass:
-    """One run of the scoring loop."""
+    """One run of the scoring loop.
+
+    `joining` and `working` map a pending Ray call to its actor, and to its task.
+    """
 
     def __init__(self, job: ScoringJob, fleet: Fleet) -> None:
         self.job, self.fleet = job, fleet
@@ -90,7 +93,7 @@ class ScoringPass:
         # Training takes its slots first: actors of the cycle before may still hold them.
         self.fleet.shrink(self._allowed())
         for actor in self.fleet.actors:
-            self._greet(actor)
+            self._ask_ready(actor)
         polled = watched = -np.inf
         self._look_for_checkpoints()  # even when nothing is left to score: the figures are of all checkpoints
         while not self.plan.finished:
@@ -103,7 +106,7 @@ class ScoringPass:
                     self._watch()
                 self._shrink()
                 for actor in self.fleet.grow(min(self._allowed(), self.plan.n_unfinished_blocks)):
-                    self._greet(actor)
+                    self._ask_ready(actor)
                 self._report()
             if self.plan.at_barrier:
                 self._decide()
@@ -185,7 +188,7 @@ class ScoringPass:
             self.all_published = True
             self.plan.no_more()
 
-    def _greet(self, actor: int) -> None:
+    def _ask_ready(self, actor: int) -> None:
         self.joining[self.fleet.actors[actor].ready.remote(self.job.for_actors)] = actor
 
     def _wait(self) -> None:
@@ -208,7 +211,10 @@ class ScoringPass:
             except RayError as error:  # the actor is gone: it died, its node did, or it had no memory left
                 self._lost(actor, one_line(error)[:300])
             else:
-                self._join(ref, result) if ref in self.joining else self._commit(ref, result)
+                if ref in self.joining:
+                    self._join(ref, result)
+                else:
+                    self._task_done(ref, result)
 
     def _join(self, ref: Any, found: dict[str, str]) -> None:
         actor = self.joining.pop(ref)
@@ -224,13 +230,14 @@ class ScoringPass:
         """Send an actor away that cannot score on its node, or whose predictions could differ in their last bits."""
         self.job.owner.on_event("actor_refused", actor=actor, reason=one_line(error))
         self.fleet.send_away(actor)
+        # Those that wait for room asked for it before this node was to be avoided: they could be placed on it.
         for waiting in self.fleet.unplaced:
-            if self._forget(waiting):
+            if self._stop(waiting):
                 self.plan.actor_left(waiting)
         if not self.fleet.slots:
             raise error from None
 
-    def _commit(self, ref: Any, result: TaskResult) -> None:
+    def _task_done(self, ref: Any, result: TaskResult) -> None:
         task = self.working.pop(ref)
         self.fleet.heard(task.actor)
         if result.histogram is not None:
@@ -259,18 +266,18 @@ class ScoringPass:
             self.job.owner.on_event("scoring_waits", reason=reason)
         for actor, reason in self.fleet.without_a_word().items():
             self.job.owner.on_event("actor_asked_for_again", actor=actor, reason=reason)
-            self._forget(actor)
+            self._stop(actor)
         busy = {*self.joining.values(), *(task.actor for task in self.working.values())}
         for actor, reason in self.fleet.hanging(busy).items():
             self._lost(actor, reason)
 
     def _shrink(self) -> None:
         """Give back slots that are needed elsewhere: the youngest actors stop, and their tasks wait again."""
-        for actor in list(self.fleet.actors)[self._allowed() :]:
-            if self._forget(actor):
+        for actor in self.fleet.youngest_beyond(self._allowed()):
+            if self._stop(actor):
                 self.plan.actor_left(actor)
 
-    def _forget(self, actor: int) -> bool:
+    def _stop(self, actor: int) -> bool:
         """Stop an actor; returns whether it had joined the plan."""
         joined = actor not in self.joining.values()
         self.joining = {ref: a for ref, a in self.joining.items() if a != actor}
@@ -283,7 +290,7 @@ class ScoringPass:
         in_hand = sum(len(task.rows) for task in self.working.values() if task.actor == actor)
         self.retried += in_hand
         self.job.owner.on_event("actor_lost", actor=actor, reason=reason, blocks_in_hand=in_hand)
-        if self._forget(actor):
+        if self._stop(actor):
             self.plan.actor_lost(actor)
             return
         if actor < self.started_before_failure:
