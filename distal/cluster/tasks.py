@@ -65,20 +65,20 @@ def on_each_node(work: Callable[[], _Result], timeout_s: float) -> dict[str, _Re
     """Run `work` once on every node that has a CPU or a GPU, busy or not.
 
     Returns:
-        For each node, by name, the result or the exception: what `work` raised, that the node is gone, or a
-        TimeoutError after `timeout_s`.
+        For each node, by name, the result or the exception: what `work` raised, or a TimeoutError after `timeout_s`.
+        A node that has died meanwhile is left out.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(lambda: work())
-    names: dict[Any, str] = {}
+    nodes: dict[Any, tuple[str, str]] = {}  # id and name
     for node_id, name in workers().items():
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        names[task.options(scheduling_strategy=there).remote()] = name
-    finished, _ = ray.wait(list(names), num_returns=len(names), timeout=timeout_s)
+        nodes[task.options(scheduling_strategy=there).remote()] = (node_id, name)
+    finished, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=timeout_s)
     results: dict[str, _Result | Exception] = {}
-    for ref, name in names.items():
+    for ref, (node_id, name) in nodes.items():
         if ref not in finished:
             ray.cancel(ref, force=True)
             results[name] = TimeoutError(f"no answer within {timeout_s:.0f} s")
@@ -88,5 +88,6 @@ def on_each_node(work: Callable[[], _Result], timeout_s: float) -> dict[str, _Re
         except ray.exceptions.RayTaskError as error:
             results[name] = error.cause
         except ray.exceptions.RayError as error:
-            results[name] = error
+            if node_id in workers():
+                results[name] = error
     return results

@@ -83,10 +83,14 @@ def _check_warm_start(context: RunContext, cycle: Cycle) -> None:
 
 def score_cycle(context: RunContext, cycle: Cycle, training: Training) -> None:
     """Score the eligible samples of the pool at every checkpoint, those still to come included."""
-    config, pool = begun_config(cycle), context.pool
+    config, pool, fleet = begun_config(cycle), context.pool, context.session.fleet
+
+    def give_way() -> None:
+        # All is scored, and the ranks may still look for room: it must not be kept by idle actors.
+        fleet.shrink(fleet.allowed(training.slots_held()))
 
     def made_from() -> dict[str, str]:
-        training.wait()
+        training.wait(give_way)
         return {
             "pool": pool.content_sha256,
             "ledger": context.directory.ledger(before=cycle.index).sha256,

@@ -227,9 +227,10 @@ class Training:
             return 0
         return self._all_slots if self._starved_at == len(self.published()) else self._slots
 
-    def wait(self) -> None:
-        """Return when training is done; raises the error it ended with."""
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Return when training is done, and call `meanwhile` until then; raises the error it ended with."""
         while not self.finished():
+            meanwhile()
             time.sleep(_POLL_S)  # in slices: one long wait would not let a signal through
 
 

@@ -161,6 +161,10 @@ class Fleet:
         self.processes[self._placing[ref]] = ray.get(ref)
         del self._placing[ref]
 
+    def allowed(self, slots_held: int) -> int:
+        """How many actors there may be now, while training holds some slots."""
+        return actors_allowed(self.asked, self.slots, slots_held)
+
     def youngest_beyond(self, n: int) -> list[int]:
         """The actors but the `n` that were started first, in the order of their start, which `actors` keeps."""
         return list(self.actors)[n:]
@@ -258,7 +262,7 @@ class Fleet:
                 for actor, reason in self.hanging([actor for actor, _ in working.values()]).items():
                     ref = next(ref for ref, (at_work, _) in working.items() if at_work == actor)
                     lost(actor, working.pop(ref)[1], reason)
-            self.grow(max(1, min(actors_allowed(self.asked, self.slots, 0), len(waiting) + len(working))))
+            self.grow(max(1, min(self.allowed(0), len(waiting) + len(working))))
             busy = {actor for actor, _ in working.values()}
             for actor in [actor for actor in self.processes if actor not in busy][: len(waiting)]:
                 call = waiting.popleft()

@@ -21,7 +21,7 @@ from distal.records import CheckpointRef
 from distal.score.eliminate import Barrier, barrier_rows, decide
 from distal.score.fleet import MAX_FAILED, Fleet
 from distal.score.job import Scored, ScoringJob, TaskResult
-from distal.score.plan import Plan, Task, actors_allowed
+from distal.score.plan import Plan, Task
 from distal.score.predict import difference
 from distal.storage import create_json, read_json
 
@@ -172,7 +172,7 @@ class ScoringPass:
 
     def _allowed(self) -> int:
         """The largest number of actors at present."""
-        return actors_allowed(self.fleet.asked, self.fleet.slots, self.job.producer.slots_held())
+        return self.fleet.allowed(self.job.producer.slots_held())
 
     def _look_for_checkpoints(self) -> None:
         if self.all_published:

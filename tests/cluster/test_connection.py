@@ -12,7 +12,7 @@ import pytest
 
 from distal import cluster as ray_cluster
 from distal.artifacts.runs import Run
-from distal.cluster import Node, divide, find_slots
+from distal.cluster import Node, divide, find_slots, tasks
 from distal.errors import ConfigError, DistalError
 from distal.pool import Pool
 from tests.helpers import small_overrides, wait_until
@@ -186,6 +186,13 @@ class TestTasks:
     def test_every_item_once(self, cluster: str) -> None:
         assert sorted(ray_cluster.in_tasks(lambda item: item * item, range(20))) == [n * n for n in range(20)]
         assert list(ray_cluster.in_tasks(lambda item: item, [])) == []
+
+    def test_a_node_that_has_died_meanwhile_is_left_out(self, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Between listing the nodes and asking them one may go: it takes no part, and is no reason to stop."""
+        alive = tasks.workers()
+        listed = iter([{**alive, "f" * 56: "a node that died"}])
+        monkeypatch.setattr(tasks, "workers", lambda: next(listed, alive))
+        assert list(ray_cluster.on_each_node(os.getpid, 60)) == list(alive.values())
 
     @pytest.mark.timeout(100)
     def test_a_task_that_stops_is_done_by_another_process(self, cluster: str, tmp_path: Path) -> None:
