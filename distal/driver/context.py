@@ -59,9 +59,15 @@ class RunContext:
         work: Callable[[], Result],
     ) -> None:
         """Run a stage of a cycle unless it is complete, and log its completion; see `Staged.run_stage`."""
+
+        def inputs() -> dict[str, str]:
+            names = made_from()
+            self.session.lease.require()  # right before the marker is written: a successor's may be there
+            return names
+
         self.session.lease.require()
         complete = cycle.is_complete(stage)
-        marker = cycle.run_stage(stage, made_from, work)
+        marker = cycle.run_stage(stage, inputs, work)
         self.session.meter.progressed()
         if not complete:
             self.session.event("stage", cycle=cycle.index, stage=stage, seconds=marker.seconds)
