@@ -312,7 +312,7 @@ class Cycle(Staged):
         )
 
     def took_all(self) -> bool:
-        """Whether the cycle selected all samples that were left, so that there is no next one."""
+        """Whether the cycle selected every remaining sample: it is the last one."""
         scored, selected = self.marker("score"), self.marker("select")
         if scored is None or selected is None:
             return False

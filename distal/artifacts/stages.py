@@ -176,7 +176,7 @@ class Marker(_Header, Generic[_Outputs]):
         inputs: names and hashes of what the stage was made from.
         inputs_sha256: of the name of the stage and its inputs.
         seconds: that it took.
-        outputs: what it came to.
+        outputs: figures of the stage.
     """
 
     outputs: _Outputs

@@ -1,4 +1,4 @@
-"""Arguments and options: those that several commands have, those with long help, and how `--help` lists them."""
+"""Arguments and options: shared ones, ones with long help, and the format of `--help`."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import keyword
 import os
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
@@ -113,14 +114,14 @@ class Root(Section):
         return 1
 
     @property
+    @abstractmethod
     def n_checkpoints(self) -> int | None:
         """Checkpoints of a cycle, scored or not; None when the configuration does not know."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def budget(self) -> int:
         """Samples that one cycle selects."""
-        raise NotImplementedError
 
     @property
     def augments(self) -> bool:
@@ -138,9 +139,9 @@ class Root(Section):
         return None
 
     @property
+    @abstractmethod
     def labelled(self) -> int | str:
         """The samples that are labelled before the first cycle: how many, or a file of them."""
-        raise NotImplementedError
 
     def places(self) -> dict[str, str]:
         """The keys whose value is a path, with their values; built-in names are no paths."""

@@ -45,7 +45,7 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), kind: type[Roo
 
 
 def load_any(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config | ScoreConfig:
-    """The same for a file of any kind, told apart by the sections `checkpoints` and `compare`."""
+    """Load a file of any kind; the sections `checkpoints` and `compare` decide which."""
     tree = _read(Path(path))
     return _validated(_kind(tree), tree, overrides).absolute()
 

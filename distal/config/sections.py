@@ -309,7 +309,7 @@ class ScoreSection(Scoring):
 
     checkpoints: Literal["needed", "all"] = key(
         "needed",
-        "Checkpoints to score. needed: those that the selection needs: all for dispersion, "
+        "Checkpoints to score. needed: only what the selection reads: all for dispersion, "
         "the last one for margin, none for random. all: the whole trajectory.",
     )
     transform: Literal["clean", "train"] = key(

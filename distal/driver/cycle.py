@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -27,8 +26,6 @@ from distal.records import Progress
 from distal.reduce.measures import measures_of
 from distal.reduce.stream import Reduction, reduce
 from distal.score.job import Elimination, Scored
-
-_POLL_S = 0.2
 
 
 def begin_cycle(context: RunContext, cycle: Cycle) -> bool:
@@ -83,14 +80,10 @@ def _check_warm_start(context: RunContext, cycle: Cycle) -> None:
 
 def score_cycle(context: RunContext, cycle: Cycle, training: Training) -> None:
     """Score the eligible samples of the pool at every checkpoint, those still to come included."""
-    config, pool, fleet = begun_config(cycle), context.pool, context.session.fleet
-
-    def give_way() -> None:
-        # All is scored, and the ranks may still look for room: it must not be kept by idle actors.
-        fleet.shrink(fleet.allowed(training.slots_held()))
+    config, pool = begun_config(cycle), context.pool
 
     def made_from() -> dict[str, str]:
-        training.wait(give_way)
+        training.wait(lambda: _give_way(context, training))
         return {
             "pool": pool.content_sha256,
             "ledger": context.directory.ledger(before=cycle.index).sha256,
@@ -158,9 +151,18 @@ def _follow(context: RunContext, cycle: Cycle, training: Training) -> None:
     """Show how far training is while there is nothing to score."""
     n_epochs = len(begun_config(cycle).train.checkpoint_epochs)
     show = counter(context.session.progress, "train", cycle.index)
-    while not training.finished():
+
+    def meanwhile() -> None:
         show(len(training.published()), n_epochs)
-        time.sleep(_POLL_S)
+        _give_way(context, training)
+
+    training.wait(meanwhile)
+
+
+def _give_way(context: RunContext, training: Training) -> None:
+    """Stop idle actors in slots that training holds: its ranks may still look for room."""
+    fleet = context.session.fleet
+    fleet.shrink(fleet.allowed(training.slots_held()))
 
 
 def reduce_cycle(context: RunContext, cycle: Cycle) -> None:

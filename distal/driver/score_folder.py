@@ -196,6 +196,7 @@ def _score(inputs: ScoreInputs, session: Session) -> None:
     if scored.n_rows < _FEW_CHECKPOINTS:
         inputs.display.say(f"warning: {scored.n_rows} checkpoints only; with so few, most samples have the same score")
     seconds = time.monotonic() - started
+    session.lease.require()  # right before the marker is written: a successor's may be there
     inputs.cycle.complete(STAGE, inputs.made_from(), _outputs(scored), seconds)
 
 

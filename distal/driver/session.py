@@ -38,7 +38,7 @@ def _start_fleet(config: Root, slots: Slots, name: str) -> Fleet:
     """The scoring actors, none of which starts before there is work.
 
     Where nodes only score, as many actors are started as `score.actors` says: an autoscaler brings nodes
-    for those that find no room. On nodes that also train they would take the room of the ranks.
+    for the waiting actors. On nodes that also train, extra actors would take the slots of the ranks.
 
     Args:
         name: unique in the cluster.

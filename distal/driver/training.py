@@ -162,7 +162,7 @@ class Training:
 
     Args:
         stage: the work. It is given a function to call while the ranks find no room.
-        abandon: tells ranks that are still at work to stop.
+        abandon: stops running ranks.
         queue: the checkpoints that training publishes.
         fits: set when they can be scored: a script may train another network than the one that scores.
         slots: held while it runs.
@@ -261,7 +261,7 @@ class ReusingRows:
     is another training, and its rows are scored anew.
 
     Args:
-        assignments: those that are being scored, as the scoring loop has them.
+        assignments: the ones the scoring loop writes.
         earlier: those of the starts before, the latest first.
         first_index: the checkpoint of row 0.
     """
